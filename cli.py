@@ -1,0 +1,398 @@
+"""The command line: a thin face on exporter, engines and runtime, and the only module that prints.
+
+Results go to stdout (with --json as one JSON document), everything else to stderr. Exit codes: 0 done, 1 failed,
+2 usage, 3 bundle or engine missing or incompatible, 4 integrity.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+try:
+    import click
+
+    import foresight
+    from foresight.engines.errors import ForesightError, InvalidRequest
+except ModuleNotFoundError as missing:  # run from a clone that nothing was installed from
+    sys.exit(f"{missing.name} is not installed; run: pip install -e '.[export,video,report]' -c constraints.txt")
+
+if TYPE_CHECKING:
+    from foresight.runtime.pipeline import VideoPipeline
+    from foresight.runtime.policies import Policy
+    from foresight.runtime.video import Video
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+MEBI = 2**20
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    try:
+        cli.main(args=arguments, prog_name="foresight", standalone_mode=False)
+        sys.exit(0)
+    except (ForesightError, click.ClickException) as error:
+        code = error.exit_code
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        kind = type(error).__name__
+    except (KeyboardInterrupt, click.Abort):
+        code, message, kind = 130, "interrupted", "KeyboardInterrupt"
+    except click.exceptions.Exit as wanted:
+        sys.exit(wanted.exit_code)
+    if debug:
+        traceback.print_exc()
+    if as_json:
+        click.echo(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(foresight.__version__, prog_name="foresight")
+def cli() -> None:
+    """Text-to-video diffusion transformers, compiled block by block; blocks that would not change are not run."""
+
+
+def common(command: Command) -> Command:
+    """The options that every command has."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+        click.option("--verbose", is_flag=True, help="Log what is being done, on stderr."),
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+    ):
+        command = option(command)
+    return command
+
+
+def bundle_argument(command: Command) -> Command:
+    """A bundle's folder; without one, the newest under bundles/."""
+    return click.argument("bundle", required=False, type=click.Path(path_type=Path))(command)
+
+
+@cli.command()
+@click.option("--model", required=True, help="latte, or latte-demo, whose checkpoint is in demo/.")
+@click.option("--checkpoint", help="A diffusers folder or a hub id instead of the model's own.")
+@click.option("--output", type=click.Path(path_type=Path), help="The bundle to write.  [default: bundles/MODEL]")
+@click.option("--dtype", default="fp32", show_default=True, help="fp32 or fp16; the reuse metric stays fp32.")
+@click.option("--height", type=int, help="Pixels.  [default: the checkpoint's]")
+@click.option("--width", type=int, help="Pixels.  [default: the checkpoint's]")
+@click.option("--frames", type=int, help="[default: the checkpoint's]")
+@click.option("--max-batch", type=int, default=4, show_default=True, help="Most prompts in one batch.")
+@click.option("--opset", type=click.IntRange(18, 23), default=23, show_default=True, help="ONNX operator set.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@common
+def export(
+    model: str,
+    checkpoint: str | None,
+    output: Path | None,
+    dtype: Any,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    max_batch: int,
+    opset: int,
+    dry_run: bool,
+    as_json: bool,
+    verbose: bool,
+    debug: bool,
+) -> None:
+    """Take a checkpoint apart and write it as a bundle: one graph per block."""
+    _log(verbose)
+    try:
+        from foresight.exporter.export import Export, Request
+    except ModuleNotFoundError as error:
+        raise ForesightError(f"export: {error.name} is not installed; install foresight-engines[export]") from error
+    request = Request(dtype=dtype, height=height, width=width, frames=frames, max_batch=max_batch)
+    job = Export(model, request, checkpoint, output, opset)
+    plan = job.plan()
+    if dry_run:
+        _print(plan, as_json, _describe_plan(plan))
+        return
+    with _progress(len(plan.parts), "exporting") as advance:
+        bundle = job.run(lambda done, total, name: advance(done, name))
+    written = sum(record.bytes for record in bundle.manifest.files.values())
+    worst = max(bundle.manifest.parts, key=lambda part: part.max_difference if part.name != "vae_decoder" else 0)
+    summary = {
+        "bundle": str(bundle.path),
+        "id": bundle.id,
+        "bytes": written,
+        "blocks": len(bundle.manifest.blocks),
+        "cache_bytes": plan.cache_bytes,
+        "largest_difference": {"part": worst.name, "value": worst.max_difference},
+    }
+    lines = [
+        f"{bundle.path}: {len(bundle.manifest.blocks)} blocks, {written / MEBI:.1f} MiB, {dtype}",
+        f"largest difference from eager: {worst.max_difference:.2g} ({worst.name})",
+        f"cache for one guided prompt: {plan.cache_bytes / MEBI:.1f} MiB",
+    ]
+    _print(summary, as_json, lines)
+
+
+@cli.command()
+@click.option("--bundle", type=click.Path(path_type=Path), help="[default: the newest under bundles/]")
+@click.option("--prompt", help="[default: the bundle's sample prompt]")
+@click.option("--prompts", type=click.Path(path_type=Path), help="A file with one prompt a line; one video each.")
+@click.option("--negative-prompt", help="[default: the bundle's]")
+@click.option("--steps", type=int, help="Denoising steps, 1 to 100.  [default: the bundle's]")
+@click.option("--guidance", type=float, help="1 switches it off.  [default: the bundle's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the initial noise; line i of a file adds i.")
+@click.option("--policy", "policy_name", default="foresight", show_default=True, help="foresight, static or none.")
+@click.option("--gamma", type=float, help="foresight: more is faster and less exact, up to 2.  [default: 0.5]")
+@click.option("--warmup", type=int, help="Steps before any reuse.  [default: 15 % of all]")
+@click.option("--reuse-steps", type=int, help="Steps of a cycle that may reuse.  [default: 1]")
+@click.option("--interval", type=int, help="Steps of a cycle.  [default: 2]")
+@click.option("--cache", help="What is cached: output or residual.  [default: output]")
+@click.option("--latents", type=click.Path(path_type=Path), help="Initial noise (.npy, fp32) instead of --seed.")
+@click.option("--save-latents", type=click.Path(path_type=Path), help="Write the final latents (.npy).")
+@click.option("--save-frames", type=click.Path(path_type=Path), help="Write the frames (.npy, uint8, F H W 3).")
+@click.option("--output", type=click.Path(path_type=Path), help=".mp4, .gif, .npy or a folder.  [default: video.mp4]")
+@click.option("--report", type=click.Path(path_type=Path), help="Write a page that shows what was skipped (.html).")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write what every step did and measured (.json).")
+@click.option("--compare", is_flag=True, help="Run without reuse too; report PSNR, SSIM and the time saved.")
+@click.option("--backend", default="onnxruntime", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--threads", type=int, help="CPU threads.  [default: all cores]")
+@common
+def run(
+    bundle: Path | None,
+    prompt: str | None,
+    prompts: Path | None,
+    negative_prompt: str | None,
+    steps: int | None,
+    guidance: float | None,
+    seed: int,
+    policy_name: str,
+    latents: Path | None,
+    save_latents: Path | None,
+    save_frames: Path | None,
+    output: Path | None,
+    report: Path | None,
+    trace: Path | None,
+    compare: bool,
+    backend: str,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    verbose: bool,
+    debug: bool,
+    **policy_flags: Any,
+) -> None:
+    """Make a video of a prompt, skipping the blocks that would hardly change."""
+    _log(verbose)
+    from foresight.engines.bundle import newest_bundle
+    from foresight.runtime import files
+    from foresight.runtime.pipeline import load
+    from foresight.runtime.policies import policy_from_settings
+
+    policy = policy_from_settings(policy_name, **policy_flags)
+    if not any((output, save_latents, save_frames)):
+        output = Path("video.mp4")
+    texts = _read_prompts(prompt, prompts)
+    targets = files.Targets(output, save_frames, save_latents, report, trace)
+    targets.check()
+    noise = files.read_latents(latents) if latents else None
+    pipeline = load(bundle or newest_bundle(), backend=backend, device=device, threads=threads)
+    texts = texts or [pipeline.manifest.defaults.prompt]
+    settings = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "latents": noise}
+    results = []
+    for index, text in enumerate(texts):
+        request = {**settings, "seed": seed + index}
+        video = _generate(pipeline, text, policy, request, "denoising")
+        reference = None
+        if compare:
+            reference = _generate(pipeline, text, foresight.NoReuse(), request, "without reuse")
+        own = targets.numbered(index, len(texts))
+        written = own.write(video, reference)
+        results.append((video, reference, written))
+    rows = [_run_summary(*result) for result in results]
+    _print(rows[0] if len(rows) == 1 else rows, as_json, [line for row in rows for line in _describe_run(row)])
+
+
+@cli.command()
+@bundle_argument
+@common
+def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> None:
+    """Show what a bundle holds, without loading any of it."""
+    _log(verbose)
+    import msgspec
+    from foresight.engines.bundle import newest_bundle, open_bundle
+
+    opened = open_bundle(bundle or newest_bundle())
+    manifest = opened.manifest
+    size = sum(record.bytes for record in manifest.files.values())
+    summary = {
+        "bundle": str(opened.path),
+        "id": opened.id,
+        "bytes": size,
+        "cache_bytes": {"one_prompt": manifest.cache_bytes(1), "one_prompt_guided": manifest.cache_bytes(2)},
+        "manifest": msgspec.to_builtins(manifest),
+    }
+    shape = manifest.shape
+    lines = [
+        f"{opened.path}: {manifest.model} ({manifest.family}), {manifest.dtype}, {size / MEBI:.1f} MiB, id {opened.id[:12]}",
+        f"video: {shape.frames} frames of {shape.height} x {shape.width}, up to {shape.max_batch} prompts at once",
+        f"cache of a request: {manifest.cache_bytes(2) / MEBI:.1f} MiB per prompt with guidance, "
+        f"{manifest.cache_bytes(1) / MEBI:.1f} MiB without",
+        f"sampler: {manifest.sampler.scheduler}, 1 to {manifest.sampler.max_steps} steps",
+        f"source: {manifest.source.checkpoint}, SHA-256 {manifest.source.sha256[:12]}",
+        "",
+        f"{'part':14} {'kind':16} {'MiB':>9}  difference from eager",
+    ]
+    for part in manifest.parts:
+        stem = part.graph.removesuffix(".onnx")
+        part_bytes = sum(record.bytes for name, record in manifest.files.items() if name.rpartition(".")[0] == stem)
+        lines.append(f"{part.name:14} {part.kind:16} {part_bytes / MEBI:9.2f}  {part.max_difference:.2g}")
+    _print(summary, as_json, lines)
+
+
+@cli.command()
+@bundle_argument
+@common
+def verify(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> None:
+    """Compare every file of a bundle with its manifest."""
+    _log(verbose)
+    from foresight.engines.bundle import newest_bundle, open_bundle, verify_files
+
+    opened = open_bundle(bundle or newest_bundle())
+    verify_files(opened)
+    count = len(opened.manifest.files)
+    summary = {"bundle": str(opened.path), "id": opened.id, "files": count, "intact": True}
+    _print(summary, as_json, [f"{opened.path}: {count} files, all as the manifest says"])
+
+
+@cli.command()
+@common
+def env(as_json: bool, verbose: bool, debug: bool) -> None:
+    """Show this machine, the libraries that are installed, and what can be run."""
+    _log(verbose)
+    from foresight.runtime.environment import describe_environment
+
+    found = describe_environment()
+    lines = [
+        f"{name:14} {value if not isinstance(value, list) else ', '.join(value)}"
+        for name, value in (*found["machine"].items(), *found["libraries"].items(), *found["can"].items())
+    ]
+    _print(found, as_json, lines)
+
+
+def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
+    if prompt is not None and file is not None:
+        raise InvalidRequest("prompt: got --prompt and --prompts, expected one of them")
+    if file is None:
+        if prompt is not None and not prompt.strip():
+            raise InvalidRequest("prompt: got an empty text, expected some words; leave --prompt out for the sample")
+        return [] if prompt is None else [prompt]
+    try:
+        texts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"prompts {file}: cannot be read ({error}); expected UTF-8 text") from error
+    if not texts:
+        raise InvalidRequest(f"prompts {file}: has no prompt, expected one a line")
+    return texts
+
+
+def _generate(pipeline: VideoPipeline, text: str, policy: Policy, request: dict[str, Any], label: str) -> Video:
+    steps = request["steps"] or pipeline.manifest.defaults.steps
+    with _progress(steps, label) as advance:
+        return pipeline(text, policy=policy, on_step=lambda done, total, trace: advance(done, ""), **request)
+
+
+def _run_summary(video: Video, reference: Video | None, written: list[Path]) -> dict[str, Any]:
+    trace = video.trace
+    summary: dict[str, Any] = {
+        "prompt": video.prompt,
+        "seed": video.seed,
+        "files": [str(path) for path in written],
+        "policy": trace.policy,
+        "frames": list(video.frames.shape),
+        "blocks_computed": trace.blocks_computed,
+        "blocks_reused": trace.blocks_reused,
+        "blocks_dead": trace.blocks_dead,
+        "blocks_possible": trace.blocks_possible,
+        "share_skipped": trace.share_skipped,
+        "text_ms": trace.text_ms,
+        "denoise_ms": trace.denoise_ms,
+        "decode_ms": trace.decode_ms,
+        "cache_bytes": trace.cache_bytes,
+    }
+    if trace.truncated_prompts:
+        summary["truncated"] = True
+    if reference is not None:
+        from foresight.runtime.quality import psnr, ssim
+
+        decibel = psnr(video.frames, reference.frames)
+        summary["compared"] = {
+            "denoise_ms": reference.trace.denoise_ms,
+            "speedup": reference.trace.denoise_ms / trace.denoise_ms,
+            "psnr_db": decibel if math.isfinite(decibel) else None,
+            "ssim": ssim(video.frames, reference.frames),
+            "identical": math.isinf(decibel),
+        }
+    return summary
+
+
+def _describe_run(row: dict[str, Any]) -> list[str]:
+    steps = row["blocks_possible"]
+    lines = [f"{path}" for path in row["files"]]
+    lines.append(
+        f"blocks: {row['blocks_computed']} of {steps} run, {row['blocks_reused']} reused, {row['blocks_dead']} dead "
+        f"({100 * row['share_skipped']:.1f} % skipped)"
+    )
+    lines.append(
+        f"time: text {row['text_ms']:.0f} ms, denoising {row['denoise_ms']:.0f} ms, decoding {row['decode_ms']:.0f} ms; "
+        f"cache {row['cache_bytes'] / MEBI:.1f} MiB"
+    )
+    if "compared" in row:
+        other = row["compared"]
+        quality = "identical" if other["identical"] else f"PSNR {other['psnr_db']:.1f} dB, SSIM {other['ssim']:.4f}"
+        lines.append(f"against no reuse ({other['denoise_ms']:.0f} ms): {other['speedup']:.2f}x as fast, {quality}")
+    return lines
+
+
+def _describe_plan(plan: Any) -> list[str]:
+    shape = plan.shape
+    return [
+        f"would write {plan.output}: {plan.model} from {plan.checkpoint}, {plan.dtype}, opset {plan.opset}",
+        f"video: {shape['frames']} frames of {shape['height']} x {shape['width']}",
+        f"graphs: {len(plan.parts)}, of which {plan.blocks} blocks of {plan.kinds} kinds",
+        f"size: {plan.bundle_bytes / MEBI:.1f} MiB of weights ({plan.free_disk_bytes / MEBI:.0f} MiB free)",
+        f"cache for one guided prompt: {plan.cache_bytes / MEBI:.1f} MiB",
+    ]
+
+
+def _print(document: Any, as_json: bool, lines: Sequence[str]) -> None:
+    if as_json:
+        from dataclasses import asdict, is_dataclass
+
+        plain = asdict(document) if is_dataclass(document) and not isinstance(document, type) else document
+        click.echo(json.dumps(plain, indent=1, allow_nan=False))
+    else:
+        click.echo("\n".join(lines))
+
+
+@contextmanager
+def _progress(length: int, label: str) -> Iterator[Callable[[int, str], None]]:
+    """A bar on stderr while it is a terminal; else nothing."""
+    if not sys.stderr.isatty():
+        yield lambda done, name: None
+        return
+    with click.progressbar(length=length, label=label, file=sys.stderr, item_show_func=lambda name: name) as bar:
+        yield lambda done, name: bar.update(done - bar.pos, name)
+
+
+def _log(verbose: bool) -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("foresight").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Every error that Foresight raises on purpose.
+
+    ForesightError                  exit code 1: the command failed
+    ├── InvalidRequest              2: an argument is out of range or contradicts another (also a ValueError)
+    ├── BundleError                 3: a bundle or engine is missing, or not for this machine or version
+    ├── IntegrityError              4: a bundle's files are not the ones its manifest vouches for
+    ├── CheckpointError             1: a checkpoint cannot be exported
+    ├── ExportError                 1: a graph could not be exported, or differs from the module it came from
+    ├── EngineError                 1: an engine could not be loaded or failed while running
+    ├── OutputError                 1: a result could not be written
+    └── Cancelled                   1: the request's cancel token was set
+
+Each message is one line: the thing, what was got, what was expected, what to do. Errors of onnxruntime, safetensors
+and the other libraries are turned into these where they are called, with the original as `__cause__`.
+"""
+
+from __future__ import annotations
+
+
+class ForesightError(Exception):
+    """Root of the tree; `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class InvalidRequest(ForesightError, ValueError):
+    """An argument of a call or a flag of a command cannot be honoured."""
+
+    exit_code = 2
+
+
+class BundleError(ForesightError):
+    """A bundle or one of its engines is missing, or was made for something else."""
+
+    exit_code = 3
+
+
+class IntegrityError(ForesightError):
+    """A bundle's content is not what its manifest says, or is not allowed in a bundle."""
+
+    exit_code = 4
+
+
+class CheckpointError(ForesightError):
+    """A checkpoint is missing, incomplete, or of a kind that cannot be exported."""
+
+
+class ExportError(ForesightError):
+    """A part of a model could not be turned into a graph that computes the same."""
+
+
+class EngineError(ForesightError):
+    """An engine could not be loaded, or failed while running."""
+
+
+class OutputError(ForesightError):
+    """A video, page or array could not be written."""
+
+
+class Cancelled(ForesightError):
+    """The request was cancelled between two blocks; its buffers are free again."""

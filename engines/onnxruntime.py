@@ -1,0 +1,131 @@
+"""ONNX Runtime: the CPU, which is the embedded default, and NVIDIA GPUs through its CUDA provider.
+
+All sessions of a process share one pool of threads: a bundle has dozens of sessions, and a pool for each would mean
+hundreds of threads. The pool's size is therefore fixed by the first backend of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
+
+from .arrays import Array, Arrays, numpy_dtype
+from .bundle import Part
+from .errors import EngineError, InvalidRequest
+
+ORT_ERRORS = (Fail, InvalidArgument, RuntimeException, RuntimeError)
+_pool_lock = threading.Lock()
+_pool_threads: int | None = None
+
+
+class OnnxRuntimeBackend:
+    """Runs a bundle's ONNX graphs as they are.
+
+    `threads` is the number of threads a block may use (default: the cores this process may use). `optimize=False`
+    runs graphs without ONNX Runtime's own rewriting and repacking of weights, which starts faster and needs less
+    memory: meant for checking an export.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, device: str = "cpu", threads: int | None = None, optimize: bool = True) -> None:
+        if threads is not None and threads < 1:
+            raise InvalidRequest(f"threads: got {threads}, expected 1 or more")
+        self.arrays = Arrays(device)
+        self.threads = _share_thread_pool(threads)
+        self._options = _session_options(optimize)
+        self._provider = "CPUExecutionProvider" if self.arrays.kind == "cpu" else "CUDAExecutionProvider"
+
+    def load(self, graph: Path, part: Part) -> OnnxRuntimeEngine:
+        """See Backend.load."""
+        providers: list[Any] = [self._provider]
+        if self.arrays.kind == "cuda":
+            providers = [(self._provider, {"device_id": self.arrays.index})]
+        try:
+            session = ort.InferenceSession(str(graph), self._options, providers=providers)
+        except ORT_ERRORS as error:
+            raise EngineError(f"{part.name}: ONNX Runtime cannot load {graph.name}: {one_line(error)}") from error
+        got = session.get_providers()
+        if got[0] != self._provider:
+            raise EngineError(
+                f"{part.name}: got {got[0]}, expected {self._provider}; install onnxruntime-gpu for "
+                "this CUDA version, or use --device cpu"
+            )
+        return OnnxRuntimeEngine(session, part, self.arrays)
+
+    def describe(self) -> dict[str, str]:
+        """See Backend.describe."""
+        return {
+            "backend": self.name,
+            "version": ort.__version__,
+            "device": self.arrays.device,
+            "threads": str(self.threads),
+        }
+
+
+class OnnxRuntimeEngine:
+    """One session; inputs and outputs are bound by address, so nothing is copied."""
+
+    def __init__(self, session: ort.InferenceSession, part: Part, arrays: Arrays) -> None:
+        self._session = session
+        self._part = part
+        self._arrays = arrays
+        self._run_options = ort.RunOptions()
+
+    def run(self, tensors: Mapping[str, Array]) -> None:
+        """See Engine.run."""
+        binding = self._session.io_binding()
+        for bind, specs in ((binding.bind_input, self._part.inputs), (binding.bind_output, self._part.outputs)):
+            for spec in specs:
+                array = tensors[spec.name]
+                dtype = numpy_dtype(spec.dtype)
+                assert array.dtype == dtype, f"{self._part.name}: {spec.name} is {array.dtype}, not {dtype}"
+                bind(
+                    spec.name,
+                    self._arrays.kind,
+                    self._arrays.index,
+                    dtype.type,
+                    array.shape,
+                    self._arrays.address(array),
+                )
+        try:
+            self._session.run_with_iobinding(binding, self._run_options)
+        except ORT_ERRORS as error:
+            raise EngineError(f"{self._part.name}: ONNX Runtime failed: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text without line breaks."""
+    return " ".join(str(error).split())
+
+
+def _session_options(optimize: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def _share_thread_pool(threads: int | None) -> int:
+    """Make the process's one pool, or confirm that it has the wanted size; returns its size."""
+    global _pool_threads
+    with _pool_lock:
+        if _pool_threads is None:
+            wanted = threads or len(os.sched_getaffinity(0))
+            ort.set_global_thread_pool_sizes(wanted, 1)
+            _pool_threads = wanted
+        elif threads not in (None, _pool_threads):
+            raise InvalidRequest(
+                f"threads: got {threads}, but this process already runs with {_pool_threads}; "
+                "the pool is shared by all pipelines of a process, so set it once"
+            )
+        return _pool_threads

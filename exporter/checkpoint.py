@@ -1,0 +1,144 @@
+"""A diffusers checkpoint on disk, read one tensor at a time.
+
+A checkpoint is a folder with `model_index.json` and a sub-folder per component: `config.json` and safetensors, whole
+or in shards. Nothing is unpickled: checkpoints with `.bin` weights only are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..engines.bundle import file_record
+from ..engines.errors import CheckpointError
+
+WEIGHT_STEMS = {"text_encoder": "model", "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+
+
+class Checkpoint:
+    """The components of one checkpoint. `name` is how the user called it, `folder` where it lies."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+        self._index = self._read_json("model_index.json")
+
+    def require_pipeline(self, expected: str, components: dict[str, str]) -> None:
+        """Refuse a checkpoint of another pipeline, or one with components of another class."""
+        got = self._index.get("_class_name")
+        if got != expected:
+            raise CheckpointError(
+                f"checkpoint {self.name}: is a {got}, expected a {expected}; choose the --model it belongs to"
+            )
+        for component, class_name in components.items():
+            entry = self._index.get(component) or [None, None]
+            if entry[1] != class_name:
+                raise CheckpointError(
+                    f"checkpoint {self.name}: {component} is a {entry[1]}, expected {class_name}; this kind of "
+                    f"{component} cannot be exported"
+                )
+
+    def component_class(self, component: str) -> str:
+        """The class name that `model_index.json` gives for a component."""
+        return str(self._index[component][1])
+
+    def config(self, component: str, file: str = "config.json") -> dict[str, Any]:
+        """A component's configuration."""
+        return self._read_json(f"{component}/{file}")
+
+    def tensor(self, component: str, name: str) -> torch.Tensor:
+        """One weight, in the dtype it is stored in; memory-mapped, and unmapped when the tensor goes."""
+        file = self._files(component).get(name)
+        if file is None:
+            raise CheckpointError(f"checkpoint {self.name}: {component} has no weight {name}; download it again")
+        try:
+            with safe_open(file, framework="pt") as weights:
+                return weights.get_tensor(name)  # type: ignore[no-any-return]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"checkpoint {self.name}: cannot read {name} from {file.name}: {error}") from error
+
+    def has_tensor(self, component: str, name: str) -> bool:
+        """Whether a component stores a weight under that name."""
+        return name in self._files(component)
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash over the content of all files that an export reads."""
+        digest = hashlib.sha256()
+        for path in sorted(self._read_files()):
+            digest.update(f"{path.relative_to(self.folder).as_posix()} {file_record(path).sha256}\n".encode())
+        return digest.hexdigest()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all weight files on disk."""
+        return sum(path.stat().st_size for path in self._read_files() if path.suffix == ".safetensors")
+
+    def _read_files(self) -> Iterable[Path]:
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path.suffix in (".json", ".safetensors", ".model"):
+                yield path
+
+    def _files(self, component: str) -> dict[str, Path]:
+        if component not in self._weight_files:
+            self._weight_files[component] = self._find_weights(component)
+        return self._weight_files[component]
+
+    @cached_property
+    def _weight_files(self) -> dict[str, dict[str, Path]]:
+        return {}
+
+    def _find_weights(self, component: str) -> dict[str, Path]:
+        folder, stem = self.folder / component, WEIGHT_STEMS[component]
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            table = self._read_json(f"{component}/{index.name}")["weight_map"]
+            return {name: folder / file for name, file in table.items()}
+        whole = folder / f"{stem}.safetensors"
+        try:
+            with safe_open(whole, framework="pt") as weights:
+                return dict.fromkeys(weights.keys(), whole)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"checkpoint {self.name}: {component} has no readable {whole.name} ({error}); only safetensors are "
+                "read, so convert other formats with diffusers' save_pretrained(safe_serialization=True)"
+            ) from error
+
+    def _read_json(self, file: str) -> dict[str, Any]:
+        try:
+            content = json.loads((self.folder / file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {self.name}: no {file}; expected a diffusers folder") from error
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {self.name}: {file} is not valid JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"checkpoint {self.name}: {file} is not a JSON object")
+        return content
+
+
+def find_checkpoint(path_or_id: str) -> Checkpoint:
+    """A local folder, or a model id on the Hugging Face hub, which is then downloaded into its usual cache."""
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        return Checkpoint(path_or_id, folder)
+    if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/")):
+        raise CheckpointError(f"checkpoint {path_or_id}: no such folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        local = snapshot_download(path_or_id, allow_patterns=["*.json", "*.safetensors", "*.model"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"checkpoint {path_or_id}: neither a folder nor to be had from the hub ({reason}); check the name and the "
+            "network, or give a folder with --checkpoint"
+        ) from error
+    return Checkpoint(path_or_id, Path(local))

@@ -1,0 +1,326 @@
+"""The export job: take a checkpoint apart, write one graph per part, check each against eager, make the bundle.
+
+Everything is written into `<output>.partial`, with a record of what is done, and renamed at the end: a bundle exists
+whole or not at all, and an interrupted export goes on where it stopped. One part's weights are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+import msgspec
+import numpy as np
+import onnx
+import torch
+import transformers
+
+from ..engines.bundle import (
+    DTYPE_BYTES,
+    MANIFEST,
+    SCHEMA,
+    Bundle,
+    FileRecord,
+    Manifest,
+    Part,
+    Sampler,
+    Source,
+    file_record,
+    open_bundle,
+    stream_bytes_per_row,
+    verify_files,
+)
+from ..engines.errors import BundleError, ExportError, IntegrityError, OutputError
+from ..engines.onnxruntime import OnnxRuntimeBackend
+from .checkpoint import Checkpoint, find_checkpoint
+from .graph import Graph, graph_from_module, write_graph
+from .models import find_model, split_checkpoint
+from .models.base import PartPlan, Request, Split, assign_parameters
+from .sampler import MAX_STEPS, write_table
+
+log = logging.getLogger("foresight")
+
+OPSET = 23
+# Largest difference from eager that passes, as a share of the largest value of the output (at least 1).
+TOLERANCES = {"fp32": 2e-4, "fp16": 4e-2}
+
+Progress = Callable[[int, int, str], None]
+
+
+class _State(msgspec.Struct, forbid_unknown_fields=True):
+    """What a partial bundle already holds."""
+
+    key: str
+    parts: dict[str, Part]
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export would write; sizes in bytes. `cache_bytes` is for one prompt with guidance (two rows)."""
+
+    model: str
+    checkpoint: str
+    output: str
+    dtype: str
+    opset: int
+    shape: dict[str, int]
+    parts: dict[str, int]
+    kinds: int
+    blocks: int
+    bundle_bytes: int
+    cache_bytes: int
+    free_disk_bytes: int
+
+
+class Export:
+    """One export: `model` is a registered name, `checkpoint` a folder or hub id (default: the model's own)."""
+
+    def __init__(
+        self,
+        model: str,
+        request: Request | None = None,
+        checkpoint: str | None = None,
+        output: Path | None = None,
+        opset: int = OPSET,
+    ) -> None:
+        self.model = model
+        self.row = find_model(model)
+        self.request = request or Request()
+        self.opset = opset
+        self.output = output or Path("bundles") / model
+        self.checkpoint: Checkpoint = find_checkpoint(checkpoint or self.row.checkpoint)
+        self.split: Split = split_checkpoint(self.row.family, self.checkpoint, self.request)
+
+    def plan(self) -> ExportPlan:
+        """What `run` would do; writes nothing."""
+        parts = {plan.name: _weight_bytes(plan) for plan in self.split.parts}
+        rows = 2
+        cached = [plan.outputs[: len(self.split.streams)] for plan in self.split.blocks]
+        sizes = {name: high for name, (_, high) in self.split.ranges.items()} | {"batch": rows}
+        cache = sum(DTYPE_BYTES[s.dtype] * int(np.prod(s.resolve(sizes))) for specs in cached for s in specs)
+        parent = next(folder for folder in self.output.absolute().parents if folder.exists())
+        shape = self.split.shape
+        return ExportPlan(
+            model=self.model,
+            checkpoint=self.checkpoint.name,
+            output=str(self.output),
+            dtype=self.request.dtype,
+            opset=self.opset,
+            shape={"height": shape.height, "width": shape.width, "frames": shape.frames, "max_batch": shape.max_batch},
+            parts=parts,
+            kinds=len({plan.kind for plan in self.split.blocks}),
+            blocks=len(self.split.blocks),
+            bundle_bytes=sum(parts.values()),
+            cache_bytes=cache,
+            free_disk_bytes=shutil.disk_usage(parent).free,
+        )
+
+    def run(self, progress: Progress = lambda done, total, name: None) -> Bundle:
+        """Write the bundle, or find that it is there already, made from the same checkpoint in the same way.
+
+        `progress` is told the parts done, their number and the one that comes next. Raises CheckpointError,
+        ExportError, OutputError.
+        """
+        present = self._present()
+        if present is not None:
+            log.info("bundle %s is up to date", self.output)
+            return present
+        partial = self.output.with_name(self.output.name + ".partial")
+        try:
+            state = self._resume(partial)
+            self._write_parts(partial, state, progress)
+            self._write_rest(partial, state)
+            _replace(partial, self.output)
+        except OSError as error:
+            hint = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
+            raise OutputError(
+                f"export to {self.output}: {error.strerror or error}; {hint} and export again, it goes on from here"
+            ) from error
+        return open_bundle(self.output)
+
+    @property
+    def key(self) -> str:
+        """Names this export: two with the same key write the same bundle."""
+        parts = (SCHEMA, self.checkpoint.sha256, asdict(self.request), self.opset, self._generator(), self.model)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _present(self) -> Bundle | None:
+        try:
+            bundle = open_bundle(self.output)
+            if bundle.manifest.generator.get("export_key") != self.key:
+                return None
+            verify_files(bundle)
+        except (BundleError, IntegrityError):
+            return None
+        return bundle
+
+    def _resume(self, partial: Path) -> _State:
+        try:
+            state = msgspec.json.decode((partial / "state.json").read_bytes(), type=_State)
+            if state.key == self.key:
+                log.info("going on with %s: %d parts are done", partial, len(state.parts))
+                return state
+        except (FileNotFoundError, msgspec.DecodeError):
+            pass
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        return _State(key=self.key, parts={}, files={})
+
+    def _write_parts(self, partial: Path, state: _State, progress: Progress) -> None:
+        plans = list(self.split.parts)
+        graphs: dict[str, Graph] = {}
+        for index, plan in enumerate(plans):
+            progress(index, len(plans), plan.name)
+            if not self._is_done(partial, state, plan.name):
+                part, files = self._write_part(partial, plan, graphs)
+                state.parts[plan.name] = part
+                state.files.update({file.name: file_record(file) for file in files})
+                _write_atomically(partial / "state.json", msgspec.json.encode(state))
+        progress(len(plans), len(plans), "done")
+
+    def _is_done(self, partial: Path, state: _State, name: str) -> bool:
+        part = state.parts.get(name)
+        if part is None:
+            return False
+        files = [partial / file for file in state.files if file.split(".onnx")[0].split(".data")[0] == name]
+        return all(file.is_file() and file_record(file) == state.files[file.name] for file in files)
+
+    def _write_part(self, partial: Path, plan: PartPlan, graphs: dict[str, Graph]) -> tuple[Part, list[Path]]:
+        assign_parameters(plan.module, lambda name: plan.parameter(self.checkpoint, name))
+        if plan.kind not in graphs:
+            graphs[plan.kind] = _trace(plan, self.opset)
+        files = write_graph(graphs[plan.kind], plan.module.get_parameter, partial / f"{plan.name}.onnx")
+        part = Part(
+            name=plan.name,
+            kind=plan.kind,
+            graph=files[0].name,
+            inputs=tuple(graph_input.spec for graph_input in plan.inputs),
+            outputs=plan.outputs,
+            max_difference=0.0,
+        )
+        difference = check_part(plan, part, files[0], TOLERANCES[self.request.dtype])
+        assign_parameters(plan.module, lambda name: plan.module.get_parameter(name).to("meta"))
+        return msgspec.structs.replace(part, max_difference=difference), files
+
+    def _write_rest(self, partial: Path, state: _State) -> None:
+        split = self.split
+        _write_atomically(partial / split.text.tokenizer, split.tokenizer().encode())
+        scheduler = split.scheduler()
+        write_table(scheduler, partial / "sampler.npz")
+        for name in (split.text.tokenizer, "sampler.npz"):
+            state.files[name] = file_record(partial / name)
+        part = state.parts
+        manifest = Manifest(
+            schema=SCHEMA,
+            model=self.model,
+            family=self.row.family,
+            source=Source(checkpoint=_public_name(self.checkpoint), sha256=self.checkpoint.sha256),
+            generator=self._generator() | {"export_key": state.key},
+            dtype=self.request.dtype,
+            opset=self.opset,
+            shape=split.shape,
+            ranges=split.ranges,
+            streams=split.streams,
+            guidance_order=split.guidance_order,
+            text_encoder=part["text_encoder"],
+            condition=part["condition"],
+            prologue=part["prologue"],
+            blocks=tuple(part[plan.name] for plan in split.blocks),
+            epilogue=part["epilogue"],
+            vae_decoder=part["vae_decoder"],
+            text=split.text,
+            sampler=Sampler(table="sampler.npz", scheduler=type(scheduler).__name__, max_steps=MAX_STEPS),
+            defaults=self.row.defaults,
+            cache_bytes_per_row={
+                plan.name: stream_bytes_per_row(part[plan.name], split.streams, split.ranges) for plan in split.blocks
+            },
+            files=dict(sorted(state.files.items())),
+        )
+        (partial / "state.json").unlink(missing_ok=True)
+        _write_atomically(partial / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+
+    def _generator(self) -> dict[str, str]:
+        libraries = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "onnx": onnx}
+        return {name: str(library.__version__) for name, library in libraries.items()}
+
+
+def check_part(plan: PartPlan, part: Part, graph: Path, tolerance: float) -> float:
+    """Run a written graph and the module's reference on the same random inputs; the largest absolute difference.
+
+    Every input is drawn on its own, at each of the plan's sizes. All references are computed before the graph is
+    loaded, so that one copy of the weights is in memory at a time. Raises ExportError where a difference is beyond
+    `tolerance` times the output's largest value.
+    """
+    cases = []
+    for seed, sizes in enumerate(plan.check_sizes):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = {i.spec.name: i.example(sizes, generator) for i in plan.inputs}
+        with torch.no_grad():
+            results = plan.reference(**{name: tensor.clone() for name, tensor in inputs.items()})
+        results = results if isinstance(results, tuple) else (results,)
+        cases.append((sizes, inputs, [result.float().numpy() for result in results]))
+    assign_parameters(plan.module, lambda name: plan.module.get_parameter(name).to("meta"))
+    backend = OnnxRuntimeBackend(optimize=False)
+    engine = backend.load(graph, part)
+    worst = 0.0
+    for sizes, inputs, expected in cases:
+        outputs = {spec.name: backend.arrays.empty(spec.resolve(sizes), spec.dtype) for spec in part.outputs}
+        engine.run({name: tensor.contiguous().numpy() for name, tensor in inputs.items()} | outputs)
+        for spec, reference in zip(part.outputs, expected, strict=True):
+            difference = float(np.abs(outputs[spec.name].astype(np.float32) - reference).max())
+            allowed = 1.0 if spec.dtype == "uint8" else tolerance * max(1.0, float(np.abs(reference).max()))
+            if not difference <= allowed:
+                raise ExportError(
+                    f"{part.name}: {spec.name} differs from eager by {difference:.3g}, expected at most {allowed:.3g} "
+                    f"at {dict(sizes)}; this version of torch.onnx exports it wrongly"
+                )
+            worst = max(worst, difference)
+    return worst
+
+
+def _trace(plan: PartPlan, opset: int) -> Graph:
+    generator = torch.Generator().manual_seed(0)
+    sizes = plan.check_sizes[-1]
+    return graph_from_module(
+        plan.module,
+        inputs={i.spec.name: i.example(sizes, generator) for i in plan.inputs},
+        outputs=[spec.name for spec in plan.outputs],
+        dynamic={
+            i.spec.name: {axis: dim for axis, dim in enumerate(i.spec.shape) if isinstance(dim, str)}
+            for i in plan.inputs
+        },
+        opset=opset,
+    )
+
+
+def _weight_bytes(plan: PartPlan) -> int:
+    return sum(p.numel() * p.element_size() for p in plan.module.parameters())
+
+
+def _public_name(checkpoint: Checkpoint) -> str:
+    """A folder's name without the path that leads to it, which is nobody else's business."""
+    return checkpoint.folder.name if Path(checkpoint.name).is_dir() else checkpoint.name
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _replace(partial: Path, output: Path) -> None:
+    """Put the finished folder in its place; a bundle that was there is gone only after the new one stands."""
+    old = output.with_name(f"{output.name}.old-{os.getpid()}")
+    if output.exists():
+        os.rename(output, old)
+    os.rename(partial, output)
+    shutil.rmtree(old, ignore_errors=True)

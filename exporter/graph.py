@@ -1,0 +1,203 @@
+"""A torch module becomes an ONNX graph, without its weights; weights are bound to the graph by name.
+
+torch.onnx folds weights into whatever its optimiser likes: transposed, renamed, merged. Binding another block's
+weights to such a graph by name silently computes something else. So while the optimiser works, every parameter is a
+graph *input*, which nothing can fold; afterwards the inputs become initializers again, still under the parameter's
+own name. The one rewrite wanted on weights, storing a matrix transposed where the graph transposes it, is done here
+and recorded. No weight has to be in memory for any of this, however large the module is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch import Tensor, nn
+
+from ..engines.errors import ExportError
+
+ALIGNMENT = 4096
+IR_DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.int64: ir.DataType.INT64,
+    torch.bool: ir.DataType.BOOL,
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An initializer of a graph: the parameter it holds, and whether it is stored transposed."""
+
+    parameter: str
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An optimised ONNX graph whose initializers `weights` still have to be given their values."""
+
+    model: ir.Model
+    weights: Mapping[str, Weight]
+
+
+def graph_from_module(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    dynamic: Mapping[str, Mapping[int, str]],
+    opset: int,
+) -> Graph:
+    """Trace `module.forward(**inputs)` into a graph.
+
+    `inputs` are examples, no two of them the same object; `outputs` names the results in order; `dynamic` gives the
+    named dimensions per input. The values of the parameters are never read. Raises ExportError.
+    """
+    assert len({id(tensor) for tensor in inputs.values()}) == len(inputs), "one object as two inputs mixes them up"
+    names = {dim for dims in dynamic.values() for dim in dims.values()}
+    symbols = {name: torch.export.Dim(name, min=1, max=1 << 20) for name in sorted(names)}
+    shapes = {name: {axis: symbols[dim] for axis, dim in dynamic.get(name, {}).items()} for name in inputs}
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                kwargs=dict(inputs),
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=shapes,
+                opset_version=opset,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:400]
+        raise ExportError(f"{type(module).__name__}: torch.onnx cannot export it: {reason}") from error
+    assert program is not None
+    weights = _optimise(program.model, {name for name, _ in module.named_parameters()})
+    return Graph(program.model, weights)
+
+
+def write_graph(graph: Graph, parameters: Callable[[str], Tensor], path: Path) -> list[Path]:
+    """Write `graph` to `path` with the weights that `parameters` returns by name, in a `.data` file beside it.
+
+    One weight at a time is in memory. Returns the files written. The graph can be written again with other weights.
+    """
+    data = path.with_suffix(".data")
+    constants = graph.model.graph.initializers
+    kept = {value.name: value.const_value for value in constants.values()}
+    with data.open("wb") as file:
+        for value in constants.values():
+            assert value.name is not None
+            weight = graph.weights.get(value.name)
+            if weight is None and value.const_value is not None and value.const_value.nbytes <= 1024:
+                continue
+            tensor = parameters(weight.parameter) if weight else torch.from_numpy(kept[value.name].numpy())  # type: ignore[union-attr]
+            if weight and weight.transposed:
+                tensor = tensor.t()
+            value.const_value = _append(file, tensor.detach(), data.name, value)
+    try:
+        ir.save(graph.model, path)
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{path.name}: the graph is not valid ONNX: {error}") from error
+    finally:
+        for value in constants.values():
+            value.const_value = kept[value.name]
+    return [path, data]
+
+
+def _append(file: object, tensor: Tensor, location: str, value: ir.Value) -> ir.ExternalTensor:
+    tensor = tensor.contiguous()
+    assert value.shape is not None and tuple(tensor.shape) == tuple(value.shape.numpy()), value.name
+    assert value.dtype == IR_DTYPES[tensor.dtype], f"{value.name}: {tensor.dtype} for {value.dtype}"
+    raw = tensor.view(torch.uint8).flatten() if tensor.ndim else tensor.reshape(1).view(torch.uint8)
+    offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT  # type: ignore[attr-defined]
+    file.seek(offset)  # type: ignore[attr-defined]
+    file.write(memoryview(raw.numpy()))  # type: ignore[attr-defined]
+    return ir.ExternalTensor(
+        location,
+        offset,
+        raw.numel(),
+        IR_DTYPES[tensor.dtype],
+        shape=ir.Shape(tensor.shape),
+        name=value.name or "",
+        base_dir=".",
+    )
+
+
+def _optimise(model: ir.Model, parameters: set[str]) -> dict[str, Weight]:
+    constants = model.graph.initializers
+    demoted = [value for name, value in constants.items() if name in parameters]
+    for value in demoted:
+        assert value.name is not None
+        constants.pop(value.name)
+        value.const_value = None
+        model.graph.inputs.append(value)
+    onnxscript.optimizer.optimize(model)
+    weights = {}
+    for value in demoted:
+        assert value.name is not None
+        model.graph.inputs.remove(value)
+        if not value.uses():
+            continue
+        transposed = _absorb_transposes(value)
+        constants[value.name] = value
+        weights[value.name] = Weight(value.name, transposed)
+    _strip_notes(model)
+    return weights
+
+
+def _strip_notes(model: ir.Model) -> None:
+    """Drop what the exporter notes for its own debugging: stack traces with the paths of this machine."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _absorb_transposes(value: ir.Value) -> bool:
+    """Where every use of a matrix is its transpose, let the initializer be that transpose."""
+    nodes = [node for node, _ in value.uses()]
+    if value.shape is None or len(value.shape) != 2 or not all(_is_plain_transpose(node) for node in nodes):
+        return False
+    for node in nodes:
+        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        node.graph.remove(node, safe=True)  # type: ignore[union-attr]
+    value.shape = ir.Shape(list(reversed(value.shape.dims)))
+    return True
+
+
+def _is_plain_transpose(node: ir.Node) -> bool:
+    perm = node.attributes.get("perm")
+    return node.op_type == "Transpose" and perm is not None and list(perm.as_ints()) == [1, 0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.onnx's advice to its own developers away from our users; failures still raise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,63 @@
+"""The model families that can be exported: one file and one registry row each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from ...engines.bundle import Defaults
+from ...engines.errors import InvalidRequest
+from ..checkpoint import Checkpoint
+from .base import Request, Split
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A name users type: its family's module, the checkpoint exported unless another is given, a request's defaults."""
+
+    family: str
+    checkpoint: str
+    defaults: Defaults
+
+
+REGISTRY = {
+    "latte": Model(
+        family="latte",
+        checkpoint="maxin-cn/Latte-1",
+        defaults=Defaults(
+            prompt="a dog in astronaut suit and sunglasses floating in space",
+            negative_prompt="",
+            steps=50,
+            guidance=7.5,
+            fps=8,
+        ),
+    ),
+    "latte-demo": Model(
+        family="latte",
+        checkpoint=str(REPOSITORY / "demo" / "latte"),
+        defaults=Defaults(
+            prompt="a red circle moving right",
+            negative_prompt="",
+            steps=50,
+            guidance=2.0,
+            fps=8,
+        ),
+    ),
+}
+
+
+def find_model(name: str) -> Model:
+    """The registry row of a model name. Raises InvalidRequest."""
+    if name not in REGISTRY:
+        raise InvalidRequest(f"model: got {name!r}, expected one of {', '.join(REGISTRY)}")
+    return REGISTRY[name]
+
+
+def split_checkpoint(family: str, checkpoint: Checkpoint, request: Request) -> Split:
+    """How a checkpoint of that family falls into parts. Raises CheckpointError, InvalidRequest."""
+    split: Callable[[Checkpoint, Request], Split] = import_module(f".{family}", __package__).split
+    return split(checkpoint, request)

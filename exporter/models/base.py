@@ -1,0 +1,159 @@
+"""What a model family says about a checkpoint: its parts, their tensors, and what the runtime has to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...engines.bundle import Dtype, Shape, TensorSpec, Text
+from ...engines.errors import CheckpointError, InvalidRequest
+from ..checkpoint import Checkpoint
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int64": torch.int64,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+
+Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export: sizes left at None are the checkpoint's own."""
+
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    max_batch: int = 4
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("fp32", "fp16"):
+            raise InvalidRequest(f"dtype: got {self.dtype!r}, expected fp32 or fp16")
+        for name in ("height", "width", "frames", "max_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequest(f"{name}: got {value}, expected 1 or more")
+
+
+def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers, fp32."""
+    return torch.randn(shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A graph input and how to draw random values for it, to trace the graph with and to check it."""
+
+    spec: TensorSpec
+    draw: Draw = normal
+
+    def example(self, sizes: Mapping[str, int], generator: torch.Generator) -> Tensor:
+        """Random values of the input's shape and dtype."""
+        return self.draw(self.spec.resolve(sizes), generator).to(TORCH_DTYPES[self.spec.dtype])
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """One graph to be.
+
+    `module` computes the outputs from the inputs, in order and by name; its parameters are on the meta device. Parts
+    of one `kind` share one module object and so one graph; `parameter` then tells them apart: it returns the part's
+    own value of a parameter, by the module's name for it. `prefixes` turns the module's names into the checkpoint's,
+    `aliases` are substrings that older checkpoints spell differently. `reference` computes the same by the model's
+    original code; the graph is checked against it with every named dimension as each of `check_sizes` has it. Sizes
+    that a bundle pins (tokens, say) are named all the same, so that a check can be cheap.
+    """
+
+    name: str
+    kind: str
+    module: nn.Module
+    component: str
+    prefixes: Mapping[str, str]
+    inputs: tuple[Input, ...]
+    outputs: tuple[TensorSpec, ...]
+    reference: Callable[..., Any]
+    check_sizes: tuple[Mapping[str, int], ...]
+    aliases: tuple[tuple[str, str], ...] = ()
+
+    def parameter(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        """The value of one of the module's parameters, in the dtype the module has it in. Raises CheckpointError."""
+        wanted = self.module.get_parameter(name)
+        stored = self._tensor_name(checkpoint, name)
+        tensor = checkpoint.tensor(self.component, stored)
+        if tensor.shape != wanted.shape:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.name}: {self.component} {stored} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(wanted.shape)} by its config.json; download it again"
+            )
+        return tensor.to(wanted.dtype)
+
+    def _tensor_name(self, checkpoint: Checkpoint, parameter: str) -> str:
+        prefix = max((prefix for prefix in self.prefixes if parameter.startswith(prefix)), key=len)
+        name = self.prefixes[prefix] + parameter.removeprefix(prefix)
+        if not checkpoint.has_tensor(self.component, name):
+            for new, old in self.aliases:
+                if new in name and checkpoint.has_tensor(self.component, name.replace(new, old)):
+                    return name.replace(new, old)
+        return name
+
+
+@dataclass(frozen=True)
+class Split:
+    """A checkpoint taken apart. Parts as in engines.bundle.Manifest."""
+
+    shape: Shape
+    ranges: dict[str, tuple[int, int]]
+    streams: tuple[str, ...]
+    guidance_order: Literal["negative_first", "positive_first"]
+    text_encoder: PartPlan
+    condition: PartPlan
+    prologue: PartPlan
+    blocks: tuple[PartPlan, ...]
+    epilogue: PartPlan
+    vae_decoder: PartPlan
+    text: Text
+    tokenizer: Callable[[], str]
+    scheduler: Callable[[], Any]
+
+    @property
+    def parts(self) -> Iterator[PartPlan]:
+        """All parts in execution order."""
+        yield from (self.text_encoder, self.condition, self.prologue)
+        yield from self.blocks
+        yield from (self.epilogue, self.vae_decoder)
+
+
+def float_spec(name: str, dtype: Dtype, *shape: int | str) -> TensorSpec:
+    """A TensorSpec in one line."""
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
+def assign_parameters(module: nn.Module, value: Callable[[str], Tensor]) -> None:
+    """Give every parameter of `module` the value of that name; tied parameters stay tied."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    made: dict[int, nn.Parameter] = {}
+    for child in module.modules():
+        for key, parameter in child._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(value(names[id(parameter)]), requires_grad=False)
+            child._parameters[key] = made[id(parameter)]
+
+
+def mean_squared_change(new: Tensor, cached: Tensor) -> Tensor:
+    """Mean of (new - cached)² per row, fp32, as a mean of means, which keeps seven digits over millions of elements."""
+    change = new.float() - cached.float()
+    square = change * change
+    while square.ndim > 1:
+        square = square.mean(-1)
+    return square

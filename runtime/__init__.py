@@ -1,0 +1,1 @@
+"""Runs a bundle: text to latents to frames, with Foresight's reuse. Needs numpy or CuPy, an engine library, a tokenizer."""

@@ -1,0 +1,51 @@
+"""This machine and what it can run, without loading any model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+from .. import __version__
+
+LIBRARIES = (
+    "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "msgspec", "av", "pillow", "jinja2",
+    "torch", "diffusers", "transformers", "onnx", "onnxscript", "cupy-cuda13x", "tensorrt",
+)  # fmt: skip
+
+
+def describe_environment() -> dict[str, Any]:
+    """Machine, library versions (None where not installed), and which commands and devices they allow."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "machine": {
+            "foresight": __version__,
+            "python": sys.version.split()[0],
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": cores,
+        },
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "can": {
+            "run on": _devices(),
+            "export": all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "transformers", "onnx")),
+            "write mp4": importlib.util.find_spec("av") is not None,
+            "write reports": importlib.util.find_spec("jinja2") is not None,
+        },
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    import onnxruntime
+
+    names = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
+    return [names[provider] for provider in onnxruntime.get_available_providers() if provider in names]

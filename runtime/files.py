@@ -1,0 +1,97 @@
+"""The files a request leaves behind: where they go, checked before the work, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..engines.arrays import HostArray
+from ..engines.errors import InvalidRequest, OutputError
+from .video import Video, check_output, write_whole
+
+SUFFIXES = {"frames": ".npy", "latents": ".npy", "report": ".html", "trace": ".json"}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Paths to write to, None for what is not wanted: the video, its frames and latents, the page, the trace."""
+
+    output: Path | None = None
+    frames: Path | None = None
+    latents: Path | None = None
+    report: Path | None = None
+    trace: Path | None = None
+
+    def check(self) -> None:
+        """Refuse names with the wrong suffix and folders that cannot be written. Raises InvalidRequest, OutputError."""
+        if self.output is not None:
+            check_output(self.output)
+        for name, suffix in SUFFIXES.items():
+            path = getattr(self, name)
+            if path is not None and path.suffix != suffix:
+                raise InvalidRequest(f"{name}: got {path.name!r}, expected a name ending in {suffix}")
+        for path in self._wanted():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=path.parent):
+                    pass
+            except OSError as error:
+                raise OutputError(
+                    f"output {path}: {error.strerror or error}; choose a place that is writable"
+                ) from error
+
+    def numbered(self, index: int, count: int) -> Targets:
+        """The targets of one of several videos: `name-000.mp4`; of a single one, the same."""
+        if count == 1:
+            return self
+        renamed = {
+            field.name: path.with_name(f"{path.stem}-{index:03d}{path.suffix}")
+            for field in fields(self)
+            if (path := getattr(self, field.name)) is not None
+        }
+        return replace(self, **renamed)
+
+    def write(self, video: Video, reference: Video | None = None) -> list[Path]:
+        """Write everything that is wanted; `reference` is the same request without reuse, for the page."""
+        if self.output is not None:
+            video.save(self.output)
+        if self.frames is not None:
+            save_array(self.frames, video.frames)
+        if self.latents is not None:
+            save_array(self.latents, video.latents)
+        if self.trace is not None:
+            text = json.dumps(video.trace.to_dict(), indent=1)
+            write_whole(self.trace, lambda path: path.write_text(text, encoding="utf-8"))
+        if self.report is not None:
+            from .report import write_report
+
+            write_report(video, self.report, reference=reference)
+        return self._wanted()
+
+    def _wanted(self) -> list[Path]:
+        return [path for field in fields(self) if (path := getattr(self, field.name)) is not None]
+
+
+def save_array(path: Path, array: HostArray) -> None:
+    """Write a .npy file. Raises OutputError."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+
+    write_whole(path, write)
+
+
+def read_latents(path: Path) -> HostArray:
+    """Read initial noise from a .npy file. Raises InvalidRequest."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"latents {path}: cannot be read ({error}); expected an .npy file of fp32") from error
+    if not isinstance(array, np.ndarray):
+        raise InvalidRequest(f"latents {path}: holds several arrays, expected one (.npy)")
+    return array

@@ -1,0 +1,248 @@
+"""VideoPipeline: a loaded bundle; text in, videos out."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, overload
+
+import numpy as np
+
+from ..engines.arrays import Array, HostArray
+from ..engines.backend import Backend, Engine, create_backend
+from ..engines.bundle import Bundle, Part, open_bundle, verify_files
+from ..engines.errors import InvalidRequest
+from .cache import create_cache
+from .denoise import CancelToken, OnStep, Request, Transformer, denoise
+from .policies import Foresight, Policy, policy_settings
+from .sampler import load_table
+from .text import Tokenizer, Tokens, check_prompts
+from .trace import Trace
+from .video import Video
+
+
+class VideoPipeline:
+    """The engines of one bundle on one backend. Requests may run in several threads; they share nothing mutable."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        """Load every engine of `bundle`, whose files must have been verified. Raises EngineError, IntegrityError."""
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self.backend = backend
+        self._tokenizer = Tokenizer(bundle.file(self.manifest.text.tokenizer), self.manifest.text)
+        self._table = load_table(bundle.file(self.manifest.sampler.table), self.manifest.sampler.max_steps)
+        self._text_encoder = self._load(self.manifest.text_encoder)
+        self._condition = self._load(self.manifest.condition)
+        self._transformer = Transformer(
+            prologue=self._load(self.manifest.prologue),
+            blocks=tuple(self._load(block) for block in self.manifest.blocks),
+            epilogue=self._load(self.manifest.epilogue),
+            guidance_order=self.manifest.guidance_order,
+        )
+        self._vae_decoder = self._load(self.manifest.vae_decoder)
+
+    @overload
+    def __call__(self, prompt: str, **settings: Any) -> Video: ...
+    @overload
+    def __call__(self, prompt: Sequence[str], **settings: Any) -> list[Video]: ...
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | Sequence[int] = 0,
+        policy: Policy | None = None,
+        latents: Array | None = None,
+        on_step: OnStep | None = None,
+        cancel: CancelToken | None = None,
+    ) -> Video | list[Video]:
+        """Make a video of a prompt, or of each prompt of a list in one batch.
+
+        What is None is the bundle's default; `policy` is then `Foresight()`. `seed` is one number, to which a batch
+        adds the prompt's position, or one per prompt. `latents` is the initial noise instead: (prompts, *latent
+        shape) or, for one prompt, the latent shape; fp32; a numpy array, or one that speaks DLPack. `on_step` is
+        called after every step with the steps done, their number and the trace so far. `cancel` is looked at before
+        every block. A guidance of 1 runs without the negative half.
+
+        Raises InvalidRequest before anything runs; Cancelled and EngineError leave the pipeline usable.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        check_prompts(prompts)
+        if len(prompts) > self.manifest.shape.max_batch:
+            raise InvalidRequest(
+                f"prompts: got {len(prompts)} at once, this bundle takes {self.manifest.shape.max_batch}; send fewer, "
+                "or export with a larger --max-batch"
+            )
+        defaults = self.manifest.defaults
+        guidance = _check_guidance(defaults.guidance if guidance is None else guidance)
+        schedule = self._table.schedule(defaults.steps if steps is None else steps)
+        policy = Foresight() if policy is None else policy
+        seeds = _seeds(seed, len(prompts))
+        noise = self._noise(latents, seeds)
+        trace = Trace(
+            model=self.manifest.model,
+            bundle=self.bundle.id,
+            blocks=tuple(block.name for block in self.manifest.blocks),
+            kinds=tuple(block.kind for block in self.manifest.blocks),
+            policy=policy_settings(policy),
+            backend=self.backend.describe(),
+            prompts=tuple(prompts),
+            steps_requested=schedule.steps,
+            guidance=guidance,
+            seeds=seeds,
+        )
+        halves = 1 if guidance == 1 else 2
+        negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
+        tensors = self._encode(prompts, negative, halves, trace)
+        started = time.perf_counter()
+        rows = halves * len(prompts)
+        cache = create_cache(policy.cache, self.manifest, self.backend.arrays, rows)
+        trace.cache_bytes = cache.nbytes
+        request = Request(
+            arrays=self.backend.arrays,
+            sampler=schedule.begin(noise),
+            schedule=schedule,
+            cache=cache,
+            decider=policy.begin(schedule.steps, len(self.manifest.blocks)),
+            drop_dead=policy.cache == "output",
+            tensors=tensors | self._step_tensors(rows),
+            distances=self.backend.arrays.empty((len(self.manifest.blocks), rows), "fp32"),
+            guidance=guidance,
+            halves=halves,
+            trace=trace,
+            on_step=on_step,
+            cancel=cancel,
+        )
+        final = self.backend.arrays.to_host(denoise(self._transformer, request))
+        del request, cache, tensors
+        trace.denoise_ms = 1e3 * (time.perf_counter() - started)
+        started = time.perf_counter()
+        frames = [self._decode(video) for video in final]
+        trace.decode_ms = 1e3 * (time.perf_counter() - started)
+        videos = [
+            Video(frames=f, latents=x, fps=defaults.fps, prompt=text, seed=s, trace=trace)
+            for f, x, text, s in zip(frames, final, prompts, seeds, strict=True)
+        ]
+        return videos[0] if isinstance(prompt, str) else videos
+
+    def _load(self, part: Part) -> Engine:
+        return self.backend.load(self.bundle.file(part.graph), part)
+
+    def _noise(self, latents: Array | None, seeds: tuple[int, ...]) -> Array:
+        """Initial noise (prompts, *latent shape) fp32 on the device."""
+        shape = self.manifest.shape.latents
+        if latents is None:
+            draws = [np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds]
+            return self.backend.arrays.from_host(np.stack(draws))
+        given = self.backend.arrays.xp.from_dlpack(latents) if hasattr(latents, "__dlpack__") else np.asarray(latents)
+        if given.shape == shape and len(seeds) == 1:
+            given = given[None]
+        if given.shape != (len(seeds), *shape) or given.dtype != np.float32:
+            raise InvalidRequest(
+                f"latents: got {given.dtype} {given.shape}, expected float32 {(len(seeds), *shape)}, as this bundle was "
+                "exported"
+            )
+        if not bool(self.backend.arrays.xp.isfinite(given).all()):
+            raise InvalidRequest("latents: got values that are not finite, expected normal noise")
+        return given
+
+    def _encode(self, prompts: Sequence[str], negative: str, halves: int, trace: Trace) -> dict[str, Array]:
+        """The inputs that no step changes: the condition part's outputs, in the order of the guided batch.
+
+        A prompt and its negative are both cut to the prompt's length, as diffusers does for one prompt; in a batch
+        each is masked to its own length, so that no prompt sees another's padding.
+        """
+        started = time.perf_counter()
+        positive = self._tokenizer.encode(prompts)
+        trace.truncated_prompts = sum(positive.truncated)
+        texts = [positive]
+        if halves == 2:
+            other = self._tokenizer.encode([negative] * len(prompts))
+            texts = [other, positive] if self.manifest.guidance_order == "negative_first" else [positive, other]
+        tokens = Tokens(
+            ids=np.concatenate([text.ids for text in texts]),
+            mask=np.concatenate([text.mask for text in texts]),
+            lengths=positive.lengths * halves,
+            truncated=positive.truncated,
+        )
+        length = max(tokens.lengths)
+        arrays = self.backend.arrays
+        states = self._run(
+            self._text_encoder,
+            self.manifest.text_encoder,
+            {"input_ids": arrays.from_host(tokens.ids), "attention_mask": arrays.from_host(tokens.mask)},
+            {"batch": len(tokens.ids)},
+        )["text_states"]
+        mask = (np.arange(length)[None] < np.array(tokens.lengths)[:, None]).astype(np.int64)
+        condition = self._run(
+            self._condition,
+            self.manifest.condition,
+            {
+                "text_states": arrays.xp.ascontiguousarray(states[:, :length]),
+                "text_mask": arrays.from_host(mask),
+            },
+            {"batch": len(tokens.ids), "text": length},
+        )
+        trace.text_ms = 1e3 * (time.perf_counter() - started)
+        return condition
+
+    def _step_tensors(self, rows: int) -> dict[str, Array]:
+        """The inputs and outputs of prologue and epilogue, apart from the stream."""
+        sizes = {name: largest for name, (_, largest) in self.manifest.ranges.items()} | {"batch": rows}
+        specs = [*self.manifest.prologue.inputs, *self.manifest.prologue.outputs, *self.manifest.epilogue.outputs]
+        return {
+            spec.name: self.backend.arrays.empty(spec.resolve(sizes), spec.dtype)
+            for spec in specs
+            if spec.name not in self.manifest.streams
+        }
+
+    def _decode(self, latents: HostArray) -> HostArray:
+        """One video's latents to frames (F, H, W, 3) uint8, a few frames at a time."""
+        part = self.manifest.vae_decoder
+        axis = part.input("latents").shape.index("frames")
+        chunk = self.manifest.shape.decode_frames
+        frames = []
+        for first in range(0, latents.shape[axis], chunk):
+            piece = np.take(latents, range(first, min(first + chunk, latents.shape[axis])), axis)
+            sizes = {name: largest for name, (_, largest) in self.manifest.ranges.items()}
+            inputs = {"latents": self.backend.arrays.from_host(piece)}
+            result = self._run(self._vae_decoder, part, inputs, sizes | {"frames": piece.shape[axis]})
+            frames.append(self.backend.arrays.to_host(result["frames"]))
+        return np.concatenate(frames)
+
+    def _run(self, engine: Engine, part: Part, inputs: dict[str, Array], sizes: dict[str, int]) -> dict[str, Array]:
+        """Run a part whose outputs nobody has allocated yet; returns them."""
+        outputs = {spec.name: self.backend.arrays.empty(spec.resolve(sizes), spec.dtype) for spec in part.outputs}
+        engine.run({**inputs, **outputs})
+        return outputs
+
+
+def load(
+    bundle: str | os.PathLike[str], *, backend: str = "onnxruntime", device: str = "cpu", threads: int | None = None
+) -> VideoPipeline:
+    """Open a bundle, verify all its files, and load its engines.
+
+    `threads` is for CPU backends (None: the cores this process may use) and is one number per process. Raises
+    BundleError, IntegrityError, EngineError, InvalidRequest.
+    """
+    opened = open_bundle(bundle)
+    verify_files(opened)
+    return VideoPipeline(opened, create_backend(backend, device, threads))
+
+
+def _check_guidance(guidance: float) -> float:
+    if not (math.isfinite(guidance) and guidance >= 1):
+        raise InvalidRequest(f"guidance: got {guidance}, expected a finite number of 1 (none) or more")
+    return float(guidance)
+
+
+def _seeds(seed: int | Sequence[int], prompts: int) -> tuple[int, ...]:
+    seeds = tuple(range(seed, seed + prompts)) if isinstance(seed, int) else tuple(seed)
+    if len(seeds) != prompts or any(not isinstance(s, int) or s < 0 for s in seeds):
+        raise InvalidRequest(f"seed: got {seed!r}, expected a number of 0 or more, or one per prompt ({prompts})")
+    return seeds

@@ -1,0 +1,97 @@
+"""Applies a bundle's sampler table; the scheduler itself was compiled away at export."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engines.arrays import Array, HostArray
+from ..engines.errors import IntegrityError, InvalidRequest
+
+COLUMNS = ("timesteps", "input_scales", "sample_coefficients", "output_coefficients", "noise_scales")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One number of steps T: timesteps and input scales (T,), coefficients a (T, n) and b (T, m); all fp64.
+
+    x[t+1] = sum of a[t, i] x[t-i] over i, plus sum of b[t, i] m[t-i], with x the samples and m the model outputs.
+    """
+
+    timesteps: HostArray
+    input_scales: HostArray
+    sample_coefficients: HostArray
+    output_coefficients: HostArray
+    noise_scale: float
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return len(self.timesteps)
+
+    def begin(self, latents: Array) -> Sampler:
+        """The sampler of one request; `latents` is its standard normal noise, which is left as it is."""
+        return Sampler(self, latents * np.float32(self.noise_scale))
+
+
+class Sampler:
+    """The samples of one request. `latents` is the newest, fp32."""
+
+    def __init__(self, schedule: Schedule, latents: Array) -> None:
+        self._schedule = schedule
+        self._samples: list[Array] = [latents]
+        self._outputs: list[Array] = []
+
+    @property
+    def latents(self) -> Array:
+        """The current sample."""
+        return self._samples[0]
+
+    def model_input(self, step: int) -> Array:
+        """The sample as the model wants to see it."""
+        scale = self._schedule.input_scales[step]
+        return self.latents if scale == 1 else self.latents * np.float32(scale)
+
+    def advance(self, step: int, model_output: Array) -> None:
+        """One step further, given what the model made of this one."""
+        a, b = self._schedule.sample_coefficients[step], self._schedule.output_coefficients[step]
+        self._outputs = [model_output, *self._outputs][: len(b)]
+        terms = [*zip(a, self._samples, strict=False), *zip(b, self._outputs, strict=False)]
+        new: Any = 0
+        for coefficient, values in terms:
+            if coefficient:
+                new = new + np.float32(coefficient) * values
+        self._samples = [new, *self._samples][: len(a)]
+
+
+class SamplerTable:
+    """The schedules of a bundle for 1 … `max_steps` steps."""
+
+    def __init__(self, columns: dict[str, HostArray], max_steps: int) -> None:
+        self._columns = columns
+        self.max_steps = max_steps
+
+    def schedule(self, steps: int) -> Schedule:
+        """The schedule of that many steps. Raises InvalidRequest."""
+        if not 1 <= steps <= self.max_steps:
+            raise InvalidRequest(f"steps: got {steps}, expected 1 to {self.max_steps}, which the bundle has tables for")
+        first = steps * (steps - 1) // 2
+        rows = {name: self._columns[name][first : first + steps] for name in COLUMNS[:-1]}
+        return Schedule(**rows, noise_scale=float(self._columns["noise_scales"][steps - 1]))
+
+
+def load_table(path: Path, max_steps: int) -> SamplerTable:
+    """Read `sampler.npz`; nothing in it is unpickled. Raises IntegrityError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            columns = {name: file[name] for name in COLUMNS}
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise IntegrityError(f"{path}: is not a sampler table ({error}); export again") from error
+    rows = max_steps * (max_steps + 1) // 2
+    if any(len(columns[name]) != rows or columns[name].dtype != np.float64 for name in COLUMNS[:-1]):
+        raise IntegrityError(f"{path}: expected fp64 tables of {rows} rows; export again")
+    return SamplerTable(columns, max_steps)

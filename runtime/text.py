@@ -1,0 +1,75 @@
+"""Prompts become tokens, as the checkpoint's own pipeline makes them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as _Tokenizer
+
+from ..engines.arrays import HostArray
+from ..engines.bundle import Text
+from ..engines.errors import IntegrityError, InvalidRequest
+
+log = logging.getLogger("foresight")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """ids and mask (texts, max_tokens) int64; `lengths` without padding; `truncated` where a text was cut."""
+
+    ids: HostArray
+    mask: HostArray
+    lengths: tuple[int, ...]
+    truncated: tuple[bool, ...]
+
+
+class Tokenizer:
+    """A bundle's tokenizer. Thread-safe: encoding changes nothing in it."""
+
+    def __init__(self, path: Path, settings: Text) -> None:
+        try:
+            self._tokenizer = _Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise IntegrityError(f"{path}: is not a tokenizer ({error}); export again") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._settings = settings
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        """Tokens of each text, cut to the model's length as its own tokenizer does: the end token stays."""
+        settings = self._settings
+        ids = np.full((len(texts), settings.max_tokens), settings.pad_id, np.int64)
+        mask = np.zeros_like(ids)
+        lengths, truncated = [], []
+        for row, text in enumerate(texts):
+            found = self._tokenizer.encode(self._normalize(text)).ids
+            if len(found) > settings.max_tokens:
+                log.warning(
+                    "prompt %r…: has %d tokens, the model reads %d; the rest is cut off",
+                    text[:40],
+                    len(found),
+                    settings.max_tokens,
+                )
+            kept = found if len(found) <= settings.max_tokens else [*found[: settings.max_tokens - 1], found[-1]]
+            ids[row, : len(kept)] = kept
+            mask[row, : len(kept)] = 1
+            lengths.append(len(kept))
+            truncated.append(len(kept) < len(found))
+        return Tokens(ids, mask, tuple(lengths), tuple(truncated))
+
+    def _normalize(self, text: str) -> str:
+        text = text.lower() if self._settings.lowercase else text
+        return text.strip() if self._settings.strip else text
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse what is no prompt. Raises InvalidRequest."""
+    if not prompts:
+        raise InvalidRequest("prompt: got none, expected at least one")
+    for prompt in prompts:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InvalidRequest(f"prompt: got {prompt!r}, expected some text")

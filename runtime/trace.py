@@ -1,0 +1,123 @@
+"""What one request did: per step and block what was computed, reused or dead, what was measured, how long it took."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from .policies import Decision, Measure
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One denoising step. All tuples have one entry per block.
+
+    `decisions` are the values of `Decision`. `distances` are the measured changes, of the prompt that changed most,
+    None where the block did not run or had no earlier output. `metrics` and `limits` are what the decision rested
+    on. `milliseconds` is the wall time of the whole step, sampler and guidance included.
+    """
+
+    timestep: float
+    milliseconds: float
+    decisions: tuple[str, ...]
+    distances: tuple[float | None, ...]
+    metrics: tuple[float | None, ...]
+    limits: tuple[float | None, ...]
+
+
+@dataclass
+class Trace:
+    """The record of one request, filled while it runs and never changed after.
+
+    `policy` and `backend` are their names and settings; `blocks` and `kinds` name the blocks in execution order.
+    `text_ms`, `denoise_ms`, `decode_ms` are wall times of the phases; `cache_bytes` is what the stream and the cached
+    outputs took; `truncated_prompts` counts those that were cut.
+    """
+
+    model: str
+    bundle: str
+    blocks: tuple[str, ...]
+    kinds: tuple[str, ...]
+    policy: dict[str, Any]
+    backend: dict[str, str]
+    prompts: tuple[str, ...]
+    steps_requested: int
+    guidance: float
+    seeds: tuple[int, ...]
+    steps: list[StepTrace] = field(default_factory=list)
+    text_ms: float = 0.0
+    denoise_ms: float = 0.0
+    decode_ms: float = 0.0
+    engine_ms: float = 0.0
+    cache_bytes: int = 0
+    truncated_prompts: int = 0
+
+    def record(
+        self,
+        timestep: float,
+        milliseconds: float,
+        decisions: Sequence[Decision],
+        measures: Sequence[Measure | None],
+    ) -> None:
+        """Add a step; its distances follow when they have reached the host."""
+        self.steps.append(
+            StepTrace(
+                timestep=timestep,
+                milliseconds=milliseconds,
+                decisions=tuple(decision.value for decision in decisions),
+                distances=(None,) * len(decisions),
+                metrics=tuple(measure.metric if measure else None for measure in measures),
+                limits=tuple(measure.limit if measure else None for measure in measures),
+            )
+        )
+
+    def measure(self, step: int, distances: Sequence[float | None]) -> None:
+        """Add what a recorded step measured, per block."""
+        self.steps[step] = replace(self.steps[step], distances=tuple(distances))
+
+    def count(self, decision: Decision) -> int:
+        """How many block calls of the request ended that way."""
+        return sum(step.decisions.count(decision.value) for step in self.steps)
+
+    @property
+    def blocks_computed(self) -> int:
+        """Block calls that ran."""
+        return self.count(Decision.COMPUTE)
+
+    @property
+    def blocks_reused(self) -> int:
+        """Block calls whose cached output, or residual, was handed on instead."""
+        return self.count(Decision.REUSE)
+
+    @property
+    def blocks_dead(self) -> int:
+        """Block calls that did not run because a later reused block replaced their output."""
+        return self.count(Decision.DEAD)
+
+    @property
+    def blocks_possible(self) -> int:
+        """Block calls of the same request without reuse."""
+        return len(self.steps) * len(self.blocks)
+
+    @property
+    def share_skipped(self) -> float:
+        """Share of block calls that did not run, 0 to 1."""
+        return 1 - self.blocks_computed / self.blocks_possible if self.steps else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values, with the totals; numbers that are not finite become None."""
+        totals = {
+            name: getattr(self, name)
+            for name in ("blocks_computed", "blocks_reused", "blocks_dead", "blocks_possible", "share_skipped")
+        }
+        return _finite({**asdict(self), **totals})  # type: ignore[no-any-return]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,111 @@
+"""A finished video, and writing it: mp4, gif, npy, or a folder of png."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..engines.arrays import HostArray
+from ..engines.errors import InvalidRequest, OutputError
+from .trace import Trace
+
+
+@dataclass(frozen=True)
+class Video:
+    """One result, owned by the caller.
+
+    `frames` (frames, height, width, 3) uint8 RGB; `latents` the final latents before the VAE, (latent shape) fp32;
+    `trace` is shared by the videos of one batch.
+    """
+
+    frames: HostArray
+    latents: HostArray
+    fps: int
+    prompt: str
+    seed: int
+    trace: Trace
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the frames as the suffix says: .mp4, .gif, .npy, or none for a folder of png files.
+
+        The file appears whole or not at all. Raises InvalidRequest for another suffix, OutputError.
+        """
+        return save_frames(self.frames, self.fps, path)
+
+
+def save_frames(frames: HostArray, fps: int, path: str | os.PathLike[str]) -> Path:
+    """Write frames (frames, height, width, 3) uint8; see Video.save."""
+    target = Path(path)
+    write = check_output(target)
+    return write_whole(target, lambda temporary: write(frames, fps, temporary))
+
+
+def check_output(path: Path) -> Callable[[HostArray, int, Path], None]:
+    """The writer for a path's suffix. Raises InvalidRequest; call it before the work that makes the frames."""
+    if path.suffix.lower() not in WRITERS:
+        raise InvalidRequest(f"output: got {path.name!r}, expected a name ending in .mp4, .gif, .npy, or a folder")
+    return WRITERS[path.suffix.lower()]
+
+
+def write_whole(target: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary path beside `target`, then rename it. Raises OutputError; leaves no remains."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            temporary = Path(folder) / target.name
+            write(temporary)
+            if target.is_dir() and temporary.is_dir():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+    except OSError as error:
+        raise OutputError(
+            f"output {target}: {error.strerror or error}; check the path, its permissions and the free space"
+        ) from error
+    return target
+
+
+def _write_mp4(frames: HostArray, fps: int, path: Path) -> None:
+    try:
+        import av
+    except ImportError as error:
+        raise OutputError(
+            "output .mp4: PyAV is not installed; install foresight-engines[video], or write a .gif"
+        ) from error
+    count, height, width, _ = frames.shape
+    # 4:2:0 video has even sides only: repeat the last row or column of odd ones
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
+        stream.width, stream.height = frames.shape[2], frames.shape[1]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _write_gif(frames: HostArray, fps: int, path: Path) -> None:
+    from PIL import Image
+
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+
+
+def _write_npy(frames: HostArray, fps: int, path: Path) -> None:
+    np.save(path, frames, allow_pickle=False)
+
+
+def _write_pngs(frames: HostArray, fps: int, path: Path) -> None:
+    from PIL import Image
+
+    path.mkdir()
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(path / f"frame-{index:04d}.png")
+
+
+WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".npy": _write_npy, "": _write_pngs}
