@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 try:
     import click
-
     import foresight
     from foresight.engines.errors import ForesightError, InvalidRequest
 except ModuleNotFoundError as missing:  # run from a clone that nothing was installed from
@@ -206,10 +205,12 @@ def run(
     results = []
     for index, text in enumerate(texts):
         request = {**settings, "seed": seed + index}
-        video = _generate(pipeline, text, policy, request, "denoising")
         reference = None
+        if compare and not index:
+            pipeline(text, **{**request, "steps": 1})  # so that neither pays for what only the first request does
         if compare:
             reference = _generate(pipeline, text, foresight.NoReuse(), request, "without reuse")
+        video = _generate(pipeline, text, policy, request, "denoising")
         own = targets.numbered(index, len(texts))
         written = own.write(video, reference)
         results.append((video, reference, written))
@@ -224,7 +225,7 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
     """Show what a bundle holds, without loading any of it."""
     _log(verbose)
     import msgspec
-    from foresight.engines.bundle import newest_bundle, open_bundle
+    from foresight.engines.bundle import newest_bundle, open_bundle, part_files
 
     opened = open_bundle(bundle or newest_bundle())
     manifest = opened.manifest
@@ -238,7 +239,8 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
     }
     shape = manifest.shape
     lines = [
-        f"{opened.path}: {manifest.model} ({manifest.family}), {manifest.dtype}, {size / MEBI:.1f} MiB, id {opened.id[:12]}",
+        f"{opened.path}: {manifest.model} ({manifest.family}), {manifest.dtype}, {size / MEBI:.1f} MiB, "
+        f"id {opened.id[:12]}",
         f"video: {shape.frames} frames of {shape.height} x {shape.width}, up to {shape.max_batch} prompts at once",
         f"cache of a request: {manifest.cache_bytes(2) / MEBI:.1f} MiB per prompt with guidance, "
         f"{manifest.cache_bytes(1) / MEBI:.1f} MiB without",
@@ -248,8 +250,7 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
         f"{'part':14} {'kind':16} {'MiB':>9}  difference from eager",
     ]
     for part in manifest.parts:
-        stem = part.graph.removesuffix(".onnx")
-        part_bytes = sum(record.bytes for name, record in manifest.files.items() if name.rpartition(".")[0] == stem)
+        part_bytes = sum(manifest.files[name].bytes for name in part_files(part))
         lines.append(f"{part.name:14} {part.kind:16} {part_bytes / MEBI:9.2f}  {part.max_difference:.2g}")
     _print(summary, as_json, lines)
 
@@ -348,8 +349,8 @@ def _describe_run(row: dict[str, Any]) -> list[str]:
         f"({100 * row['share_skipped']:.1f} % skipped)"
     )
     lines.append(
-        f"time: text {row['text_ms']:.0f} ms, denoising {row['denoise_ms']:.0f} ms, decoding {row['decode_ms']:.0f} ms; "
-        f"cache {row['cache_bytes'] / MEBI:.1f} MiB"
+        f"time: text {row['text_ms']:.0f} ms, denoising {row['denoise_ms']:.0f} ms, "
+        f"decoding {row['decode_ms']:.0f} ms; cache {row['cache_bytes'] / MEBI:.1f} MiB"
     )
     if "compared" in row:
         other = row["compared"]

@@ -175,6 +175,11 @@ class Manifest(_Record):
         return rows * sum(self.cache_bytes_per_row.values())
 
 
+def part_files(part: Part) -> tuple[str, str]:
+    """The names of a part's files: the graph, and the weights it refers to."""
+    return part.graph, f"{part.graph.removesuffix('.onnx')}.data"
+
+
 def stream_bytes_per_row(block: Part, streams: Iterable[str], ranges: Mapping[str, tuple[int, int]]) -> int:
     """Bytes that one row of a block's stream outputs takes in the cache."""
     sizes = {name: largest for name, (_, largest) in ranges.items()} | {"batch": 1}

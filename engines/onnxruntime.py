@@ -1,7 +1,8 @@
 """ONNX Runtime: the CPU, which is the embedded default, and NVIDIA GPUs through its CUDA provider.
 
-All sessions of a process share one pool of threads: a bundle has dozens of sessions, and a pool for each would mean
-hundreds of threads. The pool's size is therefore fixed by the first backend of the process.
+All sessions of a process share one pool of threads and one arena of memory. A bundle has dozens of sessions: a pool
+for each would mean hundreds of threads, and an arena for each would keep dozens of times the scratch that one block
+needs. The pool's size is therefore fixed by the first backend of the process.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    Fail,
+    InvalidArgument,
+    NoSuchFile,
+    OrtAllocatorType,
+    OrtMemoryInfo,
+    OrtMemType,
+    RuntimeException,
+    create_and_register_allocator,
+)
 
 from .arrays import Array, Arrays, numpy_dtype
 from .bundle import Part
 from .errors import EngineError, InvalidRequest
 
-ORT_ERRORS = (Fail, InvalidArgument, RuntimeException, RuntimeError)
+ORT_ERRORS = (Fail, InvalidArgument, NoSuchFile, RuntimeException, RuntimeError)
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
 
@@ -38,7 +48,7 @@ class OnnxRuntimeBackend:
         if threads is not None and threads < 1:
             raise InvalidRequest(f"threads: got {threads}, expected 1 or more")
         self.arrays = Arrays(device)
-        self.threads = _share_thread_pool(threads)
+        self.threads = _share_threads_and_arena(threads)
         self._options = _session_options(optimize)
         self._provider = "CPUExecutionProvider" if self.arrays.kind == "cpu" else "CUDAExecutionProvider"
 
@@ -100,6 +110,11 @@ class OnnxRuntimeEngine:
             raise EngineError(f"{self._part.name}: ONNX Runtime failed: {one_line(error)}") from error
 
 
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def one_line(error: BaseException) -> str:
     """The error's text without line breaks."""
     return " ".join(str(error).split())
@@ -108,6 +123,7 @@ def one_line(error: BaseException) -> str:
 def _session_options(optimize: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.use_per_session_threads = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = 3
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -115,13 +131,15 @@ def _session_options(optimize: bool) -> ort.SessionOptions:
     return options
 
 
-def _share_thread_pool(threads: int | None) -> int:
-    """Make the process's one pool, or confirm that it has the wanted size; returns its size."""
+def _share_threads_and_arena(threads: int | None) -> int:
+    """Make the process's one pool and one arena, or confirm that the pool has the wanted size; returns its size."""
     global _pool_threads
     with _pool_lock:
         if _pool_threads is None:
-            wanted = threads or len(os.sched_getaffinity(0))
+            wanted = threads or available_cores()
             ort.set_global_thread_pool_sizes(wanted, 1)
+            memory = OrtMemoryInfo("Cpu", OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, OrtMemType.DEFAULT)
+            create_and_register_allocator(memory, None)
             _pool_threads = wanted
         elif threads not in (None, _pool_threads):
             raise InvalidRequest(

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from ..engines.bundle import file_record
 from ..engines.errors import CheckpointError
 
+COMPONENTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+READ_SUFFIXES = (".json", ".safetensors", ".model")
 WEIGHT_STEMS = {"text_encoder": "model", "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 
 
@@ -29,6 +31,7 @@ class Checkpoint:
         self.name = name
         self.folder = folder
         self._index = self._read_json("model_index.json")
+        self._weight_files: dict[str, dict[str, Path]] = {}
 
     def require_pipeline(self, expected: str, components: dict[str, str]) -> None:
         """Refuse a checkpoint of another pipeline, or one with components of another class."""
@@ -82,18 +85,17 @@ class Checkpoint:
         return sum(path.stat().st_size for path in self._read_files() if path.suffix == ".safetensors")
 
     def _read_files(self) -> Iterable[Path]:
-        for path in self.folder.rglob("*"):
-            if path.is_file() and path.suffix in (".json", ".safetensors", ".model"):
-                yield path
+        for component in COMPONENTS:
+            top = self.folder / component
+            for path in (top, *top.rglob("*")):
+                if path.is_file() and path.suffix in READ_SUFFIXES:
+                    yield path
 
     def _files(self, component: str) -> dict[str, Path]:
+        """The file that stores each of a component's weights."""
         if component not in self._weight_files:
             self._weight_files[component] = self._find_weights(component)
         return self._weight_files[component]
-
-    @cached_property
-    def _weight_files(self) -> dict[str, dict[str, Path]]:
-        return {}
 
     def _find_weights(self, component: str) -> dict[str, Path]:
         folder, stem = self.folder / component, WEIGHT_STEMS[component]
@@ -134,7 +136,7 @@ def find_checkpoint(path_or_id: str) -> Checkpoint:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        local = snapshot_download(path_or_id, allow_patterns=["*.json", "*.safetensors", "*.model"])
+        local = snapshot_download(path_or_id, allow_patterns=_hub_patterns())
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
@@ -142,3 +144,8 @@ def find_checkpoint(path_or_id: str) -> Checkpoint:
             "network, or give a folder with --checkpoint"
         ) from error
     return Checkpoint(path_or_id, Path(local))
+
+
+def _hub_patterns() -> list[str]:
+    folders = [component for component in COMPONENTS if not component.endswith(".json")]
+    return ["model_index.json", *(f"{folder}/*{suffix}" for folder in folders for suffix in READ_SUFFIXES)]

@@ -34,6 +34,7 @@ from ..engines.bundle import (
     Source,
     file_record,
     open_bundle,
+    part_files,
     stream_bytes_per_row,
     verify_files,
 )
@@ -191,7 +192,7 @@ class Export:
         part = state.parts.get(name)
         if part is None:
             return False
-        files = [partial / file for file in state.files if file.split(".onnx")[0].split(".data")[0] == name]
+        files = [partial / file for file in part_files(part)]
         return all(file.is_file() and file_record(file) == state.files[file.name] for file in files)
 
     def _write_part(self, partial: Path, plan: PartPlan, graphs: dict[str, Graph]) -> tuple[Part, list[Path]]:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx
 import onnx_ir as ir
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 
 from ..engines.errors import ExportError
 
-ALIGNMENT = 4096
+ALIGNMENT = 4096  # of weights in the data file, so that they can be mapped
+INLINE_BYTES = 1024  # constants up to here stay in the graph
 IR_DTYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
@@ -93,46 +95,47 @@ def write_graph(graph: Graph, parameters: Callable[[str], Tensor], path: Path) -
     One weight at a time is in memory. Returns the files written. The graph can be written again with other weights.
     """
     data = path.with_suffix(".data")
-    constants = graph.model.graph.initializers
-    kept = {value.name: value.const_value for value in constants.values()}
-    with data.open("wb") as file:
-        for value in constants.values():
-            assert value.name is not None
-            weight = graph.weights.get(value.name)
-            if weight is None and value.const_value is not None and value.const_value.nbytes <= 1024:
-                continue
-            tensor = parameters(weight.parameter) if weight else torch.from_numpy(kept[value.name].numpy())  # type: ignore[union-attr]
-            if weight and weight.transposed:
-                tensor = tensor.t()
-            value.const_value = _append(file, tensor.detach(), data.name, value)
+    initializers = graph.model.graph.initializers
+    kept = {name: value.const_value for name, value in initializers.items()}
     try:
+        with data.open("wb") as file:
+            for name, value in initializers.items():
+                tensor = _stored(graph, name, kept[name], parameters)
+                if tensor is not None:
+                    value.const_value = _append(file, tensor, data.name, value)
         ir.save(graph.model, path)
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
         raise ExportError(f"{path.name}: the graph is not valid ONNX: {error}") from error
     finally:
-        for value in constants.values():
-            value.const_value = kept[value.name]
+        for name, value in initializers.items():
+            value.const_value = kept[name]
     return [path, data]
 
 
-def _append(file: object, tensor: Tensor, location: str, value: ir.Value) -> ir.ExternalTensor:
+def _stored(
+    graph: Graph, name: str, constant: ir.TensorProtocol | None, parameters: Callable[[str], Tensor]
+) -> Tensor | None:
+    """What the data file holds for an initializer: a weight or a large constant; None for what stays in the graph."""
+    weight = graph.weights.get(name)
+    if weight is not None:
+        tensor = parameters(weight.parameter).detach()
+        return tensor.t() if weight.transposed else tensor
+    assert constant is not None, f"{name} has no value"
+    return torch.from_numpy(constant.numpy()) if constant.nbytes > INLINE_BYTES else None
+
+
+def _append(file: BinaryIO, tensor: Tensor, location: str, value: ir.Value) -> ir.ExternalTensor:
     tensor = tensor.contiguous()
+    dtype = IR_DTYPES[tensor.dtype]
     assert value.shape is not None and tuple(tensor.shape) == tuple(value.shape.numpy()), value.name
-    assert value.dtype == IR_DTYPES[tensor.dtype], f"{value.name}: {tensor.dtype} for {value.dtype}"
-    raw = tensor.view(torch.uint8).flatten() if tensor.ndim else tensor.reshape(1).view(torch.uint8)
-    offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT  # type: ignore[attr-defined]
-    file.seek(offset)  # type: ignore[attr-defined]
-    file.write(memoryview(raw.numpy()))  # type: ignore[attr-defined]
-    return ir.ExternalTensor(
-        location,
-        offset,
-        raw.numel(),
-        IR_DTYPES[tensor.dtype],
-        shape=ir.Shape(tensor.shape),
-        name=value.name or "",
-        base_dir=".",
-    )
+    assert value.dtype == dtype, f"{value.name}: {tensor.dtype} for {value.dtype}"
+    raw = tensor.reshape(-1).view(torch.uint8)
+    offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+    file.seek(offset)
+    file.write(memoryview(raw.numpy()))
+    shape = ir.Shape(tensor.shape)
+    return ir.ExternalTensor(location, offset, raw.numel(), dtype, shape=shape, name=value.name or "", base_dir=".")
 
 
 def _optimise(model: ir.Model, parameters: set[str]) -> dict[str, Weight]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import sys
 from importlib import metadata
 from typing import Any
 
-from .. import __version__
+from ..engines.onnxruntime import available_cores
 
 LIBRARIES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "msgspec", "av", "pillow", "jinja2",
@@ -19,13 +18,12 @@ LIBRARIES = (
 
 def describe_environment() -> dict[str, Any]:
     """Machine, library versions (None where not installed), and which commands and devices they allow."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "machine": {
-            "foresight": __version__,
+            "foresight": _version("foresight-engines"),
             "python": sys.version.split()[0],
             "system": f"{platform.system()} {platform.machine()}",
-            "cores": cores,
+            "cores": available_cores(),
         },
         "libraries": {name: _version(name) for name in LIBRARIES},
         "can": {

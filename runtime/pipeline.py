@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, overload
 
 import numpy as np
@@ -17,8 +18,8 @@ from ..engines.errors import InvalidRequest
 from .cache import create_cache
 from .denoise import CancelToken, OnStep, Request, Transformer, denoise
 from .policies import Foresight, Policy, policy_settings
-from .sampler import load_table
-from .text import Tokenizer, Tokens, check_prompts
+from .sampler import Sampler, Schedule, load_table
+from .text import Tokenizer, check_prompts
 from .trace import Trace
 from .video import Video
 
@@ -72,14 +73,8 @@ class VideoPipeline:
         Raises InvalidRequest before anything runs; Cancelled and EngineError leave the pipeline usable.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        check_prompts(prompts)
-        if len(prompts) > self.manifest.shape.max_batch:
-            raise InvalidRequest(
-                f"prompts: got {len(prompts)} at once, this bundle takes {self.manifest.shape.max_batch}; send fewer, "
-                "or export with a larger --max-batch"
-            )
+        self._check_prompts(prompts)
         defaults = self.manifest.defaults
-        guidance = _check_guidance(defaults.guidance if guidance is None else guidance)
         schedule = self._table.schedule(defaults.steps if steps is None else steps)
         policy = Foresight() if policy is None else policy
         seeds = _seeds(seed, len(prompts))
@@ -92,43 +87,57 @@ class VideoPipeline:
             policy=policy_settings(policy),
             backend=self.backend.describe(),
             prompts=tuple(prompts),
+            negative_prompt=defaults.negative_prompt if negative_prompt is None else negative_prompt,
             steps_requested=schedule.steps,
-            guidance=guidance,
+            guidance=_check_guidance(defaults.guidance if guidance is None else guidance),
             seeds=seeds,
+            latents_given=latents is not None,
         )
-        halves = 1 if guidance == 1 else 2
-        negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
-        tensors = self._encode(prompts, negative, halves, trace)
-        started = time.perf_counter()
-        rows = halves * len(prompts)
-        cache = create_cache(policy.cache, self.manifest, self.backend.arrays, rows)
-        trace.cache_bytes = cache.nbytes
-        request = Request(
-            arrays=self.backend.arrays,
-            sampler=schedule.begin(noise),
-            schedule=schedule,
-            cache=cache,
-            decider=policy.begin(schedule.steps, len(self.manifest.blocks)),
-            drop_dead=policy.cache == "output",
-            tensors=tensors | self._step_tensors(rows),
-            distances=self.backend.arrays.empty((len(self.manifest.blocks), rows), "fp32"),
-            guidance=guidance,
-            halves=halves,
-            trace=trace,
-            on_step=on_step,
-            cancel=cancel,
-        )
-        final = self.backend.arrays.to_host(denoise(self._transformer, request))
-        del request, cache, tensors
-        trace.denoise_ms = 1e3 * (time.perf_counter() - started)
-        started = time.perf_counter()
-        frames = [self._decode(video) for video in final]
-        trace.decode_ms = 1e3 * (time.perf_counter() - started)
+        with _timed(trace, "text_ms"):
+            condition = self._encode(trace)
+        with _timed(trace, "denoise_ms"):
+            request = self._request(condition, schedule.begin(noise), schedule, policy, trace)
+            request.on_step, request.cancel = on_step, cancel
+            final = self.backend.arrays.to_host(denoise(self._transformer, request))
+            del request
+        with _timed(trace, "decode_ms"):
+            frames = [self._decode(video) for video in final]
         videos = [
             Video(frames=f, latents=x, fps=defaults.fps, prompt=text, seed=s, trace=trace)
             for f, x, text, s in zip(frames, final, prompts, seeds, strict=True)
         ]
         return videos[0] if isinstance(prompt, str) else videos
+
+    def _check_prompts(self, prompts: Sequence[str]) -> None:
+        check_prompts(prompts)
+        if len(prompts) > self.manifest.shape.max_batch:
+            raise InvalidRequest(
+                f"prompts: got {len(prompts)} at once, this bundle takes {self.manifest.shape.max_batch}; send fewer, "
+                "or export with a larger --max-batch"
+            )
+
+    def _request(
+        self, condition: dict[str, Array], sampler: Sampler, schedule: Schedule, policy: Policy, trace: Trace
+    ) -> Request:
+        """Everything the loop needs, made for this request alone."""
+        blocks, arrays = len(self.manifest.blocks), self.backend.arrays
+        halves = _halves(trace.guidance)
+        rows = halves * len(trace.prompts)
+        cache = create_cache(policy.cache, self.manifest, arrays, rows)
+        trace.cache_bytes = cache.nbytes
+        return Request(
+            arrays=arrays,
+            sampler=sampler,
+            schedule=schedule,
+            cache=cache,
+            decider=policy.begin(schedule.steps, blocks),
+            drop_dead=policy.cache == "output",
+            tensors=condition | self._step_tensors(rows),
+            distances=arrays.empty((blocks, rows), "fp32"),
+            guidance=trace.guidance,
+            halves=halves,
+            trace=trace,
+        )
 
     def _load(self, part: Part) -> Engine:
         return self.backend.load(self.bundle.file(part.graph), part)
@@ -144,52 +153,45 @@ class VideoPipeline:
             given = given[None]
         if given.shape != (len(seeds), *shape) or given.dtype != np.float32:
             raise InvalidRequest(
-                f"latents: got {given.dtype} {given.shape}, expected float32 {(len(seeds), *shape)}, as this bundle was "
-                "exported"
+                f"latents: got {given.dtype} {given.shape}, expected float32 {(len(seeds), *shape)}, as this "
+                "bundle was exported"
             )
         if not bool(self.backend.arrays.xp.isfinite(given).all()):
             raise InvalidRequest("latents: got values that are not finite, expected normal noise")
         return given
 
-    def _encode(self, prompts: Sequence[str], negative: str, halves: int, trace: Trace) -> dict[str, Array]:
+    def _encode(self, trace: Trace) -> dict[str, Array]:
         """The inputs that no step changes: the condition part's outputs, in the order of the guided batch.
 
         A prompt and its negative are both cut to the prompt's length, as diffusers does for one prompt; in a batch
         each is masked to its own length, so that no prompt sees another's padding.
         """
-        started = time.perf_counter()
-        positive = self._tokenizer.encode(prompts)
-        trace.truncated_prompts = sum(positive.truncated)
-        texts = [positive]
-        if halves == 2:
-            other = self._tokenizer.encode([negative] * len(prompts))
-            texts = [other, positive] if self.manifest.guidance_order == "negative_first" else [positive, other]
-        tokens = Tokens(
-            ids=np.concatenate([text.ids for text in texts]),
-            mask=np.concatenate([text.mask for text in texts]),
-            lengths=positive.lengths * halves,
-            truncated=positive.truncated,
-        )
-        length = max(tokens.lengths)
-        arrays = self.backend.arrays
+        arrays, xp, prompts = self.backend.arrays, self.backend.arrays.xp, trace.prompts
+        halves = [list(prompts)]
+        if _halves(trace.guidance) == 2:
+            halves.insert(
+                0 if self.manifest.guidance_order == "negative_first" else 1, [trace.negative_prompt] * len(prompts)
+            )
+        texts = [text for half in halves for text in half]
+        distinct = list(dict.fromkeys(texts))
+        tokens = self._tokenizer.encode(distinct)
+        trace.truncated_prompts = tuple(text for text in prompts if tokens.truncated[distinct.index(text)])
+        lengths = np.array([tokens.lengths[distinct.index(prompt)] for prompt in prompts] * len(halves))
+        longest = int(lengths.max())
         states = self._run(
             self._text_encoder,
             self.manifest.text_encoder,
             {"input_ids": arrays.from_host(tokens.ids), "attention_mask": arrays.from_host(tokens.mask)},
-            {"batch": len(tokens.ids)},
+            {"batch": len(distinct)},
         )["text_states"]
-        mask = (np.arange(length)[None] < np.array(tokens.lengths)[:, None]).astype(np.int64)
-        condition = self._run(
+        order = arrays.from_host(np.array([distinct.index(text) for text in texts]))
+        mask = (np.arange(longest)[None] < lengths[:, None]).astype(np.int64)
+        return self._run(
             self._condition,
             self.manifest.condition,
-            {
-                "text_states": arrays.xp.ascontiguousarray(states[:, :length]),
-                "text_mask": arrays.from_host(mask),
-            },
-            {"batch": len(tokens.ids), "text": length},
+            {"text_states": xp.ascontiguousarray(states[order, :longest]), "text_mask": arrays.from_host(mask)},
+            {"batch": len(texts), "text": longest},
         )
-        trace.text_ms = 1e3 * (time.perf_counter() - started)
-        return condition
 
     def _step_tensors(self, rows: int) -> dict[str, Array]:
         """The inputs and outputs of prologue and epilogue, apart from the stream."""
@@ -233,6 +235,19 @@ def load(
     opened = open_bundle(bundle)
     verify_files(opened)
     return VideoPipeline(opened, create_backend(backend, device, threads))
+
+
+@contextmanager
+def _timed(trace: Trace, phase: str) -> Iterator[None]:
+    """Write the wall time of the block into one of the trace's fields."""
+    started = time.perf_counter()
+    yield
+    setattr(trace, phase, 1e3 * (time.perf_counter() - started))
+
+
+def _halves(guidance: float) -> int:
+    """Guidance 1 needs no negative half."""
+    return 1 if guidance == 1 else 2
 
 
 def _check_guidance(guidance: float) -> float:

@@ -31,9 +31,10 @@ class StepTrace:
 class Trace:
     """The record of one request, filled while it runs and never changed after.
 
-    `policy` and `backend` are their names and settings; `blocks` and `kinds` name the blocks in execution order.
-    `text_ms`, `denoise_ms`, `decode_ms` are wall times of the phases; `cache_bytes` is what the stream and the cached
-    outputs took; `truncated_prompts` counts those that were cut.
+    `policy` and `backend` are their names and settings; `blocks` and `kinds` name the blocks in execution order. With
+    `latents_given` the noise came from the caller and the seeds were not used. `text_ms`, `denoise_ms`, `decode_ms` are
+    wall times of the phases, `engine_ms` is the part of denoising spent inside engines; `cache_bytes` is what the
+    stream and the cached outputs took; `truncated_prompts` are those that were cut to the model's length.
     """
 
     model: str
@@ -43,16 +44,18 @@ class Trace:
     policy: dict[str, Any]
     backend: dict[str, str]
     prompts: tuple[str, ...]
+    negative_prompt: str
     steps_requested: int
     guidance: float
     seeds: tuple[int, ...]
+    latents_given: bool
     steps: list[StepTrace] = field(default_factory=list)
     text_ms: float = 0.0
     denoise_ms: float = 0.0
     decode_ms: float = 0.0
     engine_ms: float = 0.0
     cache_bytes: int = 0
-    truncated_prompts: int = 0
+    truncated_prompts: tuple[str, ...] = ()
 
     def record(
         self,

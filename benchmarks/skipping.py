@@ -1,0 +1,71 @@
+"""What skipping costs: the time saved against the block calls saved, and the loop's own share of a step.
+
+    efficiency = (time without reuse / time with) / (block calls without / block calls with)
+
+1 means that a skipped block is free. Weights are random, so the policy is static: what is skipped is known and the
+same in every round. Requests with and without reuse take turns in one process.
+
+    python -m benchmarks.skipping --save
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from foresight.runtime.pipeline import load
+from foresight.runtime.policies import NoReuse, Policy, Static
+
+from benchmarks.checkpoints import random_latte
+from benchmarks.common import finish, median, table
+from benchmarks.step_time import SIZE
+
+PROMPT = "a red circle moving right"
+
+
+def main() -> None:
+    """Measure, print a table, and end in one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "foresight-step-time")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/skipping.json")
+    options = parser.parse_args()
+    checkpoint, bundle = options.work / "checkpoint", options.work / "opset-23"
+    if not bundle.exists():
+        from foresight.exporter.export import Export
+
+        if not checkpoint.exists():
+            random_latte(checkpoint, **SIZE)  # type: ignore[arg-type]
+        Export("latte-demo", checkpoint=str(checkpoint), output=bundle).run()
+    pipeline = load(bundle)
+    policies: dict[str, Policy] = {"none": NoReuse()}
+    for cache in ("output", "residual"):
+        policies[f"N1R2, {cache}"] = Static(1, 2, warmup=2, cache=cache)  # type: ignore[arg-type]
+        policies[f"N2R3, {cache}"] = Static(2, 3, warmup=2, cache=cache)  # type: ignore[arg-type]
+    traces = {name: [] for name in policies}  # type: ignore[var-annotated]
+    for turn in range(options.rounds + 1):
+        for name, policy in policies.items():
+            trace = pipeline(PROMPT, steps=options.steps, guidance=4.0, policy=policy).trace
+            if turn:
+                traces[name].append(trace)
+    rows = {}
+    for name, own in traces.items():
+        ratio = [base.denoise_ms / trace.denoise_ms for base, trace in zip(traces["none"], own, strict=True)]
+        fewer = own[0].blocks_possible / own[0].blocks_computed
+        rows[name] = {
+            "blocks_computed": own[0].blocks_computed,
+            "blocks_possible": own[0].blocks_possible,
+            "denoise_ms": median(trace.denoise_ms for trace in own),
+            "speedup": median(ratio),
+            "efficiency": median(value / fewer for value in ratio),
+            "loop_share_percent": median(100 * (1 - trace.engine_ms / trace.denoise_ms) for trace in own),
+        }
+    cells = [(name, *row.values()) for name, row in rows.items()]
+    print(table(cells, ("policy", "blocks run", "of", "ms", "speed-up", "efficiency", "loop's own share, %")))
+    finish("skipping", {"size": SIZE, "steps": options.steps, "policies": rows}, options.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""One denoising step without reuse: ONNX Runtime, in several settings, against torch eager and torch.compile.
+
+Every candidate lives in a process of its own, so that thread pools and allocators do not disturb each other; the
+processes wait on a pipe while it is another's turn, and take turns round by round. What is timed is the transformer
+alone, a guided batch of two rows: `LatteTransformer3DModel.forward` for torch, prologue, blocks and epilogue for the
+engines, called as the runtime calls them. Theory: the multiply-adds of a step, to see what share of the processor is
+used.
+
+    python -m benchmarks.step_time --save
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.checkpoints import random_latte
+from benchmarks.common import finish, median, table
+
+SIZE = {"heads": 6, "head_dim": 64, "pairs": 8, "frames": 8, "sample_size": 32}
+ROWS = 2
+TEXT_TOKENS = 16
+
+Step = Callable[[], None]
+
+
+def torch_step(checkpoint: Path, threads: int, compiled: bool) -> Step:
+    """One forward of the diffusers transformer."""
+    import torch
+    from diffusers import LatteTransformer3DModel
+
+    torch.set_num_threads(threads)
+    model = LatteTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer").eval()
+    forward = torch.compile(model) if compiled else model
+    latents = torch.randn(ROWS, 4, SIZE["frames"], SIZE["sample_size"], SIZE["sample_size"])
+    text = torch.randn(ROWS, TEXT_TOKENS, model.config.caption_channels)
+    timestep = torch.tensor([500] * ROWS)
+
+    def step() -> None:
+        with torch.no_grad():
+            forward(latents, timestep, text, return_dict=False)
+
+    return step
+
+
+def engine_step(bundle: Path, threads: int, spinning: str) -> Step:
+    """One step of the bundle's engines. `spinning`: of the shared pool, or "own"/"own, none" of pools per session."""
+    import onnxruntime as ort
+    from foresight.engines import onnxruntime as backend_module
+    from foresight.engines.bundle import open_bundle
+    from foresight.runtime.cache import create_cache
+
+    if spinning != "shared":
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning == "own" else "0")
+        backend_module._session_options = lambda optimize: options
+    opened = open_bundle(bundle)
+    backend = backend_module.OnnxRuntimeBackend(threads=threads)
+    manifest = opened.manifest
+    engines = {part.name: backend.load(opened.file(part.graph), part) for part in manifest.parts}
+    sizes = {name: high for name, (_, high) in manifest.ranges.items()} | {"batch": ROWS, "text": TEXT_TOKENS}
+    generator = np.random.default_rng(0)
+    tensors: dict[str, Any] = {}
+    for part in (manifest.prologue, *manifest.blocks, manifest.epilogue):
+        for spec in (*part.inputs, *part.outputs):
+            if spec.name not in tensors:
+                tensors[spec.name] = generator.standard_normal(spec.resolve(sizes), dtype=np.float32)
+    cache = create_cache("output", manifest, backend.arrays, ROWS)
+
+    def step() -> None:
+        engines["prologue"].run({**tensors, **cache.enter()})
+        for index, block in enumerate(manifest.blocks):
+            stream, _ = cache.bind(index)
+            engines[block.name].run({**tensors, **stream})
+            cache.commit(index)
+        engines["epilogue"].run({**tensors, **cache.stream})
+
+    return step
+
+
+def serve(pipe: Connection, make: Callable[..., Step], arguments: tuple[Any, ...]) -> None:
+    """A candidate's process: time one step whenever asked."""
+    step = make(*arguments)
+    step()
+    pipe.send("ready")
+    while pipe.recv() == "step":
+        started = time.perf_counter()
+        step()
+        pipe.send(time.perf_counter() - started)
+
+
+def fuse_attention(bundle: Path, target: Path) -> Path:
+    """A copy of a bundle whose self-attention is ONNX Runtime's own MultiHeadAttention operator."""
+    import shutil
+
+    import onnx
+    from onnx import helper
+
+    shutil.copytree(bundle, target)
+    for path in target.glob("block.*.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        for node in [n for n in model.graph.node if n.op_type == "Attention" and len(n.input) == 3]:
+            flat = helper.make_node(
+                "MultiHeadAttention",
+                [f"{name}_flat" for name in node.input],
+                [f"{node.output[0]}_flat"],
+                domain="com.microsoft",
+                num_heads=SIZE["heads"],
+            )
+            _replace_attention(model, node, flat)
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+        onnx.save(model, path)
+    return target
+
+
+def _replace_attention(model: Any, node: Any, flat: Any) -> None:
+    """(rows, heads, length, head dim) in and out, around an operator that wants (rows, length, heads x head dim)."""
+    from onnx import helper, numpy_helper
+
+    dim, heads = SIZE["heads"] * SIZE["head_dim"], SIZE["heads"]
+    for name, shape in (("flat_shape", [0, 0, dim]), ("heads_shape", [0, 0, heads, dim // heads])):
+        if name not in {initializer.name for initializer in model.graph.initializer}:
+            model.graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name))
+    nodes = []
+    for name, flat_name in zip(node.input, flat.input, strict=True):
+        nodes.append(helper.make_node("Transpose", [name], [f"{name}_moved"], perm=[0, 2, 1, 3]))
+        nodes.append(helper.make_node("Reshape", [f"{name}_moved", "flat_shape"], [flat_name]))
+    nodes.append(flat)
+    nodes.append(helper.make_node("Reshape", [flat.output[0], "heads_shape"], [f"{flat.output[0]}_heads"]))
+    nodes.append(helper.make_node("Transpose", [f"{flat.output[0]}_heads"], [node.output[0]], perm=[0, 2, 1, 3]))
+    position = list(model.graph.node).index(node)
+    model.graph.node.remove(node)
+    for offset, new in enumerate(nodes):
+        model.graph.node.insert(position + offset, new)
+
+
+def multiply_adds() -> float:
+    """Of one step's matrix products, analytically: attention and feed-forward of all blocks."""
+    dim = SIZE["heads"] * SIZE["head_dim"]
+    frames, tokens = SIZE["frames"], (SIZE["sample_size"] // 2) ** 2
+    positions = ROWS * frames * tokens
+    spatial = positions * (12 + 2) * dim**2 + 2 * positions * (tokens + TEXT_TOKENS) * dim
+    spatial += 2 * ROWS * TEXT_TOKENS * dim**2
+    temporal = positions * 12 * dim**2 + 2 * positions * frames * dim
+    return float(SIZE["pairs"] * (spatial + temporal))
+
+
+def measure(candidates: dict[str, tuple[Callable[..., Step], tuple[Any, ...]]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per step, in turns: A B C, A B C, …"""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes = []
+    for name, (make, arguments) in candidates.items():
+        pipe, other = context.Pipe()
+        process = context.Process(target=serve, args=(other, make, arguments), daemon=True)
+        process.start()
+        assert pipe.recv() == "ready"
+        pipes[name] = pipe
+        processes.append(process)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, pipe in pipes.items():
+            pipe.send("step")
+            times[name].append(pipe.recv())
+    for pipe, process in zip(pipes.values(), processes, strict=True):
+        pipe.send("stop")
+        process.join()
+    return times
+
+
+def candidates_of(folder: Path, threads: int) -> Iterator[tuple[str, tuple[Callable[..., Step], tuple[Any, ...]]]]:
+    """Every way to run the step that is compared, by name."""
+    from foresight.exporter.export import Export
+
+    checkpoint = folder / "checkpoint"
+    if not checkpoint.exists():
+        random_latte(checkpoint, **SIZE)  # type: ignore[arg-type]
+    yield "torch eager", (torch_step, (checkpoint, threads, False))
+    yield "torch.compile", (torch_step, (checkpoint, threads, True))
+    for opset in (18, 20, 23):
+        bundle = folder / f"opset-{opset}"
+        Export("latte-demo", checkpoint=str(checkpoint), output=bundle, opset=opset).run()
+        yield f"ONNX Runtime, opset {opset}", (engine_step, (bundle, threads, "shared"))
+    fused = folder / "fused"
+    if not fused.exists():
+        fuse_attention(folder / "opset-23", fused)
+    yield "opset 23, MultiHeadAttention", (engine_step, (fused, threads, "shared"))
+    yield "opset 23, a pool per session", (engine_step, (folder / "opset-23", threads, "own"))
+    yield "opset 23, a pool per session, no spinning", (engine_step, (folder / "opset-23", threads, "own, none"))
+
+
+def main() -> None:
+    """Measure, print a table, and end in one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "foresight-step-time")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/step_time.json")
+    options = parser.parse_args()
+    results: dict[str, Any] = {}
+    for threads in options.threads:
+        times = measure(dict(candidates_of(options.work, threads)), options.rounds)
+        eager = times["torch eager"]
+        rows = {
+            name: {
+                "step_ms": median(1e3 * value for value in values),
+                "ratio_to_eager": median(value / other for value, other in zip(values, eager, strict=True)),
+                "gflops": round(2 * multiply_adds() / median(values) / 1e9),
+            }
+            for name, values in times.items()
+        }
+        results[str(threads)] = rows
+        cells = [(name, row["step_ms"], row["ratio_to_eager"], row["gflops"]) for name, row in rows.items()]
+        print(f"\n{threads} thread(s)\n" + table(cells, ("candidate", "ms a step", "of eager", "GFLOP/s")))
+    finish("step_time", {"size": SIZE | {"rows": ROWS, "text": TEXT_TOKENS}, "by_threads": results}, options.save)
+
+
+if __name__ == "__main__":
+    main()

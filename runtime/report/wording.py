@@ -1,0 +1,44 @@
+"""Numbers and settings in the words that the report uses."""
+
+from __future__ import annotations
+
+import math
+
+from ..policies import POLICIES, Cycle, policy_from_settings
+from ..trace import Trace
+
+
+def cycle_of(trace: Trace) -> Cycle | None:
+    """When the policy allowed reuse; None if it never did, or is none of this package's."""
+    settings = dict(trace.policy)
+    name = settings.pop("name")
+    policy = policy_from_settings(name, **settings) if name in POLICIES else None
+    return policy if isinstance(policy, Cycle) else None
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def duration(milliseconds: float) -> str:
+    size = abs(milliseconds)
+    if size >= 10_000:
+        text = f"{size / 1000:.1f} s"
+    else:
+        text = f"{size:.0f} ms" if size >= 100 else f"{size:.1f} ms" if size >= 10 else f"{size:.2f} ms"
+    return f"−{text}" if milliseconds < 0 else text
+
+
+def memory(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def decibels(value: float) -> str:
+    return f"{value:.1f} dB" if math.isfinite(value) else "identical"
+
+
+def similarity(value: float) -> str:
+    return f"{value:.4f}" if value == 1 or value < 0.99995 else "> 0.9999"
