@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 try:
     import click
+
     import foresight
     from foresight.engines.errors import ForesightError, InvalidRequest
 except ModuleNotFoundError as missing:  # run from a clone that nothing was installed from
@@ -201,7 +202,12 @@ def run(
     noise = files.read_latents(latents) if latents else None
     pipeline = load(bundle or newest_bundle(), backend=backend, device=device, threads=threads)
     texts = texts or [pipeline.manifest.defaults.prompt]
-    settings = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "latents": noise}
+    settings: dict[str, Any] = {
+        "negative_prompt": negative_prompt,
+        "steps": steps,
+        "guidance": guidance,
+        "latents": noise,
+    }
     results = []
     for index, text in enumerate(texts):
         request = {**settings, "seed": seed + index}
@@ -225,6 +231,7 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
     """Show what a bundle holds, without loading any of it."""
     _log(verbose)
     import msgspec
+
     from foresight.engines.bundle import newest_bundle, open_bundle, part_files
 
     opened = open_bundle(bundle or newest_bundle())
@@ -239,11 +246,10 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
     }
     shape = manifest.shape
     lines = [
-        f"{opened.path}: {manifest.model} ({manifest.family}), {manifest.dtype}, {size / MEBI:.1f} MiB, "
-        f"id {opened.id[:12]}",
+        f"{opened.path}: id {opened.id[:12]}, {size / MEBI:.1f} MiB",
+        f"model: {manifest.model} ({manifest.family}), {manifest.dtype}, ONNX opset {manifest.opset}",
         f"video: {shape.frames} frames of {shape.height} x {shape.width}, up to {shape.max_batch} prompts at once",
-        f"cache of a request: {manifest.cache_bytes(2) / MEBI:.1f} MiB per prompt with guidance, "
-        f"{manifest.cache_bytes(1) / MEBI:.1f} MiB without",
+        f"cache per prompt: {manifest.cache_bytes(2) / MEBI:.1f} MiB, {manifest.cache_bytes(1) / MEBI:.1f} unguided",
         f"sampler: {manifest.sampler.scheduler}, 1 to {manifest.sampler.max_steps} steps",
         f"source: {manifest.source.checkpoint}, SHA-256 {manifest.source.sha256[:12]}",
         "",
@@ -304,7 +310,8 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
 def _generate(pipeline: VideoPipeline, text: str, policy: Policy, request: dict[str, Any], label: str) -> Video:
     steps = request["steps"] or pipeline.manifest.defaults.steps
     with _progress(steps, label) as advance:
-        return pipeline(text, policy=policy, on_step=lambda done, total, trace: advance(done, ""), **request)
+        video: Video = pipeline(text, policy=policy, on_step=lambda done, total, trace: advance(done, ""), **request)
+    return video
 
 
 def _run_summary(video: Video, reference: Video | None, written: list[Path]) -> dict[str, Any]:

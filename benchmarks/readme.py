@@ -22,9 +22,9 @@ def render(text: str) -> str:
     """`text` with every marked section replaced by its table."""
     for name, (file, draw) in SECTIONS.items():
         result = json.loads((REPOSITORY / file).read_text(encoding="utf-8"))
-        section = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
-        assert section.search(text), f"README.md has no section {name}"
-        text = section.sub(lambda _, body=draw(result), name=name: f"<!-- {name} -->\n{body}\n<!-- end -->", text)
+        section = re.search(rf"<!-- {name} -->\n.*?<!-- end -->", text, re.DOTALL)
+        assert section is not None, f"README.md has no section {name}"
+        text = f"{text[: section.start()]}<!-- {name} -->\n{draw(result)}\n<!-- end -->{text[section.end() :]}"
     return text
 
 

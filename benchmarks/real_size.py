@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--no-step", action="store_true", help="export only")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/real_size.json")
     options = parser.parse_args()
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for case in options.cases:
         folder = Path(tempfile.mkdtemp(prefix="foresight-real-", dir=options.work))
         try:

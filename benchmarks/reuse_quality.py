@@ -17,12 +17,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import RESULTS, finish, median, table
 from foresight.runtime.pipeline import VideoPipeline, load
 from foresight.runtime.policies import Foresight, NoReuse
 from foresight.runtime.quality import psnr, ssim
 from foresight.runtime.video import Video
-
-from benchmarks.common import RESULTS, finish, median, table
 
 CACHES = ("output", "residual")
 CYCLES = ((1, 2), (2, 3), (3, 4))
@@ -58,7 +57,7 @@ def sweep(pipeline: VideoPipeline, pairs: list[tuple[str, int]], steps: int) -> 
 
 
 def summarise(setting: Setting, rows: list[dict[str, float]]) -> dict[str, Any]:
-    """Means over prompts; PSNR as the decibels of the mean squared error, so that identical videos do not make it infinite."""
+    """Means over prompts; PSNR is that of the mean squared error, so that identical videos do not make it infinite."""
     cache, (reuse, interval), gamma = setting
     error = statistics.mean(10 ** (-row["psnr"] / 10) for row in rows)
     return {
@@ -87,7 +86,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         return round(x, 1), round(y, 1)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"',
+        'font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
     for tick in range(0, int(right) + 1, 10):

@@ -14,12 +14,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from foresight.runtime.pipeline import load
-from foresight.runtime.policies import NoReuse, Policy, Static
-
 from benchmarks.checkpoints import random_latte
 from benchmarks.common import finish, median, table
 from benchmarks.step_time import SIZE
+from foresight.runtime.pipeline import load
+from foresight.runtime.policies import NoReuse, Policy, Static
 
 PROMPT = "a red circle moving right"
 
@@ -42,8 +41,8 @@ def main() -> None:
     pipeline = load(bundle)
     policies: dict[str, Policy] = {"none": NoReuse()}
     for cache in ("output", "residual"):
-        policies[f"N1R2, {cache}"] = Static(1, 2, warmup=2, cache=cache)  # type: ignore[arg-type]
-        policies[f"N2R3, {cache}"] = Static(2, 3, warmup=2, cache=cache)  # type: ignore[arg-type]
+        policies[f"N1R2, {cache}"] = Static(1, 2, warmup=2, cache=cache)
+        policies[f"N2R3, {cache}"] = Static(2, 3, warmup=2, cache=cache)
     traces = {name: [] for name in policies}  # type: ignore[var-annotated]
     for turn in range(options.rounds + 1):
         for name, policy in policies.items():

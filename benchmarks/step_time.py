@@ -52,8 +52,13 @@ def torch_step(checkpoint: Path, threads: int, compiled: bool) -> Step:
 
 
 def engine_step(bundle: Path, threads: int, spinning: str) -> Step:
-    """One step of the bundle's engines. `spinning`: of the shared pool, or "own"/"own, none" of pools per session."""
+    """One step of the bundle's engines.
+
+    `spinning` is "shared" for the process's one pool, "own" for a pool per session, "own, none" for one that does not
+    spin while it waits.
+    """
     import onnxruntime as ort
+
     from foresight.engines import onnxruntime as backend_module
     from foresight.engines.bundle import open_bundle
     from foresight.runtime.cache import create_cache
@@ -123,7 +128,7 @@ def fuse_attention(bundle: Path, target: Path) -> Path:
 
 
 def _replace_attention(model: Any, node: Any, flat: Any) -> None:
-    """(rows, heads, length, head dim) in and out, around an operator that wants (rows, length, heads x head dim)."""
+    """Put `flat`, on (rows, length, heads x head dim), in the place of `node`, on (rows, heads, length, head dim)."""
     from onnx import helper, numpy_helper
 
     dim, heads = SIZE["heads"] * SIZE["head_dim"], SIZE["heads"]
@@ -155,7 +160,7 @@ def multiply_adds() -> float:
 
 
 def measure(candidates: dict[str, tuple[Callable[..., Step], tuple[Any, ...]]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per step, in turns: A B C, A B C, …"""
+    """Seconds per step, taken in turns: A, B, C and again A, B, C."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []

@@ -35,7 +35,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """A part of the manifest: immutable, and an unknown key is an error."""
 
 
-class TensorSpec(_Record):
+class TensorSpec(_Record, frozen=True, kw_only=True):
     """A graph's input or output; a dimension is a size, or the name of a range in `Manifest.ranges`."""
 
     name: str
@@ -47,7 +47,7 @@ class TensorSpec(_Record):
         return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in self.shape)
 
 
-class Part(_Record):
+class Part(_Record, frozen=True, kw_only=True):
     """One graph. Parts of one `kind` have the same graph and differ in their weights.
 
     `max_difference` is the largest absolute difference from the eager module that the export measured on random
@@ -70,14 +70,14 @@ class Part(_Record):
         return next(spec for spec in self.outputs if spec.name == name)
 
 
-class Source(_Record):
+class Source(_Record, frozen=True, kw_only=True):
     """Where the weights came from: the checkpoint as it was named, and a hash over its files."""
 
     checkpoint: str
     sha256: str
 
 
-class Shape(_Record):
+class Shape(_Record, frozen=True, kw_only=True):
     """What one request may ask for. Height and width are in pixels, `latents` is one video's latent shape.
 
     `max_batch` counts prompts. `decode_frames` is how many frames the VAE decodes at a time.
@@ -91,7 +91,7 @@ class Shape(_Record):
     decode_frames: int
 
 
-class Text(_Record):
+class Text(_Record, frozen=True, kw_only=True):
     """How prompts become tokens: `max_tokens` includes the end token, which survives truncation."""
 
     tokenizer: str
@@ -101,7 +101,7 @@ class Text(_Record):
     strip: bool
 
 
-class Sampler(_Record):
+class Sampler(_Record, frozen=True, kw_only=True):
     """The table of coefficients for 1 … `max_steps` steps, and the diffusers scheduler it was read off."""
 
     table: str
@@ -109,7 +109,7 @@ class Sampler(_Record):
     max_steps: int
 
 
-class Defaults(_Record):
+class Defaults(_Record, frozen=True, kw_only=True):
     """What a request gets where it says nothing."""
 
     prompt: str
@@ -119,14 +119,14 @@ class Defaults(_Record):
     fps: int
 
 
-class FileRecord(_Record):
+class FileRecord(_Record, frozen=True, kw_only=True):
     """Size and hash of one file."""
 
     bytes: int
     sha256: str
 
 
-class Manifest(_Record):
+class Manifest(_Record, frozen=True, kw_only=True):
     """Everything a runtime has to know about a bundle.
 
     `ranges` gives the smallest and largest size of every named dimension; `batch` counts rows, and a prompt takes two

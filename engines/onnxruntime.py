@@ -30,8 +30,6 @@ from .bundle import Part
 from .errors import EngineError, InvalidRequest
 
 ORT_ERRORS = (Fail, InvalidArgument, NoSuchFile, RuntimeException, RuntimeError)
-_pool_lock = threading.Lock()
-_pool_threads: int | None = None
 
 
 class OnnxRuntimeBackend:
@@ -131,19 +129,25 @@ def _session_options(optimize: bool) -> ort.SessionOptions:
     return options
 
 
+class _Process:
+    """What all sessions of this process share; `threads` is None until the first backend decides it."""
+
+    lock = threading.Lock()
+    threads: int | None = None
+
+
 def _share_threads_and_arena(threads: int | None) -> int:
     """Make the process's one pool and one arena, or confirm that the pool has the wanted size; returns its size."""
-    global _pool_threads
-    with _pool_lock:
-        if _pool_threads is None:
+    with _Process.lock:
+        if _Process.threads is None:
             wanted = threads or available_cores()
             ort.set_global_thread_pool_sizes(wanted, 1)
             memory = OrtMemoryInfo("Cpu", OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, OrtMemType.DEFAULT)
             create_and_register_allocator(memory, None)
-            _pool_threads = wanted
-        elif threads not in (None, _pool_threads):
+            _Process.threads = wanted
+        elif threads not in (None, _Process.threads):
             raise InvalidRequest(
-                f"threads: got {threads}, but this process already runs with {_pool_threads}; "
+                f"threads: got {threads}, but this process already runs with {_Process.threads}; "
                 "the pool is shared by all pipelines of a process, so set it once"
             )
-        return _pool_threads
+        return _Process.threads

@@ -43,7 +43,8 @@ from ..engines.onnxruntime import OnnxRuntimeBackend
 from .checkpoint import Checkpoint, find_checkpoint
 from .graph import Graph, graph_from_module, write_graph
 from .models import find_model, split_checkpoint
-from .models.base import PartPlan, Request, Split, assign_parameters
+from .models.base import PartPlan, Split, assign_parameters
+from .models.base import Request as Request  # what Export takes
 from .sampler import MAX_STEPS, write_table
 
 log = logging.getLogger("foresight")

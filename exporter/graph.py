@@ -133,7 +133,7 @@ def _append(file: BinaryIO, tensor: Tensor, location: str, value: ir.Value) -> i
     raw = tensor.reshape(-1).view(torch.uint8)
     offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
     file.seek(offset)
-    file.write(memoryview(raw.numpy()))
+    file.write(raw.numpy().data)
     shape = ir.Shape(tensor.shape)
     return ir.ExternalTensor(location, offset, raw.numel(), dtype, shape=shape, name=value.name or "", base_dir=".")
 

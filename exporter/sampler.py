@@ -142,6 +142,7 @@ def _check(scheduler: Any, table: Steps) -> None:
         got.append(past + made)
         if not np.abs(got[-1] - expected[step + 1]).max() <= TOLERANCE * np.abs(expected[step + 1]).max():
             raise CheckpointError(
-                f"scheduler {type(scheduler).__name__}: step {step} of {steps} is not linear in the sample and the model "
-                "outputs; switch clip_sample and thresholding off in scheduler_config.json, or use another scheduler"
+                f"scheduler {type(scheduler).__name__}: step {step} of {steps} is not linear in the sample and "
+                "the model outputs; switch clip_sample and thresholding off in scheduler_config.json, or use "
+                "another scheduler"
             )

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
@@ -45,13 +45,38 @@ class VideoPipeline:
         self._vae_decoder = self._load(self.manifest.vae_decoder)
 
     @overload
-    def __call__(self, prompt: str, **settings: Any) -> Video: ...
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = ...,
+        steps: int | None = ...,
+        guidance: float | None = ...,
+        seed: int | Sequence[int] = ...,
+        policy: Policy | None = ...,
+        latents: Array | None = ...,
+        on_step: OnStep | None = ...,
+        cancel: CancelToken | None = ...,
+    ) -> Video: ...
+
     @overload
-    def __call__(self, prompt: Sequence[str], **settings: Any) -> list[Video]: ...
+    def __call__(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        *,
+        negative_prompt: str | None = ...,
+        steps: int | None = ...,
+        guidance: float | None = ...,
+        seed: int | Sequence[int] = ...,
+        policy: Policy | None = ...,
+        latents: Array | None = ...,
+        on_step: OnStep | None = ...,
+        cancel: CancelToken | None = ...,
+    ) -> list[Video]: ...
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | list[str] | tuple[str, ...],
         *,
         negative_prompt: str | None = None,
         steps: int | None = None,

@@ -77,7 +77,7 @@ def _write_mp4(frames: HostArray, fps: int, path: Path) -> None:
         raise OutputError(
             "output .mp4: PyAV is not installed; install foresight-engines[video], or write a .gif"
         ) from error
-    count, height, width, _ = frames.shape
+    _, height, width, _ = frames.shape
     # 4:2:0 video has even sides only: repeat the last row or column of odd ones
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with av.open(str(path), "w") as container:

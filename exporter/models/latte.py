@@ -42,6 +42,7 @@ class Block(nn.Module):
         super().__init__()
         self.block = block
         self.temporal = temporal
+        self.positions: Tensor | None
         self.register_buffer("positions", positions, persistent=False)
 
     def forward(
@@ -92,7 +93,7 @@ class Block(nn.Module):
         return new, (new.double() - cached_hidden.double()).square().mean((1, 2, 3)).float()
 
     def _self_attention(self, hidden: Tensor) -> Tensor:
-        rows, frames, tokens, dim = hidden.shape
+        rows, frames, tokens, _ = hidden.shape
         attn = self.block.attn1
         query, key, value = (
             project(hidden).view(rows, frames, tokens, attn.heads, -1) for project in (attn.to_q, attn.to_k, attn.to_v)
@@ -101,7 +102,7 @@ class Block(nn.Module):
         order = (0, 2, 3, 1, 4) if self.temporal else (0, 1, 3, 2, 4)
         query, key, value = (states.permute(order).flatten(0, 1) for states in (query, key, value))
         states = F.scaled_dot_product_attention(query, key, value)
-        states = states.unflatten(0, (rows, -1))
+        states = states.view(rows, -1, *states.shape[1:])
         inverse = (0, 3, 1, 2, 4) if self.temporal else (0, 1, 3, 2, 4)
         return attn.to_out[0](states.permute(inverse).reshape(rows, frames, tokens, -1))  # type: ignore[no-any-return]
 
@@ -176,7 +177,8 @@ class Epilogue(nn.Module):
         high, wide = self.height // self.patch, self.width // self.patch
         patches = patches.view(rows, frames, high, wide, self.patch, self.patch, -1)[..., : self.channels]
         latents = patches.permute(0, 6, 1, 2, 4, 3, 5)  # (B, C, F, high, patch, wide, patch)
-        return latents.reshape(rows, self.channels, frames, self.height, self.width).float()
+        output: Tensor = latents.reshape(rows, self.channels, frames, self.height, self.width).float()
+        return output
 
 
 class VaeDecoder(nn.Module):
@@ -193,7 +195,8 @@ class VaeDecoder(nn.Module):
         scaled = (latents.transpose(0, 1) / self.scaling).to(self.dtype)
         pixels = self.decoder(self.post_quant_conv(scaled)).float()
         pixels = (pixels / 2 + 0.5).clamp(0, 1) * 255
-        return pixels.round().to(torch.uint8).permute(0, 2, 3, 1)
+        frames: Tensor = pixels.round().to(torch.uint8)
+        return frames.permute(0, 2, 3, 1)
 
 
 def split(checkpoint: Checkpoint, request: Request) -> Split:
@@ -344,7 +347,7 @@ def _blocks(transformer: LatteTransformer3DModel, specs: _Specs) -> tuple[PartPl
         "temporal_first": Block(transformer.temporal_transformer_blocks[0], temporal=True, positions=positions),
         "temporal": Block(copy.deepcopy(transformer.temporal_transformer_blocks[0]), temporal=True),
     }
-    plans = []
+    plans: list[PartPlan] = []
     for index in range(transformer.config.num_layers):
         for kind in ("spatial", "temporal" if index else "temporal_first"):
             spatial = kind == "spatial"

@@ -23,11 +23,13 @@ Tick: TypeAlias = tuple[float, str]  # where, in percent, and what to write ther
 
 
 def step_ticks(steps: int) -> list[Tick]:
+    """Marks along the axis of steps."""
     spacing = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, steps) if steps <= s * MAX_TICKS)
     return [(100 * (step + 0.5) / steps, str(step)) for step in range(0, steps, spacing)]
 
 
 def block_map(trace: Trace) -> dict[str, Any]:
+    """Blocks by steps: what was computed, reused and dead."""
     cycle, steps = cycle_of(trace), len(trace.steps)
     allowed = [step for step in range(steps) if cycle and cycle.allows(step, trace.steps_requested)]
     legend = {"computed": "run", "reused": "reused", "dead": "dead", "allowed": "reuse allowed"}

@@ -17,10 +17,12 @@ def cycle_of(trace: Trace) -> Cycle | None:
 
 
 def plural(count: int, noun: str) -> str:
+    """A count and its noun."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def duration(milliseconds: float) -> str:
+    """A time with three digits or so, in ms or s."""
     size = abs(milliseconds)
     if size >= 10_000:
         text = f"{size / 1000:.1f} s"
@@ -30,6 +32,7 @@ def duration(milliseconds: float) -> str:
 
 
 def memory(count: int) -> str:
+    """A number of bytes with three digits."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -37,8 +40,10 @@ def memory(count: int) -> str:
 
 
 def decibels(value: float) -> str:
+    """A PSNR; infinite means identical."""
     return f"{value:.1f} dB" if math.isfinite(value) else "identical"
 
 
 def similarity(value: float) -> str:
+    """An SSIM; one that only rounds to 1 is not shown as 1."""
     return f"{value:.4f}" if value == 1 or value < 0.99995 else "> 0.9999"

@@ -1,0 +1,71 @@
+# Every target sets up what it needs in .venv first, once: all it takes is make and a Python 3.10, 3.11 or 3.12.
+#
+#   PYTHON    the interpreter for .venv; by default the first of the ones below that works
+#   PIP_ARGS  more arguments for pip. On Linux, PyPI's torch brings several GB of CUDA libraries along, which nothing
+#             here needs on a CPU. PyTorch's own index has a CPU build of the same version:
+#                 make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   ARGS      more arguments for pytest: make test ARGS="-k sampler"
+
+PYTHONS := python3.11 python3.12 python3.10 python3
+EXTRAS := export,video,report,dev
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+DEMO := out/demo
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-all lint format demo-train clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+demo: $(READY) ## export the demo checkpoint and make a video with it, with and without reuse
+	@mkdir -p $(DEMO)
+	$(BIN)/python cli.py export --model latte-demo
+	$(BIN)/python cli.py run --bundle bundles/latte-demo --prompt "a red circle moving right" --seed 0 --compare \
+		--output $(DEMO)/video.mp4 --report $(DEMO)/report.html --trace $(DEMO)/trace.json
+	@echo
+	@echo "The video is $(DEMO)/video.mp4."
+	@echo "What was reused, and what that changed: open $(DEMO)/report.html in a browser; in numbers, $(DEMO)/trace.json."
+
+test: $(READY) ## run the tests, but for the slow ones
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(READY) ## run all tests
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+lint: $(READY) ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(READY) ## format the code, and fix what can be fixed safely
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+demo-train: $(READY) ## train the demo checkpoint from nothing; can be interrupted, and goes on when called again
+	$(BIN)/python -m demo.train
+
+clean: ## remove what the targets above made, except .venv, the trained checkpoint and other bundles
+	rm -rf $(DEMO) bundles/latte-demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Commands of that name may exist and yet not run, or come without what makes a virtual environment.
+SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+
+# The link lets type checkers find this folder under the name of the package; see [tool.mypy] in pyproject.toml.
+$(READY): pyproject.toml constraints.txt
+	@if $(BIN)/python -c "$(SUITABLE)" 2>/dev/null; then exit 0; fi; \
+	for python in $(or $(PYTHON),$(PYTHONS)); do \
+		if $$python -c "$(SUITABLE)" >/dev/null 2>&1; then \
+			echo "Making $(VENV) with $$($$python -V)."; \
+			exec $$python -m venv --clear $(VENV); \
+		fi; \
+	done; \
+	echo "No Python 3.10, 3.11 or 3.12 with venv among: $(or $(PYTHON),$(PYTHONS)). Name one: make PYTHON=/path/to/python" >&2; \
+	exit 1
+	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/foresight
+	@echo "Installing into $(VENV); the first time, this takes some minutes."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]" --constraint constraints.txt $(PIP_ARGS)
+	@touch $@
