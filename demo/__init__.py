@@ -1,0 +1,1 @@
+"""A small, really trained text-to-video checkpoint in the layout of Latte, and the programs that make and score it."""
