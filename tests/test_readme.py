@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from benchmarks.readme import render
 
 REPOSITORY = Path(__file__).parents[1]

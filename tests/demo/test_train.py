@@ -1,4 +1,4 @@
-"""Training computes what the shipped classes compute: same forward pass, same captions, same optimiser, same pictures."""
+"""Training computes what the shipped classes compute: forward pass, captions, optimiser and pictures are the same."""
 
 from __future__ import annotations
 

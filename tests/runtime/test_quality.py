@@ -8,9 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import pytest
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
 from foresight import InvalidRequest
 from foresight.runtime.quality import psnr, ssim
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 Frames = npt.NDArray[np.uint8]
 
@@ -24,7 +25,9 @@ def pair(frames: int, height: int, width: int, noise: float = 20.0) -> tuple[Fra
 
 
 def scikit_ssim(frames: Frames, reference: Frames, window: int) -> float:
-    values = [structural_similarity(a, b, win_size=window, channel_axis=-1) for a, b in zip(frames, reference)]
+    values = [
+        structural_similarity(a, b, win_size=window, channel_axis=-1) for a, b in zip(frames, reference, strict=True)
+    ]
     return float(np.mean(values))
 
 

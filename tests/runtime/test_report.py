@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
+
 from foresight import Foresight, InvalidRequest, NoReuse, OutputError, Static, Trace, Video
 from foresight.runtime.policies import Decision, Policy, eliminate_dead, policy_settings
 from foresight.runtime.report import write_report
-from PIL import Image
 
 VOID = {"meta", "img", "input"}
 PROMPT = "a red circle moving right"

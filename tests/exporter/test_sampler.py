@@ -1,0 +1,192 @@
+"""The table that an export writes makes the runtime's sampler do what the diffusers scheduler does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foresight.engines.bundle import open_bundle
+from foresight.engines.errors import CheckpointError, InvalidRequest
+from foresight.exporter.sampler import Steps, steps_from_scheduler, write_table
+from foresight.runtime.sampler import Schedule, load_table
+
+BETAS: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+COGVIDEOX: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+    "snr_shift_scale": 3.0,
+    "clip_sample": False,
+}
+
+
+Make = Callable[[], Any]
+
+
+def ddim(**settings: Any) -> Make:
+    return partial(DDIMScheduler, **BETAS, **({"clip_sample": False} | settings))
+
+
+def dpm(**settings: Any) -> Make:
+    return partial(DPMSolverMultistepScheduler, **BETAS, **settings)
+
+
+def euler(**settings: Any) -> Make:
+    return partial(EulerDiscreteScheduler, **BETAS, **settings)
+
+
+LINEAR: dict[str, Make] = {
+    f"DDIM {prediction} {spacing}": ddim(prediction_type=prediction, timestep_spacing=spacing)
+    for prediction in ("epsilon", "sample", "v_prediction")
+    for spacing in ("leading", "trailing", "linspace")
+} | {
+    "DDIM of Latte": ddim(steps_offset=1, set_alpha_to_one=False),
+    "DPM-Solver++ order 1": dpm(solver_order=1),
+    "DPM-Solver++ order 2": dpm(),
+    "DPM-Solver++ order 3": dpm(solver_order=3),
+    "DPM-Solver++ Heun": dpm(solver_type="heun"),
+    "DPM-Solver++ Karras": dpm(use_karras_sigmas=True),
+    "Euler": euler(),
+    "Euler v_prediction trailing": euler(prediction_type="v_prediction", timestep_spacing="trailing"),
+    "CogVideoX DDIM": partial(CogVideoXDDIMScheduler, **COGVIDEOX),
+    "CogVideoX DDIM epsilon": CogVideoXDDIMScheduler,
+    "flow matching": FlowMatchEulerDiscreteScheduler,
+    "UniPC": partial(UniPCMultistepScheduler, **BETAS),
+}
+REFUSED: dict[str, Make] = {
+    "clip_sample": ddim(clip_sample=True),
+    "thresholding": ddim(thresholding=True),
+    "DDPM adds noise": partial(DDPMScheduler, **BETAS, clip_sample=False),
+    "ancestral Euler adds noise": partial(EulerAncestralDiscreteScheduler, **BETAS),
+    "SDE-DPM-Solver++ adds noise": dpm(algorithm_type="sde-dpmsolver++"),
+    "Heun calls the model twice": partial(HeunDiscreteScheduler, **BETAS),
+}
+# diffusers' own, with numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def schedule_from(table: Steps) -> Schedule:
+    return Schedule(
+        table.timesteps, table.input_scales, table.sample_coefficients, table.output_coefficients, table.noise_scale
+    )
+
+
+def run_both(scheduler: Any, schedule: Schedule, seed: int) -> tuple[list[Any], list[Any]]:
+    """Everything a model gets to see, and the final sample, by the runtime and by the scheduler itself."""
+    draw = np.random.default_rng(seed)
+    shape = (1, 4, 3, 5)
+    noise = draw.standard_normal(shape).astype(np.float32)
+    outputs = [draw.standard_normal(shape).astype(np.float32) for _ in range(schedule.steps)]
+    sampler = schedule.begin(noise)
+    ours = []
+    for step, output in enumerate(outputs):
+        ours.append(sampler.model_input(step).copy())
+        sampler.advance(step, output)
+    scheduler.set_timesteps(schedule.steps)
+    sample = torch.from_numpy(noise).double() * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    theirs = []
+    for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
+        scaled = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+        theirs.append(scaled.numpy())
+        sample = scheduler.step(torch.from_numpy(output).double(), timestep, sample, return_dict=False)[0].double()
+    return [*ours, sampler.latents], [*theirs, sample.numpy()]
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@given(steps=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=6, deadline=None, derandomize=True)
+def test_the_runtime_takes_the_steps_of_the_scheduler(name: str, steps: int, seed: int) -> None:
+    scheduler = LINEAR[name]()
+    ours, theirs = run_both(scheduler, schedule_from(steps_from_scheduler(scheduler, steps)), seed)
+    for got, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max() * steps**0.5)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_timesteps_are_the_schedulers(name: str) -> None:
+    scheduler = LINEAR[name]()
+    table = steps_from_scheduler(scheduler, 17)
+    scheduler.set_timesteps(17)
+    np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.double().numpy())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_scheduler_that_is_not_linear_is_refused(name: str, tmp_path: Path) -> None:
+    scheduler = REFUSED[name]()
+    with pytest.raises(CheckpointError, match=f"scheduler {type(scheduler).__name__}: "):
+        write_table(scheduler, tmp_path / "sampler.npz", max_steps=8)
+
+
+def test_the_refusal_of_clipping_says_what_to_switch_off() -> None:
+    with pytest.raises(CheckpointError, match="switch clip_sample and thresholding off"):
+        steps_from_scheduler(REFUSED["clip_sample"](), 10)
+
+
+@pytest.mark.parametrize(("name", "samples", "outputs"), [("DDIM of Latte", 1, 1), ("DPM-Solver++ order 2", 2, 2)])
+def test_the_recurrence_is_the_shortest_that_fits(name: str, samples: int, outputs: int) -> None:
+    table = steps_from_scheduler(LINEAR[name](), 12)
+    assert table.sample_coefficients.shape == (12, samples)
+    assert table.output_coefficients.shape == (12, outputs)
+
+
+@pytest.mark.parametrize("name", ["DDIM of Latte", "DPM-Solver++ order 3"])
+def test_a_written_table_holds_every_number_of_steps(name: str, tmp_path: Path) -> None:
+    write_table(LINEAR[name](), tmp_path / "sampler.npz", max_steps=9)
+    table = load_table(tmp_path / "sampler.npz", 9)
+    for steps in range(1, 10):
+        read, made = table.schedule(steps), steps_from_scheduler(LINEAR[name](), steps)
+        width = made.sample_coefficients.shape[1]
+        assert read.steps == steps
+        np.testing.assert_array_equal(read.timesteps, made.timesteps)
+        np.testing.assert_array_equal(read.input_scales, made.input_scales)
+        np.testing.assert_array_equal(read.sample_coefficients[:, :width], made.sample_coefficients)
+        assert not read.sample_coefficients[:, width:].any()
+
+
+@pytest.mark.parametrize("steps", [0, 101, -1])
+def test_a_number_of_steps_without_a_table_is_refused(bundle: Path, steps: int) -> None:
+    table = load_table(bundle / "sampler.npz", open_bundle(bundle).manifest.sampler.max_steps)
+    with pytest.raises(InvalidRequest, match=rf"steps: got {steps}, expected 1 to 100"):
+        table.schedule(steps)
+
+
+@pytest.mark.parametrize("steps", [1, 100])
+def test_a_bundle_has_tables_for_1_to_100_steps(bundle: Path, steps: int) -> None:
+    assert load_table(bundle / "sampler.npz", 100).schedule(steps).steps == steps
+
+
+def test_the_noise_a_request_begins_with_is_left_as_it_is() -> None:
+    schedule = schedule_from(steps_from_scheduler(LINEAR["Euler"](), 3))
+    noise = np.ones((1, 4), np.float32)
+    sampler = schedule.begin(noise)
+    for step in range(3):
+        sampler.advance(step, np.ones((1, 4), np.float32))
+    assert (noise == 1).all()
+
+
+def test_samples_stay_in_single_precision() -> None:
+    sampler = schedule_from(steps_from_scheduler(LINEAR["Euler"](), 2)).begin(np.ones((1, 4), np.float32))
+    sampler.advance(0, np.ones((1, 4), np.float32))
+    assert sampler.latents.dtype == sampler.model_input(1).dtype == np.float32

@@ -1,0 +1,109 @@
+"""Where results go is checked before the work; what is written is what was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foresight.engines.errors import InvalidRequest, OutputError
+from foresight.runtime.files import Targets, read_latents, save_array
+from foresight.runtime.pipeline import VideoPipeline
+from foresight.runtime.policies import Foresight
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("frames", "f.npz"), ("latents", "f"), ("report", "r.htm"), ("trace", "t.txt"), ("output", "video.avi")],
+)
+def test_a_wrong_suffix_is_refused_before_the_work(tmp_path: Path, name: str, file: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"{name}: got '{file}', expected a name ending in"):
+        Targets(**{name: tmp_path / file}).check()
+
+
+@pytest.mark.parametrize("name", ["output", "frames", "latents", "report", "trace"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    suffix = {"output": ".mp4", "report": ".html", "trace": ".json"}.get(name, ".npy")
+    with pytest.raises(OutputError, match="choose a place that is writable"):
+        Targets(**{name: tmp_path / "file" / f"x{suffix}"}).check()
+
+
+def test_checking_leaves_no_file(tmp_path: Path) -> None:
+    Targets(output=tmp_path / "video.mp4", trace=tmp_path / "trace.json").check()
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_results_under_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest):
+        Targets(frames=tmp_path / "same.npy", latents=tmp_path / "same.npy").check()
+
+
+def test_several_videos_are_numbered() -> None:
+    targets = Targets(output=Path("a/video.mp4"), frames=Path("frames.npy"))
+    assert targets.numbered(2, 5) == Targets(output=Path("a/video-002.mp4"), frames=Path("frames-002.npy"))
+
+
+def test_a_single_video_keeps_its_name() -> None:
+    assert Targets(output=Path("video.mp4")).numbered(0, 1) == Targets(output=Path("video.mp4"))
+
+
+def test_everything_wanted_is_written_and_nothing_else(pipeline: VideoPipeline, tmp_path: Path) -> None:
+    video = pipeline("a red circle", steps=4, policy=Foresight(warmup=2, gamma=2))
+    targets = Targets(
+        output=tmp_path / "video.gif",
+        frames=tmp_path / "frames.npy",
+        latents=tmp_path / "latents.npy",
+        trace=tmp_path / "trace.json",
+    )
+    written = targets.write(video)
+    assert sorted(written) == sorted(tmp_path.iterdir())
+    assert np.load(tmp_path / "frames.npy").tobytes() == video.frames.tobytes()
+    assert np.load(tmp_path / "latents.npy").tobytes() == video.latents.tobytes()
+
+
+def test_a_trace_is_plain_json_of_the_request(pipeline: VideoPipeline, tmp_path: Path) -> None:
+    video = pipeline("a red circle", steps=4, policy=Foresight(warmup=2, gamma=2))
+    Targets(trace=tmp_path / "trace.json").write(video)
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert trace == json.loads(json.dumps(video.trace.to_dict(), allow_nan=False))
+    assert len(trace["steps"]) == 4 and trace["policy"]["gamma"] == 2 and trace["bundle"] == pipeline.bundle.id
+
+
+def test_latents_survive_being_written_and_read(tmp_path: Path) -> None:
+    latents = np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)
+    save_array(tmp_path / "latents.npy", latents)
+    assert read_latents(tmp_path / "latents.npy").tobytes() == latents.tobytes()
+
+
+BAD_LATENTS = {
+    "missing": None,
+    "empty": b"",
+    "text": b"nothing of the kind",
+    "truncated": b"\x93NUMPY\x01\x00v\x00",
+    "broken zip": b"PK\x03\x04broken",
+    "pickle": b"\x80\x04N.",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LATENTS)
+def test_latents_that_cannot_be_read_are_an_invalid_request(tmp_path: Path, kind: str) -> None:
+    content = BAD_LATENTS[kind]
+    if content is not None:
+        (tmp_path / "latents.npy").write_bytes(content)
+    with pytest.raises(InvalidRequest, match=r"latents .*: cannot be read"):
+        read_latents(tmp_path / "latents.npy")
+
+
+def test_several_arrays_are_no_latents(tmp_path: Path) -> None:
+    np.savez(tmp_path / "latents.npz", a=np.zeros(1), b=np.zeros(1))
+    with pytest.raises(InvalidRequest, match="holds several arrays"):
+        read_latents(tmp_path / "latents.npz")
+
+
+def test_objects_are_no_latents(tmp_path: Path) -> None:
+    np.save(tmp_path / "latents.npy", np.array([None]), allow_pickle=True)
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        read_latents(tmp_path / "latents.npy")

@@ -1,0 +1,133 @@
+"""What is written can be read back, and appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from foresight.engines.errors import InvalidRequest, OutputError
+from foresight.runtime.pipeline import VideoPipeline
+from foresight.runtime.video import save_frames, write_whole
+
+
+def moving_square(count: int = 5, height: int = 32, width: int = 48) -> Any:
+    frames = np.zeros((count, height, width, 3), np.uint8)
+    for index, frame in enumerate(frames):
+        frame[8:24, 4 + 4 * index : 20 + 4 * index] = (250, 60, 10)
+    return frames
+
+
+def read_mp4(path: Path) -> tuple[Any, float]:
+    with av.open(str(path)) as container:
+        rate = float(container.streams.video[0].average_rate or 0)
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]), rate
+
+
+def test_an_mp4_has_the_frames_and_the_rate(tmp_path: Path) -> None:
+    frames = moving_square()
+    read, rate = read_mp4(save_frames(frames, 8, tmp_path / "video.mp4"))
+    assert read.shape == frames.shape and rate == 8
+    assert np.abs(read.astype(int) - frames).mean() < 6
+
+
+def test_an_mp4_of_odd_sides_is_made_even(tmp_path: Path) -> None:
+    read, _ = read_mp4(save_frames(moving_square(height=31, width=47), 8, tmp_path / "video.mp4"))
+    assert read.shape[1:] == (32, 48, 3)
+
+
+def test_a_gif_has_the_frames_and_the_rate(tmp_path: Path) -> None:
+    frames = moving_square()
+    with Image.open(save_frames(frames, 8, tmp_path / "video.gif")) as image:
+        assert getattr(image, "n_frames", 1) == len(frames)
+        assert image.info["duration"] == pytest.approx(125, abs=5)
+        for index, frame in enumerate(frames):
+            image.seek(index)
+            assert np.abs(np.asarray(image.convert("RGB")).astype(int) - frame).mean() < 3
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_a_single_frame_is_a_video_too(tmp_path: Path, suffix: str) -> None:
+    path = save_frames(moving_square(1), 8, tmp_path / f"video{suffix}")
+    if suffix == ".mp4":
+        assert len(read_mp4(path)[0]) == 1
+    else:
+        with Image.open(path) as image:
+            assert getattr(image, "n_frames", 1) == 1
+
+
+def test_an_npy_has_the_very_frames(tmp_path: Path) -> None:
+    frames = moving_square()
+    assert np.load(save_frames(frames, 8, tmp_path / "video.npy")).tobytes() == frames.tobytes()
+
+
+def test_a_folder_has_the_very_frames_as_png(tmp_path: Path) -> None:
+    frames = moving_square()
+    folder = save_frames(frames, 8, tmp_path / "video")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [f"frame-{index:04d}.png" for index in range(len(frames))]
+    for name, frame in zip(names, frames, strict=True):
+        assert np.asarray(Image.open(folder / name)).tobytes() == frame.tobytes()
+
+
+@pytest.mark.parametrize("name", ["video.avi", "video.mp4.bak", "video.MOV", "video.png"])
+def test_another_suffix_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"output: got '{name}', expected a name ending in"):
+        save_frames(moving_square(), 8, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "video.gif", "video.npy", "video"])
+def test_an_older_result_is_replaced(tmp_path: Path, name: str) -> None:
+    save_frames(moving_square(6), 8, tmp_path / name)
+    save_frames(moving_square(2), 8, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    if name == "video":
+        assert len(list((tmp_path / name).iterdir())) == 2
+
+
+def test_a_folder_with_other_things_in_it_loses_none_of_them(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter-1.tex").write_text("years of work")
+    with contextlib.suppress(OutputError, InvalidRequest):
+        save_frames(moving_square(2), 8, tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter-1.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".npy", ""])
+def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"output .*; check the path"):
+        save_frames(moving_square(), 8, tmp_path / "file" / f"video{suffix}")
+
+
+def test_a_write_that_fails_leaves_the_older_result_and_nothing_else(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "video.npy").write_text("older")
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_whole(tmp_path / "video.npy", fail)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("video.npy", "older")]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    def interrupt(path: Path) -> None:
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "video.npy", interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_saves_its_own_frames_at_its_own_rate(pipeline: VideoPipeline, tmp_path: Path) -> None:
+    video = pipeline("a red circle", steps=2)
+    read, rate = read_mp4(video.save(tmp_path / "deep" / "er" / "video.mp4"))
+    assert read.shape == video.frames.shape and rate == video.fps

@@ -1,0 +1,157 @@
+"""What several test modules share: tiny checkpoints, edited bundles, faults around real engines, plain references."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.checkpoints import random_latte
+from foresight.engines.arrays import Array, Arrays
+from foresight.engines.backend import Backend, Engine, create_backend
+from foresight.engines.bundle import MANIFEST, Part, file_record, open_bundle
+from foresight.engines.errors import EngineError
+from foresight.runtime.pipeline import VideoPipeline
+
+Floats = npt.NDArray[np.float32]
+Json = dict[str, Any]
+
+
+def tiny_latte(folder: Path, **sizes: Any) -> Path:
+    """A random checkpoint whose blocks change the stream enough for a mistake in one of them to show."""
+    from safetensors.torch import load_file, save_file
+
+    random_latte(folder, **sizes)
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if "blocks." in name and name.endswith("scale_shift_table"):
+            weight[2::3] *= 8  # the gates of attention and feed-forward
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+def copy_bundle(bundle: Path, target: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(bundle, target))
+
+
+def read_manifest(folder: Path) -> Json:
+    """The manifest as plain JSON."""
+    return json.loads((folder / MANIFEST).read_text())  # type: ignore[no-any-return]
+
+
+def edit_manifest(folder: Path, change: Callable[[Json], object]) -> Path:
+    """Apply `change` to the manifest's JSON in place."""
+    manifest = read_manifest(folder)
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def vouch_for(folder: Path, *names: str) -> Path:
+    """Let the manifest hold the hashes of these files as they are now, as someone who forges a bundle would."""
+
+    def change(manifest: Json) -> None:
+        for name in names:
+            record = file_record(folder / name)
+            manifest["files"][name] = {"bytes": record.bytes, "sha256": record.sha256}
+
+    return edit_manifest(folder, change)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@dataclass
+class WatchedEngine:
+    """A real engine that tells `before` what it is about to run; what that raises, the engine raises."""
+
+    engine: Engine
+    part: Part
+    before: Callable[[str, Mapping[str, Array]], object]
+
+    def run(self, tensors: Mapping[str, Array]) -> None:
+        self.before(self.part.name, tensors)
+        self.engine.run(tensors)
+
+
+@dataclass
+class WatchedBackend:
+    """A real backend whose engines are watched; `before` may be exchanged at any time."""
+
+    backend: Backend
+    before: Callable[[str, Mapping[str, Array]], object] = lambda part, tensors: None
+    name: str = "onnxruntime"
+    arrays: Arrays = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.arrays = self.backend.arrays
+
+    def load(self, graph: Path, part: Part) -> WatchedEngine:
+        return WatchedEngine(self.backend.load(graph, part), part, self._tell)
+
+    def describe(self) -> dict[str, str]:
+        return self.backend.describe()
+
+    def _tell(self, name: str, tensors: Mapping[str, Array]) -> None:
+        self.before(name, tensors)  # looked up now: it may have been exchanged since the engine was loaded
+
+
+def watched_pipeline(bundle: Path) -> tuple[VideoPipeline, WatchedBackend]:
+    """A pipeline on a watched backend."""
+    backend = WatchedBackend(create_backend())
+    return VideoPipeline(open_bundle(bundle), backend), backend
+
+
+def fail_at(call: int, wanted: Callable[[str], bool] = lambda part: True) -> Callable[[str, Mapping[str, Array]], None]:
+    """A `before` that raises at the `call`-th run (from 0) of a part that is `wanted`."""
+    seen = iter(range(1 << 30))
+
+    def before(part: str, tensors: Mapping[str, Array]) -> None:
+        if wanted(part) and next(seen) == call:
+            raise EngineError(f"{part}: injected fault")
+
+    return before
+
+
+class CancelAt:
+    """A cancel token that is set from its `looks`-th look (from 0) on; `looked` counts how often it was asked."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+        self.looked = 0
+
+    def is_set(self) -> bool:
+        self.looked += 1
+        return self.looked > self.looks
+
+
+def is_block(part: str) -> bool:
+    """Whether a part is one of the blocks."""
+    return part.startswith("block.")
+
+
+def json_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value inside a JSON document, the document's own first."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from json_paths(item, (*path, key))

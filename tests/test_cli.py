@@ -1,0 +1,492 @@
+"""The command line: results on stdout, everything else on stderr, one line an error, and the right exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from foresight.engines.bundle import open_bundle
+from foresight.runtime.pipeline import VideoPipeline
+from foresight.runtime.policies import NoReuse
+from tests.support import Outcome, copy_bundle, edit_manifest, snapshot
+
+Cli = Callable[..., Outcome]
+REPOSITORY = Path(__file__).parents[1]
+
+
+def assert_refused(outcome: Outcome, code: int, message: str = "") -> None:
+    """One line on stderr that begins with `error:`, nothing on stdout, and the exit code."""
+    lines = outcome.err.splitlines()
+    assert outcome.code == code, outcome
+    assert len(lines) == 1 and lines[0].startswith("error: "), outcome.err
+    assert re.search(message, lines[0]), lines[0]
+    assert outcome.out == ""
+
+
+def document(outcome: Outcome) -> Any:
+    """The one JSON document on stdout."""
+    assert outcome.code == 0, outcome
+    return json.loads(outcome.out)
+
+
+def process(*arguments: Any, cwd: Path, limit: int | None = None) -> Outcome:
+    """A command line in a process of its own; no file of it may grow beyond `limit` bytes."""
+    program = "import sys; from foresight.cli import main; main(sys.argv[1:])"
+    if limit is not None:
+        program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); {program}"
+    command = [sys.executable, "-c", program, *(str(argument) for argument in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+# run
+
+
+def test_run_writes_the_video_it_reports(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    summary = document(foresight_cli("run", "--bundle", bundle, "--steps", 3, "--output", "v.npy", "--json"))
+    assert summary["files"] == ["v.npy"]
+    assert summary["frames"] == [3, 16, 16, 3]
+    assert np.load(tmp_path / "v.npy").shape == (3, 16, 16, 3)
+
+
+def test_run_without_any_output_writes_video_mp4(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    assert foresight_cli("run", "--bundle", bundle, "--steps", 2).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
+
+
+def test_run_without_a_bundle_takes_the_newest_under_bundles(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    older, newer = (copy_bundle(bundle, tmp_path / "bundles" / name) for name in ("older", "newer"))
+    os.utime(older / "manifest.json", (1000, 1000))
+    edit_manifest(newer, lambda manifest: manifest["defaults"].update(prompt="a dog in the snow"))
+    summary = document(foresight_cli("run", "--steps", 1, "--output", "v.gif", "--json"))
+    assert summary["prompt"] == "a dog in the snow"
+
+
+def test_run_makes_what_the_library_makes(
+    foresight_cli: Cli, bundle: Path, pipeline: VideoPipeline, tmp_path: Path
+) -> None:
+    flags = ["--prompt", "a red circle", "--negative-prompt", "blue", "--steps", 5, "--guidance", 3, "--seed", 4]
+    flags += ["--policy", "none", "--save-latents", "l.npy", "--save-frames", "f.npy"]
+    assert foresight_cli("run", "--bundle", bundle, *flags).code == 0
+    video = pipeline("a red circle", negative_prompt="blue", steps=5, guidance=3, seed=4, policy=NoReuse())
+    assert np.load(tmp_path / "l.npy").tobytes() == video.latents.tobytes()
+    assert np.load(tmp_path / "f.npy").tobytes() == video.frames.tobytes()
+
+
+def test_saved_latents_and_frames_have_the_documented_shapes_and_dtypes(
+    foresight_cli: Cli, bundle: Path, tmp_path: Path
+) -> None:
+    foresight_cli("run", "--bundle", bundle, "--steps", 1, "--save-latents", "l.npy", "--save-frames", "f.npy")
+    latents, frames = np.load(tmp_path / "l.npy"), np.load(tmp_path / "f.npy")
+    assert (latents.dtype, latents.shape) == (np.float32, (4, 3, 8, 8))
+    assert (frames.dtype, frames.shape) == (np.uint8, (3, 16, 16, 3))
+    assert not (tmp_path / "video.mp4").exists()
+
+
+def test_given_latents_take_the_place_of_the_seed(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "noise.npy", np.random.default_rng(6).standard_normal((4, 3, 8, 8), dtype=np.float32))
+    common = ["run", "--bundle", bundle, "--steps", 3]
+    foresight_cli(*common, "--seed", 6, "--save-latents", "seed.npy")
+    foresight_cli(*common, "--latents", "noise.npy", "--save-latents", "given.npy")
+    assert (tmp_path / "seed.npy").read_bytes() == (tmp_path / "given.npy").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.npy", "folder"])
+def test_every_kind_of_output_can_be_read_back(foresight_cli: Cli, bundle: Path, tmp_path: Path, name: str) -> None:
+    assert foresight_cli("run", "--bundle", bundle, "--steps", 1, "--output", name).code == 0
+    path = tmp_path / name
+    if name == "v.mp4":
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    elif name == "v.gif":
+        with Image.open(path) as image:
+            frames = [(image.seek(index), np.asarray(image.convert("RGB")))[1] for index in range(3)]
+    elif name == "v.npy":
+        frames = list(np.load(path))
+    else:
+        frames = [np.asarray(Image.open(file)) for file in sorted(path.iterdir())]
+    assert np.stack(frames).shape == (3, 16, 16, 3)
+
+
+def test_every_flag_of_a_policy_reaches_it(foresight_cli: Cli, bundle: Path) -> None:
+    flags = ["--gamma", 1.5, "--warmup", 3, "--reuse-steps", 2, "--interval", 4, "--cache", "residual"]
+    arguments = ["run", "--bundle", bundle, "--steps", 4, "--output", "v.npy", "--json", *flags]
+    assert document(foresight_cli(*arguments))["policy"] == {
+        "name": "foresight",
+        "gamma": 1.5,
+        "warmup": 3,
+        "reuse_steps": 2,
+        "interval": 4,
+        "cache": "residual",
+    }
+
+
+def test_a_file_of_prompts_makes_a_numbered_video_each(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\n\n  a red circle  \n", encoding="utf-8")
+    arguments = ["run", "--bundle", bundle, "--steps", 1, "--prompts", "prompts.txt", "--seed", 3]
+    rows = document(foresight_cli(*arguments, "--output", "v.gif", "--json"))
+    assert [(row["prompt"], row["seed"], row["files"]) for row in rows] == [
+        ("a dog", 3, ["v-000.gif"]),
+        ("a red circle", 4, ["v-001.gif"]),
+    ]
+    assert (tmp_path / "v-000.gif").exists() and (tmp_path / "v-001.gif").exists()
+
+
+def test_a_trace_tells_every_step(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    foresight_cli("run", "--bundle", bundle, "--steps", 4, "--trace", "t.json")
+    trace = json.loads((tmp_path / "t.json").read_text())
+    assert len(trace["steps"]) == 4 and trace["blocks"] == ["block.000", "block.001", "block.002", "block.003"]
+
+
+def test_comparing_runs_without_reuse_too(foresight_cli: Cli, bundle: Path) -> None:
+    arguments = ["run", "--bundle", bundle, "--steps", 6, "--output", "v.gif", "--compare", "--json"]
+    assert document(foresight_cli(*arguments, "--policy", "none"))["compared"]["identical"] is True
+    compared = document(foresight_cli(*arguments, "--policy", "static", "--warmup", 2))["compared"]
+    assert compared["identical"] is False and compared["psnr_db"] > 0 and compared["speedup"] > 0
+
+
+def test_a_report_is_a_page(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    assert foresight_cli("run", "--bundle", bundle, "--steps", 3, "--report", "r.html").code == 0
+    assert "<html" in (tmp_path / "r.html").read_text().lower()
+
+
+def test_the_same_command_twice_writes_the_same_bytes(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    for name in ("one.npy", "two.npy"):
+        foresight_cli("run", "--bundle", bundle, "--steps", 3, "--save-latents", name)
+    assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "two.npy").read_bytes()
+
+
+def test_an_over_long_prompt_is_cut_and_that_is_said(bundle: Path, tmp_path: Path) -> None:
+    arguments = ["run", "--bundle", bundle, "--steps", 1, "--output", "v.npy", "--json"]
+    outcome = process(*arguments, "--prompt", " ".join(["dog"] * 200), cwd=tmp_path)
+    assert document(outcome)["truncated"] is True
+    assert "has 201 tokens, the model reads 120" in outcome.err
+
+
+def test_a_prompt_that_fits_is_not_called_truncated(foresight_cli: Cli, bundle: Path) -> None:
+    arguments = ["run", "--bundle", bundle, "--steps", 1, "--output", "v.npy", "--json", "--prompt", "a dog"]
+    outcome = foresight_cli(*arguments)
+    assert "truncated" not in document(outcome) and outcome.err == ""
+
+
+INVALID: dict[str, tuple[list[str], str]] = {
+    "101 steps": (["--steps", "101"], "steps: got 101, expected 1 to 100"),
+    "no steps": (["--steps", "0"], "steps: got 0"),
+    "negative steps": (["--steps", "-3"], "steps: got -3"),
+    "half a step": (["--steps", "2.5"], "2.5"),
+    "empty prompt": (["--prompt", ""], "prompt"),
+    "blank prompt": (["--prompt", "  "], "prompt"),
+    "prompt and prompts": (["--prompt", "a", "--prompts", "p.txt"], "prompt: got --prompt and --prompts"),
+    "prompts missing": (["--prompts", "missing.txt"], "prompts missing.txt"),
+    "guidance nan": (["--guidance", "nan"], "guidance: got nan"),
+    "guidance inf": (["--guidance", "inf"], "guidance: got inf"),
+    "guidance 0": (["--guidance", "0"], "guidance: got 0.0"),
+    "guidance beyond fp32": (["--guidance", "1e39"], "guidance: got 1e"),
+    "negative seed": (["--seed", "-1"], "seed: got -1"),
+    "seed that is no number": (["--seed", "x"], "seed"),
+    "R = N": (["--reuse-steps", "2", "--interval", "2"], "interval: got 2"),
+    "R < N": (["--reuse-steps", "2", "--interval", "1"], "interval: got 1"),
+    "R below the default N": (["--interval", "1"], "interval: got 1"),
+    "gamma 0": (["--gamma", "0"], "gamma: got 0"),
+    "gamma nan": (["--gamma", "nan"], "gamma: got nan"),
+    "gamma 3": (["--gamma", "3"], "gamma: got 3"),
+    "warmup 1": (["--warmup", "1"], "warmup: got 1"),
+    "unknown policy": (["--policy", "teacache"], "policy: got 'teacache', expected one of"),
+    "gamma of static": (["--policy", "static", "--gamma", "1"], "gamma: policy static has no such setting"),
+    "gamma of none": (["--policy", "none", "--gamma", "1"], "gamma: policy none has no such setting"),
+    "unknown cache": (["--cache", "input"], "cache: got 'input'"),
+    "unknown cache of none": (["--policy", "none", "--cache", "input"], "cache: got 'input'"),
+    "unknown backend": (["--backend", "abacus"], "backend: got 'abacus'"),
+    "unknown device": (["--device", "tpu"], "device: got 'tpu'"),
+    "no threads": (["--threads", "0"], "threads: got 0"),
+    "unknown suffix": (["--output", "v.avi"], "output: got 'v.avi'"),
+    "frames of another suffix": (["--save-frames", "f.txt"], "frames: got 'f.txt'"),
+    "latents missing": (["--latents", "missing.npy"], "latents missing.npy"),
+    "unknown flag": (["--speed", "2"], "--speed"),
+    "stray argument": (["stray"], "stray"),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_a_request_that_makes_no_sense_is_refused(foresight_cli: Cli, bundle: Path, tmp_path: Path, case: str) -> None:
+    flags, message = INVALID[case]
+    assert_refused(foresight_cli("run", "--bundle", bundle, *flags), 2, re.escape(message))
+    assert not list(tmp_path.iterdir())
+
+
+LATENTS: dict[str, Any] = {
+    "another shape": np.zeros((4, 3, 8, 9), np.float32),
+    "another precision": np.zeros((4, 3, 8, 8)),
+    "another byte order": np.zeros((4, 3, 8, 8), ">f4"),
+    "text": np.full((4, 3, 8, 8), "x"),
+    "objects": np.full((4, 3, 8, 8), None),
+    "not finite": np.full((4, 3, 8, 8), np.nan, np.float32),
+    "an empty file": b"",
+    "no array": b"nothing of the kind",
+    "a broken zip": b"PK\x03\x04broken",
+}
+
+
+@pytest.mark.parametrize("case", LATENTS)
+def test_latents_that_do_not_fit_are_refused(foresight_cli: Cli, bundle: Path, tmp_path: Path, case: str) -> None:
+    content = LATENTS[case]
+    if isinstance(content, bytes):
+        (tmp_path / "noise.npy").write_bytes(content)
+    else:
+        np.save(tmp_path / "noise.npy", content, allow_pickle=True)
+    assert_refused(foresight_cli("run", "--bundle", bundle, "--latents", "noise.npy"), 2, "latents")
+    assert [path.name for path in tmp_path.iterdir()] == ["noise.npy"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\n"])
+def test_a_file_without_prompts_is_refused(foresight_cli: Cli, bundle: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "p.txt").write_bytes(content)
+    assert_refused(foresight_cli("run", "--bundle", bundle, "--prompts", "p.txt"), 2, "prompts p.txt")
+
+
+def test_a_prompt_in_no_encoding_is_refused(foresight_cli: Cli, bundle: Path) -> None:
+    assert_refused(foresight_cli("run", "--bundle", bundle, "--prompt", "caf\udce9"), 2, "prompt")
+
+
+def test_cuda_where_there_is_none_fails_in_one_line(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    if shutil.which("nvidia-smi") is None:
+        assert_refused(foresight_cli("run", "--bundle", bundle, "--device", "cuda"), 1, "cuda")
+        assert not list(tmp_path.iterdir())
+
+
+# Bundles
+
+
+def damaged(bundle: Path, target: Path, how: str) -> Path:
+    if how == "missing":
+        return target
+    if how == "half-written":
+        target = target.with_name("bundle.partial")
+        target.mkdir()
+        (target / "state.json").write_text("{}")
+        return target
+    copy_bundle(bundle, target)
+    if how == "newer schema":
+        edit_manifest(target, lambda manifest: manifest.update(schema=99))
+    elif how == "no manifest":
+        (target / "manifest.json").unlink()
+    elif how == "a changed byte":
+        content = bytearray((target / "block.001.data").read_bytes())
+        content[1000] ^= 1
+        (target / "block.001.data").write_bytes(content)
+    elif how == "a lost file":
+        (target / "sampler.npz").unlink()
+    elif how == "a stray file":
+        (target / "stray").write_text("")
+    elif how == "a manifest that is none":
+        (target / "manifest.json").write_text("{}")
+    return target
+
+
+DAMAGES = {
+    "missing": 3,
+    "half-written": 3,
+    "no manifest": 3,
+    "newer schema": 3,
+    "a changed byte": 4,
+    "a lost file": 4,
+    "a stray file": 4,
+    "a manifest that is none": 4,
+}
+
+
+@pytest.mark.parametrize(("how", "code"), DAMAGES.items())
+@pytest.mark.parametrize("command", ["run", "verify"])
+def test_a_bundle_that_is_not_whole_is_refused(
+    foresight_cli: Cli, bundle: Path, tmp_path: Path, command: str, how: str, code: int
+) -> None:
+    folder = damaged(bundle, tmp_path / "bundle", how)
+    before = snapshot(tmp_path)
+    assert_refused(foresight_cli(command, *(["--bundle", folder] if command == "run" else [folder])), code)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "inspect"])
+def test_without_any_bundle_it_says_how_to_make_one(foresight_cli: Cli, command: str) -> None:
+    assert_refused(foresight_cli(command), 3, "no bundle under bundles/: make one with: .*export --model latte-demo")
+
+
+def test_verify_vouches_for_a_whole_bundle(foresight_cli: Cli, bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    assert document(foresight_cli("verify", bundle, "--json")) == {
+        "bundle": str(bundle),
+        "id": opened.id,
+        "files": len(opened.manifest.files),
+        "intact": True,
+    }
+
+
+def test_inspect_shows_the_manifest(foresight_cli: Cli, bundle: Path) -> None:
+    shown = document(foresight_cli("inspect", bundle, "--json"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert shown["manifest"] == manifest
+    assert shown["bytes"] == sum(record["bytes"] for record in manifest["files"].values())
+
+
+def test_inspect_lists_every_part_for_people(foresight_cli: Cli, bundle: Path) -> None:
+    outcome = foresight_cli("inspect", bundle)
+    assert all(part.name in outcome.out for part in open_bundle(bundle).manifest.parts)
+
+
+def test_inspect_never_loads_an_engine(bundle: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from foresight.cli import main\n"
+        "try: main(['inspect', sys.argv[1], '--json'])\n"
+        "finally: print([name for name in ('onnxruntime', 'torch') if name in sys.modules], file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", program, str(bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_env_tells_machine_and_libraries(foresight_cli: Cli) -> None:
+    found = document(foresight_cli("env", "--json"))
+    assert found["machine"]["cores"] >= 1 and "cpu" in found["can"]["run on"]
+    assert found["libraries"]["onnxruntime"]
+
+
+# export
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(foresight_cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    plan = document(foresight_cli("export", "--model", "latte", "--checkpoint", checkpoint, "--dry-run", "--json"))
+    assert (plan["blocks"], plan["kinds"], plan["dtype"], plan["opset"]) == (4, 3, "fp32", 23)
+    assert plan["output"] == "bundles/latte"
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_flag_of_an_export_reaches_it(foresight_cli: Cli, checkpoint: Path) -> None:
+    flags = ["--dtype", "fp16", "--height", 32, "--width", 24, "--frames", 1, "--max-batch", 2, "--opset", 20]
+    arguments = ["export", "--model", "latte", "--checkpoint", checkpoint, "--output", "x", "--dry-run", "--json"]
+    plan = document(foresight_cli(*arguments, *flags))
+    assert plan["shape"] == {"height": 32, "width": 24, "frames": 1, "max_batch": 2}
+    assert (plan["dtype"], plan["opset"], plan["output"]) == ("fp16", 20, "x")
+
+
+def test_exporting_again_finds_the_bundle_up_to_date(foresight_cli: Cli, checkpoint: Path, bundle: Path) -> None:
+    arguments = ["export", "--model", "latte", "--checkpoint", checkpoint, "--output", bundle, "--json"]
+    summary = document(foresight_cli(*arguments))
+    assert (summary["id"], summary["blocks"]) == (open_bundle(bundle).id, 4)
+
+
+INVALID_EXPORTS: dict[str, tuple[list[str], int, str]] = {
+    "unknown model": (["--model", "sora"], 2, "model: got 'sora', expected one of"),
+    "no model": ([], 2, "--model"),
+    "unknown dtype": (["--model", "latte", "--dtype", "bf16"], 2, "dtype: got 'bf16'"),
+    "height that does not fit": (["--model", "latte", "--height", "10"], 2, "height: got 10"),
+    "frames that do not fit": (["--model", "latte", "--frames", "2"], 2, "frames: got 2"),
+    "negative width": (["--model", "latte", "--width", "-8"], 2, "width: got -8"),
+    "no batch": (["--model", "latte", "--max-batch", "0"], 2, "max_batch: got 0"),
+    "old opset": (["--model", "latte", "--opset", "11"], 2, "opset"),
+    "unwritable": (["--model", "latte", "--output", "file/bundle"], 1, "check the path"),
+    "output without a name": (["--model", "latte", "--output", "."], 2, "output"),
+}
+
+
+@pytest.mark.parametrize("case", INVALID_EXPORTS)
+def test_an_export_that_makes_no_sense_is_refused(
+    foresight_cli: Cli, checkpoint: Path, tmp_path: Path, case: str
+) -> None:
+    flags, code, message = INVALID_EXPORTS[case]
+    (tmp_path / "file").write_text("")
+    assert_refused(foresight_cli("export", "--checkpoint", checkpoint, *flags), code, re.escape(message))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(foresight_cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps(index | {"_class_name": "CogVideoXPipeline"}))
+    outcome = foresight_cli("export", "--model", "latte", "--checkpoint", other)
+    assert_refused(outcome, 1, "is a CogVideoXPipeline, expected a LattePipeline")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(foresight_cli: Cli) -> None:
+    assert_refused(foresight_cli("export", "--model", "latte", "--checkpoint", "./nowhere"), 1, "checkpoint ./nowhere")
+
+
+# Outputs that cannot be written
+
+
+@pytest.mark.parametrize("flag", ["--output", "--save-frames", "--save-latents", "--trace", "--report"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    foresight_cli: Cli, bundle: Path, tmp_path: Path, flag: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    suffix = {"--output": ".mp4", "--trace": ".json", "--report": ".html"}.get(flag, ".npy")
+    assert_refused(foresight_cli("run", "--bundle", bundle, flag, f"file/x{suffix}"), 1, "writable|check the path")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.npy", "folder"])
+def test_a_full_disk_fails_in_one_line_and_leaves_no_half_file(bundle: Path, tmp_path: Path, name: str) -> None:
+    arguments = ["run", "--bundle", bundle, "--steps", 1, "--output", name]
+    assert_refused(process(*arguments, cwd=tmp_path, limit=100), 1, f"output {name}: File too large")
+    assert not list(tmp_path.iterdir())
+
+
+# The command line itself
+
+
+def test_an_error_with_json_is_one_document_too(foresight_cli: Cli, tmp_path: Path) -> None:
+    outcome = foresight_cli("verify", tmp_path / "nowhere", "--json")
+    error = json.loads(outcome.out)["error"]
+    assert outcome.code == error["exit_code"] == 3
+    assert error["type"] == "BundleError" and error["message"] in outcome.err
+
+
+def test_a_usage_error_with_json_is_one_document_too(foresight_cli: Cli) -> None:
+    outcome = foresight_cli("run", "--steps", "many", "--json")
+    assert outcome.code == json.loads(outcome.out)["error"]["exit_code"] == 2
+
+
+def test_a_traceback_only_with_debug(foresight_cli: Cli, tmp_path: Path) -> None:
+    assert "Traceback" not in foresight_cli("verify", tmp_path / "nowhere").err
+    debugged = foresight_cli("verify", tmp_path / "nowhere", "--debug")
+    assert "Traceback" in debugged.err and debugged.err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("command", [[], ["export"], ["run"], ["inspect"], ["verify"], ["env"]])
+def test_help_is_given_on_stdout(foresight_cli: Cli, command: list[str]) -> None:
+    outcome = foresight_cli(*command, "--help")
+    assert (outcome.code, outcome.err) == (0, "") and "Usage: foresight" in outcome.out
+
+
+def test_version_is_told(foresight_cli: Cli) -> None:
+    import foresight
+
+    assert foresight.__version__ in foresight_cli("--version").out
+
+
+def test_an_unknown_command_is_a_usage_error(foresight_cli: Cli) -> None:
+    assert_refused(foresight_cli("fly"), 2, "fly")
+
+
+def test_no_command_at_all_shows_the_help(foresight_cli: Cli) -> None:
+    outcome = foresight_cli()
+    assert outcome.code in (0, 2)
+    assert "\n" in (outcome.out + outcome.err).strip(), "the help is more than one line"
+
+
+def test_the_script_runs_from_a_clone(bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "cli.py"), "verify", str(bundle), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert json.loads(done.stdout)["intact"] is True

@@ -1,0 +1,216 @@
+"""The package is what it says: its parts, its imports, its public names, its versions."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import foresight
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PYTHONS = ("3.10", "3.11", "3.12")
+SUBPACKAGES = ("engines", "exporter", "runtime")
+
+PUBLIC_API = [
+    "BundleError",
+    "Cancelled",
+    "CheckpointError",
+    "EngineError",
+    "ExportError",
+    "Foresight",
+    "ForesightError",
+    "IntegrityError",
+    "InvalidRequest",
+    "NoReuse",
+    "OutputError",
+    "Static",
+    "StepTrace",
+    "Trace",
+    "Video",
+    "VideoPipeline",
+    "__version__",
+    "load",
+]
+
+# What each part of the package may not import from the others.
+FORBIDDEN = {
+    "engines": {"cli", "exporter", "runtime"},
+    "exporter": {"cli", "runtime"},
+    "runtime": {"cli", "exporter"},
+}
+# What only the exporter may import: the world of torch.
+TORCH = {
+    "accelerate",
+    "diffusers",
+    "huggingface_hub",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "safetensors",
+    "torch",
+    "transformers",
+}
+# Modules of the extras, by the names they are imported by.
+EXTRAS = {*TORCH, "PIL", "av", "cupy", "jinja2", "polygraphy", "psutil", "sentencepiece", "skimage", "tensorrt"}
+
+
+def project() -> dict[str, Any]:
+    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return table
+
+
+def source_files() -> dict[str, Path]:
+    """All files of the package by module name, such as foresight.engines.bundle."""
+    files = [*ROOT.glob("*.py"), *(path for name in SUBPACKAGES for path in (ROOT / name).rglob("*.py"))]
+    parts = {path: path.relative_to(ROOT).with_suffix("").parts for path in files}
+    return {".".join(("foresight", *(part for part in parts[path] if part != "__init__"))): path for path in files}
+
+
+def imported_modules(module: str, path: Path) -> Iterator[str]:
+    """Absolute names of all that a file imports anywhere; of `from a import b`, a.b, for b may be a module."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base += node.module.split(".") if node.module else []
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def run_python(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    finished = subprocess.run(command, check=False, capture_output=True, text=True, encoding="utf-8", cwd=ROOT.parent)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_importing_foresight_loads_nothing_heavy() -> None:
+    loaded = run_python("import foresight, sys; print(*{name.partition('.')[0] for name in sys.modules})").split()
+    assert not {*EXTRAS, "click", "msgspec", "numpy", "onnxruntime", "tokenizers"} & set(loaded)
+
+
+def test_engines_runtime_and_command_line_import_with_the_base_dependencies_alone() -> None:
+    modules = [name for name in source_files() if not name.startswith("foresight.exporter")]
+    code = """
+import sys
+extras, modules = (argument.split(",") for argument in sys.argv[1:])
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in extras:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+for module in modules:
+    __import__(module)
+"""
+    run_python(code, ",".join(EXTRAS), ",".join(modules))
+
+
+@pytest.mark.parametrize("part", SUBPACKAGES)
+def test_imports_flow_one_way(part: str) -> None:
+    wrong = [
+        f"{module} imports {imported}"
+        for module, path in source_files().items()
+        if module.split(".")[1:2] == [part]
+        for imported in imported_modules(module, path)
+        if imported.startswith("foresight.") and imported.split(".")[1] in FORBIDDEN[part]
+    ]
+    assert not wrong
+
+
+def test_only_the_exporter_imports_torch_and_its_world() -> None:
+    wrong = [
+        f"{module} imports {imported}"
+        for module, path in source_files().items()
+        if not module.startswith("foresight.exporter")
+        for imported in imported_modules(module, path)
+        if imported.partition(".")[0] in TORCH
+    ]
+    assert not wrong
+
+
+def test_inside_the_package_imports_are_relative() -> None:
+    wrong = [
+        f"{module}, line {node.lineno}"
+        for module, path in source_files().items()
+        if module != "foresight.cli"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "foresight"
+    ]
+    assert not wrong
+
+
+def test_the_public_api_is_pinned() -> None:
+    assert foresight.__all__ == PUBLIC_API
+
+
+@pytest.mark.parametrize("name", PUBLIC_API)
+def test_every_public_name_exists(name: str) -> None:
+    assert getattr(foresight, name) is not None
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert foresight.__version__ == project()["project"]["version"]
+
+
+def pins() -> list[Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_every_constraint_is_an_exact_pin() -> None:
+    assert [str(pin) for pin in pins() if not re.fullmatch(r"==[0-9][0-9A-Za-z.]*", str(pin.specifier))] == []
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_dependency_has_one_pin_within_its_bounds(python: str) -> None:
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
+    pinned: dict[str, list[str]] = {}
+    for pin in pins():
+        if pin.marker is None or pin.marker.evaluate(environment):
+            pinned.setdefault(canonicalize_name(pin.name), []).append(str(pin.specifier).removeprefix("=="))
+    table = project()["project"]
+    for line in [
+        *table["dependencies"],
+        *(line for lines in table["optional-dependencies"].values() for line in lines),
+    ]:
+        requirement = Requirement(line)
+        versions = pinned.get(canonicalize_name(requirement.name), [])
+        assert len(versions) == 1, line
+        assert requirement.specifier.contains(versions[0]), line
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    everything = (".*", "__pycache__", "build", "bundles", "dist", "latte", "out", "work", "*.egg-info")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(*everything))
+    build = (
+        "import os, sys; from setuptools import build_meta; os.chdir(sys.argv[1]); build_meta.build_wheel(sys.argv[2])"
+    )
+    run_python(build, str(tmp_path / "source"), str(tmp_path))
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    others = (path for part in SUBPACKAGES for path in (ROOT / part).rglob("*.*") if "__pycache__" not in path.parts)
+    expected = {path.relative_to(ROOT).as_posix() for path in (*source_files().values(), *others)}
+    assert {name for name in names if ".dist-info/" not in name} == {
+        f"foresight/{name}" for name in (*expected, "py.typed")
+    }
+    assert {name for name in expected if "/" not in name} == {"__init__.py", "cli.py"}
+    assert [name for name in names if name.endswith("/licenses/LICENSE")]
