@@ -1,0 +1,56 @@
+"""The tokenizer of a checkpoint that holds a SentencePiece model alone, as published T5 checkpoints do."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from foresight.exporter.checkpoint import Checkpoint
+from foresight.exporter.models import split_checkpoint
+from foresight.exporter.models.base import Request
+from foresight.runtime.text import Tokenizer
+
+CAPTIONS = [
+    f"a {colour} {shape} moving {direction} in the snow"
+    for colour in ("red", "green", "blue", "white")
+    for shape in ("circle", "square", "triangle")
+    for direction in ("left", "right", "up", "down")
+]
+
+
+@pytest.fixture
+def sentencepiece_only(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of a checkpoint whose tokenizer folder holds `spiece.model` and its settings, and no tokenizer.json."""
+    copied = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, copied)
+    shutil.rmtree(copied / "tokenizer")
+    (copied / "tokenizer").mkdir()
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(CAPTIONS))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=32,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    shutil.copy(tmp_path / "spiece.model", copied / "tokenizer")
+    settings = '{"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "pad_token": "<pad>", "eos_token": "</s>"}'
+    (copied / "tokenizer" / "tokenizer_config.json").write_text(settings)
+    return copied
+
+
+def test_its_tokens_are_those_of_sentencepiece(sentencepiece_only: Path, tmp_path: Path) -> None:
+    split = split_checkpoint("latte", Checkpoint("published", sentencepiece_only), Request())
+    written = tmp_path / "tokenizer.json"
+    written.write_text(split.tokenizer(), encoding="utf-8")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_only / "tokenizer" / "spiece.model"))
+    tokens = Tokenizer(written, split.text).encode(CAPTIONS)
+    for ids, length, caption in zip(tokens.ids, tokens.lengths, CAPTIONS, strict=True):
+        assert ids[:length].tolist() == [*model.encode(caption), model.eos_id()]
