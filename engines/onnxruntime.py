@@ -17,6 +17,8 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import (
     Fail,
     InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
     NoSuchFile,
     OrtAllocatorType,
     OrtMemoryInfo,
@@ -29,7 +31,15 @@ from .arrays import Array, Arrays, numpy_dtype
 from .bundle import Part
 from .errors import EngineError, InvalidRequest
 
-ORT_ERRORS = (Fail, InvalidArgument, NoSuchFile, RuntimeException, RuntimeError)
+ORT_ERRORS = (
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NoSuchFile,
+    RuntimeException,
+    RuntimeError,
+)
 
 
 class OnnxRuntimeBackend:
