@@ -36,6 +36,7 @@ MEBI = 2**20
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = arguments or ["--help"]
     as_json, debug = "--json" in arguments, "--debug" in arguments
     try:
         cli.main(args=arguments, prog_name="foresight", standalone_mode=False)
@@ -43,15 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (ForesightError, click.ClickException) as error:
         code = error.exit_code
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        kind = type(error).__name__
-    except (KeyboardInterrupt, click.Abort):
-        code, message, kind = 130, "interrupted", "KeyboardInterrupt"
+        failure: BaseException = error
+    except (KeyboardInterrupt, click.Abort) as interruption:
+        code, message, failure = 130, "interrupted", interruption
     except click.exceptions.Exit as wanted:
         sys.exit(wanted.exit_code)
     if debug:
-        traceback.print_exc()
+        traceback.print_exception(failure)
     if as_json:
-        click.echo(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
+        click.echo(json.dumps({"error": {"type": type(failure).__name__, "message": message, "exit_code": code}}))
     click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
@@ -232,7 +233,8 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
     _log(verbose)
     import msgspec
 
-    from foresight.engines.bundle import newest_bundle, open_bundle, part_files
+    from foresight.engines.bundle import newest_bundle, open_bundle
+    from foresight.engines.manifest import part_files
 
     opened = open_bundle(bundle or newest_bundle())
     manifest = opened.manifest

@@ -15,6 +15,7 @@ from benchmarks.common import table
 
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"
+GIB = 2**30
 
 
 def render(text: str) -> str:
@@ -35,6 +36,36 @@ def demo_scores(result: dict[str, Any]) -> str:
         for title, key in (("trained", "totals_trained"), ("held out", "totals_held_out"), ("all", "totals"))
     ]
     return table(rows, ("combinations", *names))
+
+
+def step_time(result: dict[str, Any]) -> str:
+    """Every candidate's time per step, by number of threads."""
+    counts = list(result["by_threads"])
+    rows = []
+    for name in result["by_threads"][counts[0]]:
+        cells = [result["by_threads"][count][name] for count in counts]
+        rows.append((name, *(x for cell in cells for x in (f"{cell['step_ms']:.0f}", f"{cell['ratio_to_eager']:.2f}"))))
+    header = [x for count in counts for x in (f"{count} thread{'s' * (count != '1')}, ms", "of eager")]
+    return _machine(result) + table(rows, ("one step without reuse", *header))
+
+
+def real_size(result: dict[str, Any]) -> str:
+    """Export at real size."""
+    titles = {"latte_1": "Latte-1's configuration", "t5_1b": "a T5 encoder of 1 B parameters"}
+    rows = []
+    for case, row in result["cases"].items():
+        export = row["export"]
+        rows.append(
+            (
+                titles[case],
+                f"{row['checkpoint_bytes'] / GIB:.2f} GiB",
+                f"{export['seconds']:.0f} s",
+                f"{export['peak_bytes'] / GIB:.2f} GiB",
+                export["blocks"],
+                f"{export['largest_difference']:.1g}",
+            )
+        )
+    return table(rows, ("random weights, fp32", "checkpoint", "export", "peak memory", "blocks", "largest difference"))
 
 
 def skipping(result: dict[str, Any]) -> str:
@@ -75,8 +106,16 @@ def startup(result: dict[str, Any]) -> str:
     return table([row], ("`import foresight`", "process start to ready for the first step", "peak memory of a run"))
 
 
+def _machine(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "onnxruntime"))
+    return f"{machine['processor']}, {machine['cores']} cores; {versions}.\n\n"
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo scores": ("demo/scores.json", demo_scores),
+    "step time": ("benchmarks/results/step_time.json", step_time),
+    "real size": ("benchmarks/results/real_size.json", real_size),
     "skipping": ("benchmarks/results/skipping.json", skipping),
     "reuse quality": ("benchmarks/results/reuse_quality.json", reuse_quality),
     "startup": ("benchmarks/results/startup.json", startup),

@@ -51,10 +51,10 @@ def torch_step(checkpoint: Path, threads: int, compiled: bool) -> Step:
     return step
 
 
-def engine_step(bundle: Path, threads: int, spinning: str) -> Step:
+def engine_step(bundle: Path, threads: int, pool: str) -> Step:
     """One step of the bundle's engines.
 
-    `spinning` is "shared" for the process's one pool, "own" for a pool per session, "own, none" for one that does not
+    `pool` is "shared" for the process's one pool, "own" for a pool per session, "own, none" for one that does not
     spin while it waits.
     """
     import onnxruntime as ort
@@ -63,19 +63,21 @@ def engine_step(bundle: Path, threads: int, spinning: str) -> Step:
     from foresight.engines.bundle import open_bundle
     from foresight.runtime.cache import create_cache
 
-    if spinning != "shared":
+    if pool != "shared":
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning == "own" else "0")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if pool == "own" else "0")
         backend_module._session_options = lambda optimize: options
+        backend_module._share_threads_and_arena = lambda wanted: threads
     opened = open_bundle(bundle)
     backend = backend_module.OnnxRuntimeBackend(threads=threads)
     manifest = opened.manifest
-    engines = {part.name: backend.load(opened.file(part.graph), part) for part in manifest.parts}
+    parts = (manifest.prologue, *manifest.blocks, manifest.epilogue)
+    engines = {part.name: backend.load(opened.file(part.graph), part) for part in parts}
     sizes = {name: high for name, (_, high) in manifest.ranges.items()} | {"batch": ROWS, "text": TEXT_TOKENS}
     generator = np.random.default_rng(0)
     tensors: dict[str, Any] = {}
-    for part in (manifest.prologue, *manifest.blocks, manifest.epilogue):
+    for part in parts:
         for spec in (*part.inputs, *part.outputs):
             if spec.name not in tensors:
                 tensors[spec.name] = generator.standard_normal(spec.resolve(sizes), dtype=np.float32)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from .arrays import Array, Arrays
-from .bundle import Part
 from .errors import InvalidRequest
+from .manifest import Part
 
 
 class Engine(Protocol):

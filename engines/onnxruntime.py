@@ -14,30 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
-from onnxruntime.capi.onnxruntime_pybind11_state import (
-    Fail,
-    InvalidArgument,
-    InvalidGraph,
-    InvalidProtobuf,
-    NoSuchFile,
-    OrtAllocatorType,
-    OrtMemoryInfo,
-    OrtMemType,
-    RuntimeException,
-    create_and_register_allocator,
-)
+from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from .arrays import Array, Arrays, numpy_dtype
-from .bundle import Part
 from .errors import EngineError, InvalidRequest
+from .manifest import Part
 
-ORT_ERRORS = (
-    Fail,
-    InvalidArgument,
-    InvalidGraph,
-    InvalidProtobuf,
-    NoSuchFile,
-    RuntimeException,
+# These share no base class but Exception.
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    native.Fail,
+    native.InvalidArgument,
+    native.InvalidGraph,
+    native.InvalidProtobuf,
+    native.NoSuchFile,
+    native.NotImplemented,
+    native.RuntimeException,
     RuntimeError,
 )
 
@@ -152,8 +143,10 @@ def _share_threads_and_arena(threads: int | None) -> int:
         if _Process.threads is None:
             wanted = threads or available_cores()
             ort.set_global_thread_pool_sizes(wanted, 1)
-            memory = OrtMemoryInfo("Cpu", OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, OrtMemType.DEFAULT)
-            create_and_register_allocator(memory, None)
+            memory = native.OrtMemoryInfo(
+                "Cpu", native.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, native.OrtMemType.DEFAULT
+            )
+            native.create_and_register_allocator(memory, None)
             _Process.threads = wanted
         elif threads not in (None, _Process.threads):
             raise InvalidRequest(

@@ -50,7 +50,7 @@ class Checkpoint:
 
     def component_class(self, component: str) -> str:
         """The class name that `model_index.json` gives for a component."""
-        return str(self._index[component][1])
+        return str((self._index.get(component) or [None, None])[1])
 
     def config(self, component: str, file: str = "config.json") -> dict[str, Any]:
         """A component's configuration."""
@@ -101,7 +101,11 @@ class Checkpoint:
         folder, stem = self.folder / component, WEIGHT_STEMS[component]
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            table = self._read_json(f"{component}/{index.name}")["weight_map"]
+            table = self._read_json(f"{component}/{index.name}").get("weight_map")
+            if not isinstance(table, dict) or any(Path(str(file)).name != file for file in table.values()):
+                raise CheckpointError(
+                    f"checkpoint {self.name}: {index.name} has no table of weights and files; download it again"
+                )
             return {name: folder / file for name, file in table.items()}
         whole = folder / f"{stem}.safetensors"
         try:
@@ -128,16 +132,16 @@ class Checkpoint:
 def find_checkpoint(path_or_id: str) -> Checkpoint:
     """A local folder, or a model id on the Hugging Face hub, which is then downloaded into its usual cache."""
     folder = Path(path_or_id)
-    if folder.is_dir():
+    if path_or_id and folder.is_dir():
         return Checkpoint(path_or_id, folder)
     if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/")):
         raise CheckpointError(f"checkpoint {path_or_id}: no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         local = snapshot_download(path_or_id, allow_patterns=_hub_patterns())
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"checkpoint {path_or_id}: neither a folder nor to be had from the hub ({reason}); check the name and the "

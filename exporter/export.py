@@ -22,23 +22,18 @@ import onnx
 import torch
 import transformers
 
-from ..engines.bundle import (
+from ..engines.bundle import MANIFEST, SCHEMA, Bundle, file_record, open_bundle, verify_files
+from ..engines.errors import BundleError, ExportError, IntegrityError, InvalidRequest, OutputError
+from ..engines.manifest import (
     DTYPE_BYTES,
-    MANIFEST,
-    SCHEMA,
-    Bundle,
     FileRecord,
     Manifest,
     Part,
     Sampler,
     Source,
-    file_record,
-    open_bundle,
     part_files,
     stream_bytes_per_row,
-    verify_files,
 )
-from ..engines.errors import BundleError, ExportError, IntegrityError, OutputError
 from ..engines.onnxruntime import OnnxRuntimeBackend
 from .checkpoint import Checkpoint, find_checkpoint
 from .graph import Graph, graph_from_module, write_graph
@@ -50,6 +45,8 @@ from .sampler import MAX_STEPS, write_table
 log = logging.getLogger("foresight")
 
 OPSET = 23
+STATE = "state.json"
+SAMPLER = "sampler.npz"
 # Largest difference from eager that passes, as a share of the largest value of the output (at least 1).
 TOLERANCES = {"fp32": 2e-4, "fp16": 4e-2}
 
@@ -98,6 +95,8 @@ class Export:
         self.request = request or Request()
         self.opset = opset
         self.output = output or Path("bundles") / model
+        if self.output.name in ("", ".."):
+            raise InvalidRequest(f"output: got {str(self.output)!r}, expected the name of the folder to make")
         self.checkpoint: Checkpoint = find_checkpoint(checkpoint or self.row.checkpoint)
         self.split: Split = split_checkpoint(self.row.family, self.checkpoint, self.request)
 
@@ -135,11 +134,13 @@ class Export:
         if present is not None:
             log.info("bundle %s is up to date", self.output)
             return present
+        _check_free(self.output)
         partial = self.output.with_name(self.output.name + ".partial")
         try:
             state = self._resume(partial)
+            self._write_tables(partial, state)
             self._write_parts(partial, state, progress)
-            self._write_rest(partial, state)
+            self._write_manifest(partial, state)
             _replace(partial, self.output)
         except OSError as error:
             hint = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
@@ -166,11 +167,17 @@ class Export:
 
     def _resume(self, partial: Path) -> _State:
         try:
-            state = msgspec.json.decode((partial / "state.json").read_bytes(), type=_State)
+            state = msgspec.json.decode((partial / STATE).read_bytes(), type=_State)
             if state.key == self.key:
                 log.info("going on with %s: %d parts are done", partial, len(state.parts))
                 return state
         except (FileNotFoundError, msgspec.DecodeError):
+            pass
+        try:  # all written, but not renamed
+            manifest = open_bundle(partial).manifest
+            if manifest.generator.get("export_key") == self.key:
+                return _State(key=self.key, parts={part.name: part for part in manifest.parts}, files=manifest.files)
+        except (BundleError, IntegrityError):
             pass
         if partial.exists():
             shutil.rmtree(partial)
@@ -186,15 +193,12 @@ class Export:
                 part, files = self._write_part(partial, plan, graphs)
                 state.parts[plan.name] = part
                 state.files.update({file.name: file_record(file) for file in files})
-                _write_atomically(partial / "state.json", msgspec.json.encode(state))
+                _write_atomically(partial / STATE, msgspec.json.encode(state))
         progress(len(plans), len(plans), "done")
 
     def _is_done(self, partial: Path, state: _State, name: str) -> bool:
         part = state.parts.get(name)
-        if part is None:
-            return False
-        files = [partial / file for file in part_files(part)]
-        return all(file.is_file() and file_record(file) == state.files[file.name] for file in files)
+        return part is not None and all(_is_as_recorded(partial / file, state) for file in part_files(part))
 
     def _write_part(self, partial: Path, plan: PartPlan, graphs: dict[str, Graph]) -> tuple[Part, list[Path]]:
         assign_parameters(plan.module, lambda name: plan.parameter(self.checkpoint, name))
@@ -213,13 +217,18 @@ class Export:
         assign_parameters(plan.module, lambda name: plan.module.get_parameter(name).to("meta"))
         return msgspec.structs.replace(part, max_difference=difference), files
 
-    def _write_rest(self, partial: Path, state: _State) -> None:
+    def _write_tables(self, partial: Path, state: _State) -> None:
+        """Tokenizer and sampler: done first, as they take a second and may be refused."""
+        names = (self.split.text.tokenizer, SAMPLER)
+        if all(_is_as_recorded(partial / name, state) for name in names):
+            return
+        _write_atomically(partial / self.split.text.tokenizer, self.split.tokenizer().encode())
+        write_table(self.split.scheduler(), partial / SAMPLER)
+        state.files.update({name: file_record(partial / name) for name in names})
+        _write_atomically(partial / STATE, msgspec.json.encode(state))
+
+    def _write_manifest(self, partial: Path, state: _State) -> None:
         split = self.split
-        _write_atomically(partial / split.text.tokenizer, split.tokenizer().encode())
-        scheduler = split.scheduler()
-        write_table(scheduler, partial / "sampler.npz")
-        for name in (split.text.tokenizer, "sampler.npz"):
-            state.files[name] = file_record(partial / name)
         part = state.parts
         manifest = Manifest(
             schema=SCHEMA,
@@ -240,15 +249,15 @@ class Export:
             epilogue=part["epilogue"],
             vae_decoder=part["vae_decoder"],
             text=split.text,
-            sampler=Sampler(table="sampler.npz", scheduler=type(scheduler).__name__, max_steps=MAX_STEPS),
+            sampler=Sampler(table=SAMPLER, scheduler=type(split.scheduler()).__name__, max_steps=MAX_STEPS),
             defaults=self.row.defaults,
             cache_bytes_per_row={
                 plan.name: stream_bytes_per_row(part[plan.name], split.streams, split.ranges) for plan in split.blocks
             },
             files=dict(sorted(state.files.items())),
         )
-        (partial / "state.json").unlink(missing_ok=True)
         _write_atomically(partial / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+        (partial / STATE).unlink(missing_ok=True)
 
     def _generator(self) -> dict[str, str]:
         libraries = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "onnx": onnx}
@@ -317,6 +326,18 @@ def _write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def _is_as_recorded(path: Path, state: _State) -> bool:
+    return path.is_file() and state.files.get(path.name) == file_record(path)
+
+
+def _check_free(output: Path) -> None:
+    """Refuse to write over anything but a bundle or an empty folder. Raises OutputError."""
+    if output.is_dir() and ((output / MANIFEST).is_file() or not any(output.iterdir())):
+        return
+    if output.exists():
+        raise OutputError(f"export to {output}: something that is no bundle is there; choose another --output")
 
 
 def _replace(partial: Path, output: Path) -> None:

@@ -85,6 +85,7 @@ def graph_from_module(
         reason = " ".join(str(error.__cause__ or error).split())[:400]
         raise ExportError(f"{type(module).__name__}: torch.onnx cannot export it: {reason}") from error
     assert program is not None
+    _merge_tied(program.model, module)
     weights = _optimise(program.model, {name for name, _ in module.named_parameters()})
     return Graph(program.model, weights)
 
@@ -136,6 +137,22 @@ def _append(file: BinaryIO, tensor: Tensor, location: str, value: ir.Value) -> i
     file.write(raw.numpy().data)
     shape = ir.Shape(tensor.shape)
     return ir.ExternalTensor(location, offset, raw.numel(), dtype, shape=shape, name=value.name or "", base_dir=".")
+
+
+def _merge_tied(model: ir.Model, module: nn.Module) -> None:
+    """One initializer per parameter, under its first name, whichever of its names the exporter took."""
+    initializers = model.graph.initializers
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        wanted = first[id(parameter)]
+        if name == wanted or name not in initializers:
+            continue
+        value = initializers.pop(name)
+        if wanted in initializers:
+            ir.convenience.replace_all_uses_with(value, initializers[wanted])
+        else:
+            value.name = wanted
+            initializers[wanted] = value
 
 
 def _optimise(model: ir.Model, parameters: set[str]) -> dict[str, Weight]:

@@ -110,7 +110,13 @@ def _run(
     samples, scales = [noise.numpy()], []
     for timestep, output in zip(timesteps, outputs, strict=True):
         scales.append(float(scale(torch.ones(1, dtype=torch.float64), timestep)))
-        sample = scheduler.step(output.view(shape), timestep, sample, return_dict=False)[0]
+        try:
+            sample = scheduler.step(output.view(shape), timestep, sample, return_dict=False)[0]
+        except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"scheduler {type(scheduler).__name__}: its step cannot be read off ({reason}); use another scheduler"
+            ) from error
         samples.append(sample.double().numpy().flatten())
     return samples, np.array(scales)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ..engines.arrays import Array, Arrays
-from ..engines.bundle import Manifest, TensorSpec
+from ..engines.manifest import Manifest, TensorSpec
 from .policies import CacheMode
 
 Buffers = dict[str, Array]

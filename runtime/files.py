@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -34,6 +35,10 @@ class Targets:
             path = getattr(self, name)
             if path is not None and path.suffix != suffix:
                 raise InvalidRequest(f"{name}: got {path.name!r}, expected a name ending in {suffix}")
+        places = [path.absolute() for path in self._wanted()]
+        for path in places:
+            if places.count(path) > 1:
+                raise InvalidRequest(f"output: got {path.name} for two results, expected a name for each")
         for path in self._wanted():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +94,9 @@ def save_array(path: Path, array: HostArray) -> None:
 def read_latents(path: Path) -> HostArray:
     """Read initial noise from a .npy file. Raises InvalidRequest."""
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file:
+            array = np.load(file, allow_pickle=False)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise InvalidRequest(f"latents {path}: cannot be read ({error}); expected an .npy file of fp32") from error
     if not isinstance(array, np.ndarray):
         raise InvalidRequest(f"latents {path}: holds several arrays, expected one (.npy)")

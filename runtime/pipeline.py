@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -13,13 +12,15 @@ import numpy as np
 
 from ..engines.arrays import Array, HostArray
 from ..engines.backend import Backend, Engine, create_backend
-from ..engines.bundle import Bundle, Part, open_bundle, verify_files
+from ..engines.bundle import Bundle, open_bundle, verify_files
 from ..engines.errors import InvalidRequest
+from ..engines.manifest import Part
+from .arguments import check_guidance, check_policy, check_prompts, check_seeds, check_text
 from .cache import create_cache
 from .denoise import CancelToken, OnStep, Request, Transformer, denoise
-from .policies import Foresight, Policy, policy_settings
+from .policies import Policy, policy_settings
 from .sampler import Sampler, Schedule, load_table
-from .text import Tokenizer, check_prompts
+from .text import Tokenizer
 from .trace import Trace
 from .video import Video
 
@@ -97,12 +98,11 @@ class VideoPipeline:
 
         Raises InvalidRequest before anything runs; Cancelled and EngineError leave the pipeline usable.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self._check_prompts(prompts)
         defaults = self.manifest.defaults
+        prompts = self._check_prompts(prompt)
         schedule = self._table.schedule(defaults.steps if steps is None else steps)
-        policy = Foresight() if policy is None else policy
-        seeds = _seeds(seed, len(prompts))
+        policy = check_policy(policy)
+        seeds = check_seeds(seed, len(prompts))
         noise = self._noise(latents, seeds)
         trace = Trace(
             model=self.manifest.model,
@@ -111,10 +111,12 @@ class VideoPipeline:
             kinds=tuple(block.kind for block in self.manifest.blocks),
             policy=policy_settings(policy),
             backend=self.backend.describe(),
-            prompts=tuple(prompts),
-            negative_prompt=defaults.negative_prompt if negative_prompt is None else negative_prompt,
+            prompts=prompts,
+            negative_prompt=check_text(
+                "negative_prompt", defaults.negative_prompt if negative_prompt is None else negative_prompt, True
+            ),
             steps_requested=schedule.steps,
-            guidance=_check_guidance(defaults.guidance if guidance is None else guidance),
+            guidance=check_guidance(defaults.guidance if guidance is None else guidance),
             seeds=seeds,
             latents_given=latents is not None,
         )
@@ -133,13 +135,14 @@ class VideoPipeline:
         ]
         return videos[0] if isinstance(prompt, str) else videos
 
-    def _check_prompts(self, prompts: Sequence[str]) -> None:
-        check_prompts(prompts)
+    def _check_prompts(self, prompt: str | Sequence[str]) -> tuple[str, ...]:
+        prompts = check_prompts(prompt)
         if len(prompts) > self.manifest.shape.max_batch:
             raise InvalidRequest(
                 f"prompts: got {len(prompts)} at once, this bundle takes {self.manifest.shape.max_batch}; send fewer, "
                 "or export with a larger --max-batch"
             )
+        return prompts
 
     def _request(
         self, condition: dict[str, Array], sampler: Sampler, schedule: Schedule, policy: Policy, trace: Trace
@@ -173,7 +176,7 @@ class VideoPipeline:
         if latents is None:
             draws = [np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds]
             return self.backend.arrays.from_host(np.stack(draws))
-        given = self.backend.arrays.xp.from_dlpack(latents) if hasattr(latents, "__dlpack__") else np.asarray(latents)
+        given = self._array(latents)
         if given.shape == shape and len(seeds) == 1:
             given = given[None]
         if given.shape != (len(seeds), *shape) or given.dtype != np.float32:
@@ -184,6 +187,16 @@ class VideoPipeline:
         if not bool(self.backend.arrays.xp.isfinite(given).all()):
             raise InvalidRequest("latents: got values that are not finite, expected normal noise")
         return given
+
+    def _array(self, latents: Array) -> Array:
+        """The caller's array, on the device; no copy where it is there already."""
+        try:
+            if isinstance(latents, np.ndarray):
+                return self.backend.arrays.from_host(latents) if latents.dtype == np.float32 else latents
+            return self.backend.arrays.xp.from_dlpack(latents)
+        except (AttributeError, BufferError, TypeError, ValueError, RuntimeError) as error:
+            got = f"a {type(latents).__name__}"
+            raise InvalidRequest(f"latents: got {got}, expected a float32 array, numpy's or by DLPack") from error
 
     def _encode(self, trace: Trace) -> dict[str, Array]:
         """The inputs that no step changes: the condition part's outputs, in the order of the guided batch.
@@ -273,16 +286,3 @@ def _timed(trace: Trace, phase: str) -> Iterator[None]:
 def _halves(guidance: float) -> int:
     """Guidance 1 needs no negative half."""
     return 1 if guidance == 1 else 2
-
-
-def _check_guidance(guidance: float) -> float:
-    if not (math.isfinite(guidance) and guidance >= 1):
-        raise InvalidRequest(f"guidance: got {guidance}, expected a finite number of 1 (none) or more")
-    return float(guidance)
-
-
-def _seeds(seed: int | Sequence[int], prompts: int) -> tuple[int, ...]:
-    seeds = tuple(range(seed, seed + prompts)) if isinstance(seed, int) else tuple(seed)
-    if len(seeds) != prompts or any(not isinstance(s, int) or s < 0 for s in seeds):
-        raise InvalidRequest(f"seed: got {seed!r}, expected a number of 0 or more, or one per prompt ({prompts})")
-    return seeds

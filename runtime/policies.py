@@ -10,12 +10,13 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, get_args
 
 from ..engines.errors import InvalidRequest
 
 CacheMode = Literal["output", "residual"]
+CACHE_MODES: tuple[CacheMode, ...] = get_args(CacheMode)
 WARMUP_SHARE = 0.15  # of all steps (arXiv 2506.00329, section 4: 8 of 50)
 LAMBDA_WEIGHTS = (1.0, 0.1, 0.01)  # of the last three warm-up changes, newest first
 
@@ -70,6 +71,9 @@ class NoReuse:
 
     name: ClassVar[str] = "none"
     cache: CacheMode = "output"
+
+    def __post_init__(self) -> None:
+        _check_cache(self.cache)
 
     def begin(self, steps: int, blocks: int) -> Decider:
         """See Policy.begin."""
@@ -164,7 +168,8 @@ def policy_from_settings(name: str, **settings: Any) -> Policy:
 
 def policy_settings(policy: Policy) -> dict[str, Any]:
     """A policy's name and settings, for traces."""
-    return {"name": policy.name, **asdict(policy)}  # type: ignore[call-overload]
+    settings = asdict(policy) if is_dataclass(policy) and not isinstance(policy, type) else {"cache": policy.cache}
+    return {"name": policy.name, **settings}
 
 
 def eliminate_dead(decisions: Sequence[Decision]) -> list[Decision]:
@@ -258,5 +263,5 @@ def _weighted_sum(changes: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
 
 
 def _check_cache(cache: str) -> None:
-    if cache not in ("output", "residual"):
+    if cache not in CACHE_MODES:
         raise InvalidRequest(f"cache: got {cache!r}, expected output or residual")

@@ -77,7 +77,7 @@ class SamplerTable:
 
     def schedule(self, steps: int) -> Schedule:
         """The schedule of that many steps. Raises InvalidRequest."""
-        if not 1 <= steps <= self.max_steps:
+        if not isinstance(steps, (int, np.integer)) or not 1 <= steps <= self.max_steps:
             raise InvalidRequest(f"steps: got {steps}, expected 1 to {self.max_steps}, which the bundle has tables for")
         first = steps * (steps - 1) // 2
         rows = {name: self._columns[name][first : first + steps] for name in COLUMNS[:-1]}
@@ -87,11 +87,17 @@ class SamplerTable:
 def load_table(path: Path, max_steps: int) -> SamplerTable:
     """Read `sampler.npz`; nothing in it is unpickled. Raises IntegrityError."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            columns = {name: file[name] for name in COLUMNS}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        # a file object of our own: np.load leaves the one it opens itself to the garbage collector when it fails
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as table:
+            columns = {name: table[name] for name in COLUMNS}
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise IntegrityError(f"{path}: is not a sampler table ({error}); export again") from error
     rows = max_steps * (max_steps + 1) // 2
-    if any(len(columns[name]) != rows or columns[name].dtype != np.float64 for name in COLUMNS[:-1]):
-        raise IntegrityError(f"{path}: expected fp64 tables of {rows} rows; export again")
+    shapes = dict.fromkeys(COLUMNS[:2], (rows,)) | {"noise_scales": (max_steps,)}
+    for name, column in columns.items():
+        fits = column.shape == shapes[name] if name in shapes else column.ndim == 2 and len(column) == rows
+        if column.dtype != np.float64 or not fits:
+            raise IntegrityError(
+                f"{path}: {name} is {column.dtype} {column.shape}, not fp64 for 1 to {max_steps} steps; export again"
+            )
     return SamplerTable(columns, max_steps)

@@ -11,8 +11,8 @@ import numpy as np
 from tokenizers import Tokenizer as _Tokenizer
 
 from ..engines.arrays import HostArray
-from ..engines.bundle import Text
-from ..engines.errors import IntegrityError, InvalidRequest
+from ..engines.errors import IntegrityError
+from ..engines.manifest import Text
 
 log = logging.getLogger("foresight")
 
@@ -64,12 +64,3 @@ class Tokenizer:
     def _normalize(self, text: str) -> str:
         text = text.lower() if self._settings.lowercase else text
         return text.strip() if self._settings.strip else text
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Refuse what is no prompt. Raises InvalidRequest."""
-    if not prompts:
-        raise InvalidRequest("prompt: got none, expected at least one")
-    for prompt in prompts:
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InvalidRequest(f"prompt: got {prompt!r}, expected some text")

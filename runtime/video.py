@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import numpy as np
 from ..engines.arrays import HostArray
 from ..engines.errors import InvalidRequest, OutputError
 from .trace import Trace
+
+FRAME_NAME = re.compile(r"frame-\d{4,}\.png")
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,14 @@ def save_frames(frames: HostArray, fps: int, path: str | os.PathLike[str]) -> Pa
 
 
 def check_output(path: Path) -> Callable[[HostArray, int, Path], None]:
-    """The writer for a path's suffix. Raises InvalidRequest; call it before the work that makes the frames."""
+    """The writer for a path's suffix. Raises InvalidRequest; call it before the work that makes the frames.
+
+    A folder is refused if anything but frames of an earlier video lies in it: it will be replaced.
+    """
     if path.suffix.lower() not in WRITERS:
         raise InvalidRequest(f"output: got {path.name!r}, expected a name ending in .mp4, .gif, .npy, or a folder")
+    if path.is_dir() and not all(FRAME_NAME.fullmatch(entry.name) for entry in path.iterdir()):
+        raise InvalidRequest(f"output: folder {path} holds other things than frames; name one that is new")
     return WRITERS[path.suffix.lower()]
 
 

@@ -15,8 +15,9 @@ import numpy.typing as npt
 from benchmarks.checkpoints import random_latte
 from foresight.engines.arrays import Array, Arrays
 from foresight.engines.backend import Backend, Engine, create_backend
-from foresight.engines.bundle import MANIFEST, Part, file_record, open_bundle
+from foresight.engines.bundle import MANIFEST, file_record, open_bundle
 from foresight.engines.errors import EngineError
+from foresight.engines.manifest import Part
 from foresight.runtime.pipeline import VideoPipeline
 
 Floats = npt.NDArray[np.float32]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from ...engines.bundle import Defaults
-from ...engines.errors import InvalidRequest
+from ...engines.errors import CheckpointError, ForesightError, InvalidRequest
+from ...engines.manifest import Defaults
 from ..checkpoint import Checkpoint
 from .base import Request, Split
 
@@ -60,4 +60,12 @@ def find_model(name: str) -> Model:
 def split_checkpoint(family: str, checkpoint: Checkpoint, request: Request) -> Split:
     """How a checkpoint of that family falls into parts. Raises CheckpointError, InvalidRequest."""
     split: Callable[[Checkpoint, Request], Split] = import_module(f".{family}", __package__).split
-    return split(checkpoint, request)
+    try:
+        return split(checkpoint, request)
+    except ForesightError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # in the libraries' hands
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name}: its configuration makes no {family} model ({reason}); download it again"
+        ) from error

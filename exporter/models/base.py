@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...engines.bundle import Dtype, Shape, TensorSpec, Text
 from ...engines.errors import CheckpointError, InvalidRequest
+from ...engines.manifest import Dtype, Shape, TensorSpec, Text
 from ..checkpoint import Checkpoint
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -108,7 +108,7 @@ class PartPlan:
 
 @dataclass(frozen=True)
 class Split:
-    """A checkpoint taken apart. Parts as in engines.bundle.Manifest."""
+    """A checkpoint taken apart. Parts as in engines.manifest.Manifest."""
 
     shape: Shape
     ranges: dict[str, tuple[int, int]]

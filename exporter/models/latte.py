@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, LatteTransformer3DModel
+from diffusers import __version__ as diffusers_version
 from diffusers import schedulers as diffusers_schedulers
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from ...engines.bundle import Dtype, Shape, TensorSpec, Text
 from ...engines.errors import CheckpointError, InvalidRequest
+from ...engines.manifest import Dtype, Shape, TensorSpec, Text
 from ..checkpoint import Checkpoint
 from .base import TORCH_DTYPES, Input, PartPlan, Request, Split, float_spec, mean_squared_change
 
@@ -437,13 +438,25 @@ def _shape(transformer: LatteTransformer3DModel, vae: AutoencoderKL, request: Re
 
 
 def _tokenizer_json(checkpoint: Checkpoint) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
-    return tokenizer.backend_tokenizer.to_str()  # type: ignore[no-any-return]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
+        return tokenizer.backend_tokenizer.to_str()  # type: ignore[no-any-return]
+    except Exception as error:  # the libraries raise bare Exception, among much else
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name}: its tokenizer cannot be read ({reason}); download it again"
+        ) from error
 
 
 def _scheduler(checkpoint: Checkpoint) -> Any:
     config = checkpoint.config("scheduler", "scheduler_config.json")
-    return getattr(diffusers_schedulers, checkpoint.component_class("scheduler")).from_config(config)
+    name = checkpoint.component_class("scheduler")
+    scheduler = getattr(diffusers_schedulers, name, None)
+    if scheduler is None:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name}: diffusers {diffusers_version} has no scheduler {name}; name one that it has"
+        )
+    return scheduler.from_config(config)
 
 
 def _draw_mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

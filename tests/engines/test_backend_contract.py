@@ -15,12 +15,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from foresight.engines.backend import REGISTRY, Backend, Engine, create_backend
-from foresight.engines.bundle import Dtype, Part, TensorSpec
 from foresight.engines.errors import EngineError, ForesightError, InvalidRequest
+from foresight.engines.manifest import Dtype, Part, TensorSpec
 
 ONNX_TYPES = {
     "fp32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64,
     "uint8": TensorProto.UINT8,
     "bool": TensorProto.BOOL,
@@ -264,7 +265,7 @@ def undefined_input(folder: Path) -> Path:
 
 def no_kernel(folder: Path) -> Path:
     node = helper.make_node("Det", ["x"], ["y"])
-    inputs, outputs = (spec("x", 4, 4, dtype="fp16"),), (spec("y", dtype="fp16"),)
+    inputs, outputs = (spec("x", 4, 4, dtype="bf16"),), (spec("y", dtype="fp16"),)
     return write(folder, [node], inputs, outputs)[0]
 
 

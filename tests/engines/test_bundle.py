@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from foresight.engines.bundle import (
     MANIFEST,
     SCHEMA,
-    Manifest,
     check_request_shape,
     file_record,
     newest_bundle,
@@ -29,6 +28,7 @@ from foresight.engines.bundle import (
     verify_files,
 )
 from foresight.engines.errors import BundleError, ForesightError, IntegrityError, InvalidRequest
+from foresight.engines.manifest import Manifest
 from foresight.runtime.pipeline import load
 from tests.support import Json, copy_bundle, edit_manifest, json_paths, read_manifest, vouch_for
 

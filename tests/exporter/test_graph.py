@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import foresight
 from foresight.engines.backend import create_backend
-from foresight.engines.bundle import Part, TensorSpec, open_bundle
+from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import ExportError
+from foresight.engines.manifest import Part, TensorSpec
 from foresight.exporter.checkpoint import Checkpoint
 from foresight.exporter.export import TOLERANCES, check_part
 from foresight.exporter.graph import Graph, graph_from_module, write_graph

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foresight.engines.arrays import Arrays
-from foresight.engines.bundle import TensorSpec, open_bundle
+from foresight.engines.bundle import open_bundle
+from foresight.engines.manifest import TensorSpec
 from foresight.runtime.cache import BlockCache, OutputCache, ResidualCache, create_cache
 from foresight.runtime.policies import Decision, Foresight, eliminate_dead
 from tests.support import is_block, watched_pipeline

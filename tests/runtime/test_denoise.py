@@ -9,7 +9,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from foresight.engines.bundle import Manifest, open_bundle
+from foresight.engines.bundle import open_bundle
+from foresight.engines.manifest import Manifest
 from foresight.runtime.denoise import guide
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import Foresight, NoReuse, Policy, Static

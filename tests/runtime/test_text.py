@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from benchmarks.checkpoints import WORDS
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import InvalidRequest
-from foresight.runtime.text import Tokenizer, check_prompts
+from foresight.runtime.arguments import check_prompts
+from foresight.runtime.text import Tokenizer
 
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
