@@ -68,7 +68,7 @@ def engine_step(bundle: Path, threads: int, pool: str) -> Step:
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if pool == "own" else "0")
         backend_module._session_options = lambda optimize: options
-        backend_module._share_threads_and_arena = lambda wanted: threads
+        backend_module._share_threads_and_arena = _share_nothing
     opened = open_bundle(bundle)
     backend = backend_module.OnnxRuntimeBackend(threads=threads)
     manifest = opened.manifest
@@ -92,6 +92,12 @@ def engine_step(bundle: Path, threads: int, pool: str) -> Step:
         engines["epilogue"].run({**tensors, **cache.stream})
 
     return step
+
+
+def _share_nothing(threads: int | None) -> int:
+    """In the place of the backend's own: sessions with a pool each have an arena each, too."""
+    assert threads is not None
+    return threads
 
 
 def serve(pipe: Connection, make: Callable[..., Step], arguments: tuple[Any, ...]) -> None:
