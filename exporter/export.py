@@ -201,9 +201,9 @@ class Export:
         return part is not None and all(_is_as_recorded(partial / file, state) for file in part_files(part))
 
     def _write_part(self, partial: Path, plan: PartPlan, graphs: dict[str, Graph]) -> tuple[Part, list[Path]]:
-        assign_parameters(plan.module, lambda name: plan.parameter(self.checkpoint, name))
         if plan.kind not in graphs:
             graphs[plan.kind] = _trace(plan, self.opset)
+        assign_parameters(plan.module, lambda name: plan.parameter(self.checkpoint, name))
         files = write_graph(graphs[plan.kind], plan.module.get_parameter, partial / f"{plan.name}.onnx")
         part = Part(
             name=plan.name,
@@ -299,6 +299,11 @@ def check_part(plan: PartPlan, part: Part, graph: Path, tolerance: float) -> flo
 
 
 def _trace(plan: PartPlan, opset: int) -> Graph:
+    """The graph of a part, traced with parameters that nobody touches and so take no memory.
+
+    torch.onnx keeps some of them for as long as the graph lives; of a mapped checkpoint that would be the whole file.
+    """
+    assign_parameters(plan.module, lambda name: torch.empty_like(plan.module.get_parameter(name), device="cpu"))
     generator = torch.Generator().manual_seed(0)
     sizes = plan.check_sizes[-1]
     return graph_from_module(
