@@ -35,7 +35,7 @@ test: $(READY) ## run the tests, but for the slow ones
 test-all: $(READY) ## run all tests
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
-lint: $(READY) ## check style and types
+lint: $(READY) $(VENV)/stubs ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -50,6 +50,13 @@ demo-train: $(READY) ## train the demo checkpoint from nothing; can be interrupt
 clean: ## remove what the targets above made, except .venv, the trained checkpoint and other bundles
 	rm -rf $(DEMO) bundles/latte-demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Type stubs of TensorRT, read off the TensorRT-RTX that `dev` installs on Linux x86-64; elsewhere it stays unchecked.
+$(VENV)/stubs: $(READY) tests/tensorrt_stubs.py
+	@if $(BIN)/python -c "import tensorrt_rtx_bindings" 2>/dev/null; then \
+		$(BIN)/python -m tests.tensorrt_stubs $@; \
+	else mkdir -p $@; fi
+	@touch $@
 
 # Commands of that name may exist and yet not run, or come without what makes a virtual environment.
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))

@@ -25,6 +25,9 @@ except ModuleNotFoundError as missing:  # run from a clone that nothing was inst
     sys.exit(f"{missing.name} is not installed; run: pip install -e '.[export,video,report]' -c constraints.txt")
 
 if TYPE_CHECKING:
+    from foresight.engines.bundle import Bundle
+    from foresight.engines.compiled import Compiled
+    from foresight.engines.tensorrt import BuildSettings
     from foresight.runtime.pipeline import VideoPipeline
     from foresight.runtime.policies import Policy
     from foresight.runtime.video import Video
@@ -83,12 +86,15 @@ def bundle_argument(command: Command) -> Command:
 @click.option("--model", required=True, help="latte, or latte-demo, whose checkpoint is in demo/.")
 @click.option("--checkpoint", help="A diffusers folder or a hub id instead of the model's own.")
 @click.option("--output", type=click.Path(path_type=Path), help="The bundle to write.  [default: bundles/MODEL]")
-@click.option("--dtype", default="fp32", show_default=True, help="fp32 or fp16; the reuse metric stays fp32.")
+@click.option(
+    "--dtype", default="fp32", show_default=True, help="fp32, fp16 or bf16 (GPUs only); the reuse metric stays fp32."
+)
 @click.option("--height", type=int, help="Pixels.  [default: the checkpoint's]")
 @click.option("--width", type=int, help="Pixels.  [default: the checkpoint's]")
 @click.option("--frames", type=int, help="[default: the checkpoint's]")
 @click.option("--max-batch", type=int, default=4, show_default=True, help="Most prompts in one batch.")
 @click.option("--opset", type=click.IntRange(18, 23), default=23, show_default=True, help="ONNX operator set.")
+@click.option("--backend", help="Compile engines too: tensorrt or tensorrt-rtx; as `build` does.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @common
 def export(
@@ -101,6 +107,7 @@ def export(
     frames: int | None,
     max_batch: int,
     opset: int,
+    backend: str | None,
     dry_run: bool,
     as_json: bool,
     verbose: bool,
@@ -112,6 +119,8 @@ def export(
         from foresight.exporter.export import Export, Request
     except ModuleNotFoundError as error:
         raise ForesightError(f"export: {error.name} is not installed; install foresight-engines[export]") from error
+    if backend is not None:
+        _check_compiler(backend)
     request = Request(dtype=dtype, height=height, width=width, frames=frames, max_batch=max_batch)
     job = Export(model, request, checkpoint, output, opset)
     plan = job.plan()
@@ -135,7 +144,41 @@ def export(
         f"largest difference from eager: {worst.max_difference:.2g} ({worst.name})",
         f"cache for one guided prompt: {plan.cache_bytes / MEBI:.1f} MiB",
     ]
+    if backend is not None:
+        compiled = _build(bundle, backend, "cuda", None, 1)
+        summary["engines"] = _compiled_summary(compiled)
+        lines += _describe_compiled(compiled)
     _print(summary, as_json, lines)
+
+
+@cli.command()
+@bundle_argument
+@click.option("--backend", required=True, help="tensorrt, or tensorrt-rtx, which needs no GPU for this.")
+@click.option("--device", default="cuda", show_default=True, help="tensorrt compiles for this GPU.")
+@click.option("--level", type=int, default=3, show_default=True, help="Optimisation level, 0 to 5.")
+@click.option("--workspace", type=int, help="Most scratch memory a part may need, MiB.  [default: all there is]")
+@click.option("--jobs", type=int, default=1, show_default=True, help="Engines built side by side.")
+@common
+def build(
+    bundle: Path | None,
+    backend: str,
+    device: str,
+    level: int,
+    workspace: int | None,
+    jobs: int,
+    as_json: bool,
+    verbose: bool,
+    debug: bool,
+) -> None:
+    """Compile a bundle's engines for this machine; goes on where it was interrupted."""
+    _log(verbose)
+    from foresight.engines.bundle import newest_bundle, open_bundle
+    from foresight.engines.tensorrt import BuildSettings
+
+    _check_compiler(backend)
+    settings = BuildSettings(level=level, workspace_bytes=None if workspace is None else workspace * MEBI)
+    compiled = _build(open_bundle(bundle or newest_bundle()), backend, device, settings, jobs)
+    _print(_compiled_summary(compiled), as_json, _describe_compiled(compiled))
 
 
 @cli.command()
@@ -234,6 +277,7 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
     import msgspec
 
     from foresight.engines.bundle import newest_bundle, open_bundle
+    from foresight.engines.compiled import list_compiled
     from foresight.engines.manifest import part_files
 
     opened = open_bundle(bundle or newest_bundle())
@@ -260,6 +304,9 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
     for part in manifest.parts:
         part_bytes = sum(manifest.files[name].bytes for name in part_files(part))
         lines.append(f"{part.name:14} {part.kind:16} {part_bytes / MEBI:9.2f}  {part.max_difference:.2g}")
+    summary["engines"] = [_compiled_summary(compiled) for compiled in list_compiled(opened)]
+    for compiled in list_compiled(opened):
+        lines += ["", *_describe_compiled(compiled)]
     _print(summary, as_json, lines)
 
 
@@ -267,15 +314,27 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
 @bundle_argument
 @common
 def verify(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> None:
-    """Compare every file of a bundle with its manifest."""
+    """Compare every file of a bundle with its manifest, and every compiled engine with its index."""
     _log(verbose)
     from foresight.engines.bundle import newest_bundle, open_bundle, verify_files
+    from foresight.engines.compiled import list_compiled, verify_compiled
 
     opened = open_bundle(bundle or newest_bundle())
     verify_files(opened)
+    engines = list_compiled(opened)
+    for compiled in engines:
+        verify_compiled(compiled)
     count = len(opened.manifest.files)
-    summary = {"bundle": str(opened.path), "id": opened.id, "files": count, "intact": True}
-    _print(summary, as_json, [f"{opened.path}: {count} files, all as the manifest says"])
+    summary = {
+        "bundle": str(opened.path),
+        "id": opened.id,
+        "files": count,
+        "engines": [str(compiled.folder) for compiled in engines],
+        "intact": True,
+    }
+    lines = [f"{opened.path}: {count} files, all as the manifest says"]
+    lines += [f"{compiled.folder}: {len(compiled.index.parts)} engines, all as built" for compiled in engines]
+    _print(summary, as_json, lines)
 
 
 @cli.command()
@@ -287,10 +346,58 @@ def env(as_json: bool, verbose: bool, debug: bool) -> None:
 
     found = describe_environment()
     lines = [
-        f"{name:14} {value if not isinstance(value, list) else ', '.join(value)}"
+        f"{name:20} {value if not isinstance(value, list) else ', '.join(value)}"
         for name, value in (*found["machine"].items(), *found["libraries"].items(), *found["can"].items())
     ]
     _print(found, as_json, lines)
+
+
+def _check_compiler(backend: str) -> None:
+    from foresight.engines.tensorrt import MODULES
+
+    if backend not in MODULES:
+        raise InvalidRequest(f"backend: got {backend!r}, expected one that compiles: {', '.join(MODULES)}")
+
+
+def _build(bundle: Bundle, backend: str, device: str, settings: BuildSettings | None, jobs: int) -> Compiled:
+    from foresight.engines.build import build_engines
+
+    with _progress(len(bundle.manifest.parts), "building") as advance:
+        return build_engines(bundle, backend, device, settings, jobs, lambda done, total, name: advance(done, name))
+
+
+def _compiled_summary(compiled: Compiled) -> dict[str, Any]:
+    index = compiled.index
+    return {
+        "folder": str(compiled.folder),
+        "backend": index.backend,
+        "target": index.target,
+        "settings": index.settings,
+        "plan_bytes": compiled.plan_bytes,
+        "scratch_bytes": compiled.scratch_bytes,
+        "parts": {
+            name: {
+                "plan_bytes": part.record.bytes,
+                "scratch_bytes": part.scratch_bytes,
+                "fused_attention": part.fused_attention,
+                "build_seconds": part.build_seconds,
+            }
+            for name, part in sorted(index.parts.items())
+        },
+    }
+
+
+def _describe_compiled(compiled: Compiled) -> list[str]:
+    index = compiled.index
+    apart = [name for name, part in sorted(index.parts.items()) if not part.fused_attention]
+    lines = [
+        f"{compiled.folder}: {len(index.parts)} engines, {compiled.plan_bytes / MEBI:.1f} MiB",
+        f"for: {', '.join(index.target.values())}",
+        f"scratch: {compiled.scratch_bytes / MEBI:.1f} MiB, one buffer for all",
+    ]
+    if apart:
+        lines.append(f"attention is not fused in {len(apart)} of them, so its scores take memory: {', '.join(apart)}")
+    return lines
 
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:

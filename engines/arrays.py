@@ -65,6 +65,21 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     return np.dtype(NUMPY_DTYPES[dtype])
 
 
+def gpu_facts(device: str) -> dict[str, str]:
+    """Name, compute capability and CUDA version of a GPU. Raises EngineError where there is none."""
+    arrays = Arrays(device)
+    if arrays.kind != "cuda":
+        raise InvalidRequest(f"device: got {device}, expected cuda or cuda:N")
+    runtime = arrays.xp.cuda.runtime
+    properties = runtime.getDeviceProperties(arrays.index)
+    version = runtime.runtimeGetVersion()
+    return {
+        "gpu": properties["name"].decode(),
+        "compute_capability": f"{properties['major']}.{properties['minor']}",
+        "cuda": f"{version // 1000}.{version % 1000 // 10}",
+    }
+
+
 def _cupy(index: int) -> Any:
     try:
         import cupy  # type: ignore[import-not-found, unused-ignore]

@@ -24,7 +24,7 @@ from .manifest import FileRecord, Manifest
 SCHEMA = 1
 MANIFEST = "manifest.json"
 COMPILED = "engines"
-_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,13 @@ def file_record(path: Path) -> FileRecord:
     return FileRecord(bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that, whatever happens, it has either its old content or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
 def check_request_shape(manifest: Manifest, height: int | None, width: int | None, frames: int | None) -> None:
     """Refuse sizes the bundle was not exported for. Raises InvalidRequest."""
     for name, got in (("height", height), ("width", width), ("frames", frames)):
@@ -124,7 +131,7 @@ def _digest(descriptor: int) -> hashlib._Hash:
 def _check_names(folder: Path, manifest: Manifest) -> None:
     named = {part.graph for part in manifest.parts} | {manifest.text.tokenizer, manifest.sampler.table}
     for name in sorted(named | set(manifest.files)):
-        if not _FILE_NAME.fullmatch(name):
+        if not PLAIN_NAME.fullmatch(name):
             raise IntegrityError(f"bundle {folder}: file name {name!r} leaves the bundle or is not plain; export again")
         if name not in manifest.files:
             raise IntegrityError(f"bundle {folder}: {name} is used but has no hash in the manifest; export again")

@@ -59,3 +59,8 @@ class OutputError(ForesightError):
 
 class Cancelled(ForesightError):
     """The request was cancelled between two blocks; its buffers are free again."""
+
+
+def one_line(reason: object) -> str:
+    """What a library gave as its reason, without line breaks."""
+    return " ".join(str(reason).split())

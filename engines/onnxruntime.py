@@ -17,7 +17,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from .arrays import Array, Arrays, numpy_dtype
-from .errors import EngineError, InvalidRequest
+from .errors import EngineError, InvalidRequest, one_line
 from .manifest import Part
 
 # These share no base class but Exception.
@@ -53,6 +53,11 @@ class OnnxRuntimeBackend:
 
     def load(self, graph: Path, part: Part) -> OnnxRuntimeEngine:
         """See Backend.load."""
+        if self.arrays.kind == "cpu" and any(spec.dtype == "bf16" for spec in (*part.inputs, *part.outputs)):
+            raise EngineError(
+                f"{part.name}: got bf16, which ONNX Runtime cannot run on a CPU, expected fp32 or fp16; export again "
+                "with --dtype, or use a GPU"
+            )
         providers: list[Any] = [self._provider]
         if self.arrays.kind == "cuda":
             providers = [(self._provider, {"device_id": self.arrays.index})]
@@ -112,11 +117,6 @@ class OnnxRuntimeEngine:
 def available_cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def one_line(error: BaseException) -> str:
-    """The error's text without line breaks."""
-    return " ".join(str(error).split())
 
 
 def _session_options(optimize: bool) -> ort.SessionOptions:

@@ -11,9 +11,12 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import msgspec
@@ -21,8 +24,10 @@ import numpy as np
 import onnx
 import torch
 import transformers
+from torch import nn
 
-from ..engines.bundle import MANIFEST, SCHEMA, Bundle, file_record, open_bundle, verify_files
+from ..engines.arrays import HostArray, numpy_dtype
+from ..engines.bundle import MANIFEST, SCHEMA, Bundle, file_record, open_bundle, verify_files, write_atomically
 from ..engines.errors import BundleError, ExportError, IntegrityError, InvalidRequest, OutputError
 from ..engines.manifest import (
     DTYPE_BYTES,
@@ -31,12 +36,13 @@ from ..engines.manifest import (
     Part,
     Sampler,
     Source,
+    TensorSpec,
     part_files,
     stream_bytes_per_row,
 )
 from ..engines.onnxruntime import OnnxRuntimeBackend
 from .checkpoint import Checkpoint, find_checkpoint
-from .graph import Graph, graph_from_module, write_graph
+from .graph import Graph, graph_from_module, widen, write_graph
 from .models import find_model, split_checkpoint
 from .models.base import PartPlan, Split, assign_parameters
 from .models.base import Request as Request  # what Export takes
@@ -48,7 +54,7 @@ OPSET = 23
 STATE = "state.json"
 SAMPLER = "sampler.npz"
 # Largest difference from eager that passes, as a share of the largest value of the output (at least 1).
-TOLERANCES = {"fp32": 2e-4, "fp16": 4e-2}
+TOLERANCES = {"fp32": 2e-4, "fp16": 4e-2, "bf16": 2e-3}
 
 Progress = Callable[[int, int, str], None]
 
@@ -193,7 +199,7 @@ class Export:
                 part, files = self._write_part(partial, plan, graphs)
                 state.parts[plan.name] = part
                 state.files.update({file.name: file_record(file) for file in files})
-                _write_atomically(partial / STATE, msgspec.json.encode(state))
+                write_atomically(partial / STATE, msgspec.json.encode(state))
         progress(len(plans), len(plans), "done")
 
     def _is_done(self, partial: Path, state: _State, name: str) -> bool:
@@ -222,10 +228,10 @@ class Export:
         names = (self.split.text.tokenizer, SAMPLER)
         if all(_is_as_recorded(partial / name, state) for name in names):
             return
-        _write_atomically(partial / self.split.text.tokenizer, self.split.tokenizer().encode())
+        write_atomically(partial / self.split.text.tokenizer, self.split.tokenizer().encode())
         write_table(self.split.scheduler(), partial / SAMPLER)
         state.files.update({name: file_record(partial / name) for name in names})
-        _write_atomically(partial / STATE, msgspec.json.encode(state))
+        write_atomically(partial / STATE, msgspec.json.encode(state))
 
     def _write_manifest(self, partial: Path, state: _State) -> None:
         split = self.split
@@ -256,7 +262,7 @@ class Export:
             },
             files=dict(sorted(state.files.items())),
         )
-        _write_atomically(partial / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+        write_atomically(partial / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
         (partial / STATE).unlink(missing_ok=True)
 
     def _generator(self) -> dict[str, str]:
@@ -271,21 +277,13 @@ def check_part(plan: PartPlan, part: Part, graph: Path, tolerance: float) -> flo
     loaded, so that one copy of the weights is in memory at a time. Raises ExportError where a difference is beyond
     `tolerance` times the output's largest value.
     """
-    cases = []
-    for seed, sizes in enumerate(plan.check_sizes):
-        generator = torch.Generator().manual_seed(seed)
-        inputs = {i.spec.name: i.example(sizes, generator) for i in plan.inputs}
-        with torch.no_grad():
-            results = plan.reference(**{name: tensor.clone() for name, tensor in inputs.items()})
-        results = results if isinstance(results, tuple) else (results,)
-        cases.append((sizes, inputs, [result.float().numpy() for result in results]))
+    cases = [(sizes, *_expected(plan, sizes, seed)) for seed, sizes in enumerate(plan.check_sizes)]
     assign_parameters(plan.module, lambda name: plan.module.get_parameter(name).to("meta"))
-    backend = OnnxRuntimeBackend(optimize=False)
-    engine = backend.load(graph, part)
-    worst = 0.0
+    with _runnable(plan, graph, part) as (runnable, part):
+        engine, worst = OnnxRuntimeBackend(optimize=False).load(runnable, part), 0.0
     for sizes, inputs, expected in cases:
-        outputs = {spec.name: backend.arrays.empty(spec.resolve(sizes), spec.dtype) for spec in part.outputs}
-        engine.run({name: tensor.contiguous().numpy() for name, tensor in inputs.items()} | outputs)
+        outputs = {spec.name: np.empty(spec.resolve(sizes), numpy_dtype(spec.dtype)) for spec in part.outputs}
+        engine.run({name: _without_bf16(tensor).contiguous().numpy() for name, tensor in inputs.items()} | outputs)
         for spec, reference in zip(part.outputs, expected, strict=True):
             difference = float(np.abs(outputs[spec.name].astype(np.float32) - reference).max())
             allowed = 1.0 if spec.dtype == "uint8" else tolerance * max(1.0, float(np.abs(reference).max()))
@@ -296,6 +294,56 @@ def check_part(plan: PartPlan, part: Part, graph: Path, tolerance: float) -> flo
                 )
             worst = max(worst, difference)
     return worst
+
+
+def _expected(plan: PartPlan, sizes: Mapping[str, int], seed: int) -> tuple[dict[str, torch.Tensor], list[HostArray]]:
+    """Random inputs and what the reference makes of them; bf16 weights are computed with in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {i.spec.name: i.example(sizes, generator) for i in plan.inputs}
+    with torch.no_grad(), _in_fp32(plan.module):
+        results = plan.reference(**{name: _without_bf16(tensor).clone() for name, tensor in inputs.items()})
+    results = results if isinstance(results, tuple) else (results,)
+    return inputs, [result.float().numpy() for result in results]
+
+
+@contextmanager
+def _in_fp32(module: nn.Module) -> Iterator[None]:
+    """Compute with fp32 copies of a module's bf16 parameters and buffers for a while."""
+    owners: list[dict[str, Any]] = [owner for part in module.modules() for owner in (part._parameters, part._buffers)]
+    kept = [
+        (owner, name, value)
+        for owner in owners
+        for name, value in owner.items()
+        if value is not None and value.dtype == torch.bfloat16
+    ]
+    try:
+        for owner, name, value in kept:
+            wide = value.float()
+            owner[name] = nn.Parameter(wide, requires_grad=False) if isinstance(value, nn.Parameter) else wide
+        yield
+    finally:
+        for owner, name, value in kept:
+            owner[name] = value
+
+
+@contextmanager
+def _runnable(plan: PartPlan, graph: Path, part: Part) -> Iterator[tuple[Path, Part]]:
+    """The graph as a CPU can run it: bf16, which has no CPU kernels, is widened to fp32."""
+    if not any(parameter.dtype == torch.bfloat16 for parameter in plan.module.parameters()):
+        yield graph, part
+        return
+    with tempfile.TemporaryDirectory(dir=graph.parent, prefix="check-") as folder:
+        widen(graph, Path(folder) / graph.name)
+        specs = [tuple(_widened(spec) for spec in specs) for specs in (part.inputs, part.outputs)]
+        yield Path(folder) / graph.name, msgspec.structs.replace(part, inputs=specs[0], outputs=specs[1])
+
+
+def _widened(spec: TensorSpec) -> TensorSpec:
+    return msgspec.structs.replace(spec, dtype="fp32") if spec.dtype == "bf16" else spec
+
+
+def _without_bf16(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def _trace(plan: PartPlan, opset: int) -> Graph:
@@ -325,12 +373,6 @@ def _weight_bytes(plan: PartPlan) -> int:
 def _public_name(checkpoint: Checkpoint) -> str:
     """A folder's name without the path that leads to it, which is nobody else's business."""
     return checkpoint.folder.name if Path(checkpoint.name).is_dir() else checkpoint.name
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _is_as_recorded(path: Path, state: _State) -> bool:

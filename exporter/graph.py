@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -114,6 +115,40 @@ def write_graph(graph: Graph, parameters: Callable[[str], Tensor], path: Path) -
     return [path, data]
 
 
+def widen(path: Path, target: Path) -> None:
+    """Write the graph at `path` with fp32 wherever it has bf16: the same graph for a runtime that has no bf16.
+
+    It shows that a graph computes what it should, but for the rounding of what lies between its operators.
+    """
+    model = ir.load(path)
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *_results(model)):
+        if value.dtype == ir.DataType.BFLOAT16:
+            value.dtype = ir.DataType.FLOAT
+        if value.const_value is not None and value.const_value.dtype == ir.DataType.BFLOAT16:
+            value.const_value = _widened(value.const_value)
+    for node in model.graph.all_nodes():
+        for attribute in list(node.attributes.values()):
+            if attribute.type == ir.AttributeType.INT and _names_bf16(node, attribute):
+                node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(ir.DataType.FLOAT))
+            elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == ir.DataType.BFLOAT16:
+                node.attributes[attribute.name] = ir.AttrTensor(attribute.name, _widened(attribute.value))
+    ir.save(model, target, external_data=f"{target.stem}.data")
+
+
+def _results(model: ir.Model) -> Iterator[ir.Value]:
+    for node in model.graph.all_nodes():
+        yield from node.outputs
+
+
+def _names_bf16(node: ir.Node, attribute: ir.Attr) -> bool:
+    names = {"Cast": "to", "Attention": "softmax_precision", "EyeLike": "dtype"}
+    return names.get(node.op_type) == attribute.name and attribute.value == int(ir.DataType.BFLOAT16)
+
+
+def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+
+
 def _stored(
     graph: Graph, name: str, constant: ir.TensorProtocol | None, parameters: Callable[[str], Tensor]
 ) -> Tensor | None:
@@ -123,7 +158,11 @@ def _stored(
         tensor = parameters(weight.parameter).detach()
         return tensor.t() if weight.transposed else tensor
     assert constant is not None, f"{name} has no value"
-    return torch.from_numpy(constant.numpy()) if constant.nbytes > INLINE_BYTES else None
+    if constant.nbytes <= INLINE_BYTES:
+        return None
+    if constant.dtype == ir.DataType.BFLOAT16:  # torch takes no bf16 from numpy
+        return torch.from_numpy(constant.numpy().view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(constant.numpy())
 
 
 def _append(file: BinaryIO, tensor: Tensor, location: str, value: ir.Value) -> ir.ExternalTensor:

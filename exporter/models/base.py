@@ -29,15 +29,15 @@ Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 class Request:
     """What to export: sizes left at None are the checkpoint's own."""
 
-    dtype: Literal["fp32", "fp16"] = "fp32"
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     height: int | None = None
     width: int | None = None
     frames: int | None = None
     max_batch: int = 4
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("fp32", "fp16"):
-            raise InvalidRequest(f"dtype: got {self.dtype!r}, expected fp32 or fp16")
+        if self.dtype not in ("fp32", "fp16", "bf16"):
+            raise InvalidRequest(f"dtype: got {self.dtype!r}, expected fp32, fp16 or bf16")
         for name in ("height", "width", "frames", "max_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -146,17 +146,17 @@ class Condition(nn.Module):
 class Prologue(nn.Module):
     """latents (B, C, F, h, w) fp32, timestep (B,) fp32 -> hidden (B, F, T, D), modulation (B, 6, D), time (B, D)."""
 
-    def __init__(self, transformer: LatteTransformer3DModel, dtype: torch.dtype) -> None:
+    def __init__(self, transformer: LatteTransformer3DModel) -> None:
         super().__init__()
         self.pos_embed = transformer.pos_embed
         self.adaln_single = transformer.adaln_single
-        self.dtype = dtype
 
     def forward(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows, _, frames = latents.shape[:3]
-        hidden = self.pos_embed(latents.to(self.dtype).transpose(1, 2).flatten(0, 1))
+        dtype = self.pos_embed.proj.weight.dtype
+        hidden = self.pos_embed(latents.to(dtype).transpose(1, 2).flatten(0, 1))
         unconditional = {"resolution": None, "aspect_ratio": None}
-        modulation, time = self.adaln_single(timestep, unconditional, batch_size=rows, hidden_dtype=self.dtype)
+        modulation, time = self.adaln_single(timestep, unconditional, batch_size=rows, hidden_dtype=dtype)
         return hidden.unflatten(0, (rows, frames)), modulation.unflatten(1, (6, -1)), time
 
 
@@ -185,19 +185,18 @@ class Epilogue(nn.Module):
 class VaeDecoder(nn.Module):
     """latents (C, N, h, w) fp32 of N frames -> frames (N, H, W, 3) uint8."""
 
-    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
+    def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.post_quant_conv = vae.post_quant_conv if vae.config.use_post_quant_conv else nn.Identity()
         self.decoder = vae.decoder
         self.scaling = float(vae.config.scaling_factor)
-        self.dtype = dtype
 
     def forward(self, latents: Tensor) -> Tensor:
-        scaled = (latents.transpose(0, 1) / self.scaling).to(self.dtype)
-        pixels = self.decoder(self.post_quant_conv(scaled)).float()
+        scaled = (latents.transpose(0, 1) / self.scaling).to(self.decoder.conv_in.weight.dtype)
+        pixels = self.decoder(self.post_quant_conv(scaled)).float().permute(0, 2, 3, 1)
         pixels = (pixels / 2 + 0.5).clamp(0, 1) * 255
-        frames: Tensor = pixels.round().to(torch.uint8)
-        return frames.permute(0, 2, 3, 1)
+        frames: Tensor = pixels.round().to(torch.uint8)  # last: TensorRT has uint8 at the border of a graph only
+        return frames
 
 
 def split(checkpoint: Checkpoint, request: Request) -> Split:
@@ -227,10 +226,10 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
         guidance_order="negative_first",
         text_encoder=_text_encoder(encoder, request.dtype),
         condition=_condition(transformer, encoder.config.d_model, request.dtype),
-        prologue=_prologue(transformer, specs, dtype),
+        prologue=_prologue(transformer, specs),
         blocks=_blocks(transformer, specs),
         epilogue=_epilogue(transformer, specs),
-        vae_decoder=_vae_decoder(vae, shape, dtype),
+        vae_decoder=_vae_decoder(vae, shape),
         text=Text(tokenizer="tokenizer.json", max_tokens=MAX_TOKENS, pad_id=0, lowercase=True, strip=True),
         tokenizer=lambda: _tokenizer_json(checkpoint),
         scheduler=lambda: _scheduler(checkpoint),
@@ -326,8 +325,8 @@ def _condition(transformer: LatteTransformer3DModel, width: int, dtype: Dtype) -
     )
 
 
-def _prologue(transformer: LatteTransformer3DModel, specs: _Specs, dtype: torch.dtype) -> PartPlan:
-    module = Prologue(transformer, dtype)
+def _prologue(transformer: LatteTransformer3DModel, specs: _Specs) -> PartPlan:
+    module = Prologue(transformer)
     return PartPlan(
         name="prologue",
         kind="prologue",
@@ -385,8 +384,8 @@ def _epilogue(transformer: LatteTransformer3DModel, specs: _Specs) -> PartPlan:
     )
 
 
-def _vae_decoder(vae: AutoencoderKL, shape: Shape, dtype: torch.dtype) -> PartPlan:
-    module = VaeDecoder(vae, dtype)
+def _vae_decoder(vae: AutoencoderKL, shape: Shape) -> PartPlan:
+    module = VaeDecoder(vae)
     scale = shape.height // shape.latents[2]
     return PartPlan(
         name="vae_decoder",

@@ -312,7 +312,7 @@ def test_sizes_the_model_cannot_make_are_refused(checkpoint: Path, size: dict[st
 
 
 @pytest.mark.parametrize(
-    "field", [{"dtype": "bf16"}, {"dtype": "int8"}, {"height": 0}, {"width": -8}, {"frames": 0}, {"max_batch": 0}]
+    "field", [{"dtype": "fp8"}, {"dtype": "int8"}, {"height": 0}, {"width": -8}, {"frames": 0}, {"max_batch": 0}]
 )
 def test_requests_that_make_no_sense_are_refused(field: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(field))):

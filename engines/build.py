@@ -1,0 +1,196 @@
+"""Compile every graph of a bundle for this machine.
+
+Each plan is built in a worker process, one at a time unless asked otherwise, so a build needs the memory of one part
+and a crash of the library is an error like any other. Everything goes into `<folder>.partial`, whose index says what
+is done, and is renamed at the end: an interrupted build goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from .bundle import Bundle, file_record, verify_files, write_atomically
+from .compiled import (
+    INDEX,
+    INDEX_SCHEMA,
+    PARTIAL,
+    TIMING_CACHE,
+    Compiled,
+    CompiledPart,
+    Index,
+    compiled_folder,
+    open_compiled,
+    verify_compiled,
+)
+from .errors import BundleError, EngineError, IntegrityError, InvalidRequest, OutputError
+from .tensorrt import MODULES, BuildSettings, Profile, build_plan, find_target, profile_of
+
+log = logging.getLogger("foresight")
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a worker needs to build one plan."""
+
+    backend: str
+    graph: Path
+    profile: Profile
+    settings: BuildSettings
+    timing_cache: Path | None
+    plan: Path
+
+
+def build_engines(
+    bundle: Bundle,
+    backend: str,
+    device: str = "cuda",
+    settings: BuildSettings | None = None,
+    jobs: int = 1,
+    progress: Progress = lambda done, total, name: None,
+) -> Compiled:
+    """Build the plans of `bundle` for `device`, or find that they are there already.
+
+    `jobs` plans are built side by side; each takes the memory of its part several times over. `progress` is told the
+    parts done, their number and the one that was done last. Raises InvalidRequest, IntegrityError, EngineError with
+    the library's reason, and OutputError; what was built until then is kept.
+    """
+    if backend not in MODULES:
+        raise InvalidRequest(f"backend: got {backend!r}, expected one that compiles: {', '.join(MODULES)}")
+    if jobs < 1:
+        raise InvalidRequest(f"jobs: got {jobs}, expected 1 or more")
+    settings = settings or BuildSettings()
+    verify_files(bundle)
+    target = find_target(backend, device)
+    folder = compiled_folder(bundle, backend, target)
+    index = Index(
+        schema=INDEX_SCHEMA, bundle=bundle.id, backend=backend, target=target, settings=settings.describe(), parts={}
+    )
+    present = _present(folder, index, bundle)
+    if present is not None:
+        log.info("engines %s are up to date", folder)
+        return present
+    partial = folder.with_name(folder.name + PARTIAL)
+    try:
+        index = _resume(partial, index)
+        total = len(bundle.manifest.parts)
+        progress(len(index.parts), total, "")
+        for name, part in _build_missing(bundle, partial, index, settings, jobs):
+            index.parts[name] = part
+            write_atomically(partial / INDEX, msgspec.json.format(msgspec.json.encode(index), indent=1))
+            progress(len(index.parts), total, name)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+    except OSError as error:
+        hint = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
+        raise OutputError(
+            f"engines {folder}: {error.strerror or error}; {hint} and build again, it goes on from here"
+        ) from error
+    return open_compiled(folder)
+
+
+def _build_missing(
+    bundle: Bundle, partial: Path, index: Index, settings: BuildSettings, jobs: int
+) -> Iterator[tuple[str, CompiledPart]]:
+    """Build what the index lacks, in the order in which workers finish."""
+    missing = [part for part in bundle.manifest.parts if not _is_done(partial, index, part.name)]
+    # TensorRT-RTX asks a GPU about a cache that it is given, and builds without one.
+    cache = partial / TIMING_CACHE if index.backend == "tensorrt" else None
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_mute) as pool:
+        futures = {
+            pool.submit(
+                _build_one,
+                _Job(
+                    backend=index.backend,
+                    graph=bundle.file(part.graph),
+                    profile=profile_of(part, bundle.manifest.ranges),
+                    settings=settings,
+                    timing_cache=cache,
+                    plan=partial / f"{part.name}.plan",
+                ),
+            ): part.name
+            for part in missing
+        }
+        try:
+            for future in as_completed(futures):
+                try:
+                    yield futures[future], future.result()
+                except BrokenProcessPool as error:
+                    raise EngineError(
+                        f"{futures[future]}: {index.backend} crashed while building; build again with --jobs 1 to see "
+                        "whether memory was short"
+                    ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _mute() -> None:
+    """In a worker: the libraries print, past their loggers, what the loggers are told as well."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
+
+
+def _build_one(job: _Job) -> CompiledPart:
+    """In a worker: build a plan and write it."""
+    plan = build_plan(job.backend, job.graph, job.profile, job.settings, job.timing_cache)
+    write_atomically(job.plan, plan.data)
+    return CompiledPart(
+        file=job.plan.name,
+        record=file_record(job.plan),
+        scratch_bytes=plan.scratch_bytes,
+        fused_attention=plan.fused_attention,
+        build_seconds=plan.seconds,
+    )
+
+
+def _present(folder: Path, wanted: Index, bundle: Bundle) -> Compiled | None:
+    """What was built before, where it is whole and was built in the same way."""
+    try:
+        compiled = open_compiled(folder)
+        if _same_build(compiled.index, wanted) and all(
+            part.name in compiled.index.parts for part in bundle.manifest.parts
+        ):
+            verify_compiled(compiled)
+            return compiled
+    except (BundleError, IntegrityError):
+        pass
+    return None
+
+
+def _resume(partial: Path, wanted: Index) -> Index:
+    try:
+        index = open_compiled(partial).index
+        if _same_build(index, wanted):
+            log.info("going on with %s: %d plans are done", partial, len(index.parts))
+            return index
+    except IntegrityError:
+        pass
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return wanted
+
+
+def _same_build(one: Index, other: Index) -> bool:
+    return msgspec.structs.replace(one, parts={}) == msgspec.structs.replace(other, parts={})
+
+
+def _is_done(partial: Path, index: Index, name: str) -> bool:
+    part = index.parts.get(name)
+    if part is None:
+        return False
+    path = partial / part.file
+    return path.is_file() and file_record(path) == part.record

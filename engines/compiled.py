@@ -1,0 +1,149 @@
+"""What a backend compiled from a bundle for one kind of machine: plans, beside the graphs they were built from.
+
+They lie in `<bundle>/engines/<backend>-<fingerprint>/`: one file per part, and `engines.json` with the hash of each.
+A plan is code, run as it is. So it is handed to a library only where the index belongs to this very bundle and to
+this target, and vouches for every byte of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from .bundle import COMPILED, PLAIN_NAME, Bundle
+from .errors import BundleError, IntegrityError
+from .manifest import FileRecord
+
+INDEX = "engines.json"
+PARTIAL = ".partial"
+TIMING_CACHE = "timing.cache"
+INDEX_SCHEMA = 1
+
+
+class CompiledPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One plan. `scratch_bytes` is the memory it needs while it runs, as its builder counted it."""
+
+    file: str
+    record: FileRecord
+    scratch_bytes: int
+    fused_attention: bool
+    build_seconds: float
+
+
+class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The plans of one bundle for one target. `target` is what they run on, `settings` how they were built."""
+
+    schema: int
+    bundle: str
+    backend: str
+    target: dict[str, str]
+    settings: dict[str, str]
+    parts: dict[str, CompiledPart]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The plans in one folder, and their index."""
+
+    folder: Path
+    index: Index
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What one buffer must hold that all plans use in turn."""
+        return max((part.scratch_bytes for part in self.index.parts.values()), default=0)
+
+    @property
+    def plan_bytes(self) -> int:
+        """All plans together: about the memory that their weights take on the device."""
+        return sum(part.record.bytes for part in self.index.parts.values())
+
+    def read_plan(self, part: str) -> bytes:
+        """A part's plan, compared with its hash first. Raises BundleError, IntegrityError."""
+        compiled = self.index.parts.get(part)
+        if compiled is None:
+            raise BundleError(f"engines {self.folder}: hold no plan of {part}; {self._remedy}")
+        path = self.folder / compiled.file
+        if path.is_symlink() or not path.is_file():
+            raise IntegrityError(f"engines {self.folder}: {compiled.file} is missing or a link; {self._remedy}")
+        plan = path.read_bytes()
+        if len(plan) != compiled.record.bytes or hashlib.sha256(plan).hexdigest() != compiled.record.sha256:
+            raise IntegrityError(
+                f"engines {self.folder}: {compiled.file} was altered, and a plan is code, so it is not loaded; "
+                f"{self._remedy}"
+            )
+        return plan
+
+    @property
+    def _remedy(self) -> str:
+        return _remedy(self.folder.parents[1], self.index.backend)
+
+
+def fingerprint(target: Mapping[str, str]) -> str:
+    """Names a target: whatever differs in one fact has another."""
+    return hashlib.sha256(json.dumps(dict(target), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def compiled_folder(bundle: Bundle, backend: str, target: Mapping[str, str]) -> Path:
+    """Where the plans of a bundle for a target lie, whether they have been built or not."""
+    return bundle.path / COMPILED / f"{backend}-{fingerprint(target)}"
+
+
+def find_compiled(bundle: Bundle, backend: str, target: Mapping[str, str]) -> Compiled:
+    """The plans of a bundle for a target. Raises BundleError where there are none, IntegrityError."""
+    folder = compiled_folder(bundle, backend, target)
+    if folder.is_dir():
+        compiled = open_compiled(folder)
+        if compiled.index.bundle == bundle.id and compiled.index.target == dict(target):
+            return compiled
+        raise BundleError(
+            f"engines {folder}: were built from another bundle or for another machine; {_remedy(bundle.path, backend)}"
+        )
+    others = [other.index.target for other in list_compiled(bundle) if other.index.backend == backend]
+    wanted = ", ".join(target.values())
+    found = "; ".join(", ".join(other.values()) for other in others) or "none"
+    raise BundleError(
+        f"engines of {bundle.path}: got {found} for {backend}, expected {wanted}; {_remedy(bundle.path, backend)}"
+    )
+
+
+def list_compiled(bundle: Bundle) -> list[Compiled]:
+    """All finished plans of a bundle, for whatever machine. Raises IntegrityError."""
+    folders = sorted((bundle.path / COMPILED).glob("*"))
+    return [open_compiled(folder) for folder in folders if folder.is_dir() and folder.suffix != PARTIAL]
+
+
+def open_compiled(folder: Path) -> Compiled:
+    """Read the index of a folder of plans; the plans are checked as they are read. Raises IntegrityError."""
+    try:
+        index = msgspec.json.decode((folder / INDEX).read_bytes(), type=Index)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise IntegrityError(f"engines {folder}: {INDEX} cannot be read ({error}); remove the folder") from error
+    if index.schema != INDEX_SCHEMA:
+        raise IntegrityError(
+            f"engines {folder}: got schema {index.schema}, expected {INDEX_SCHEMA}; "
+            f"{_remedy(folder.parents[1], index.backend)}"
+        )
+    for part in index.parts.values():
+        if not PLAIN_NAME.fullmatch(part.file):
+            raise IntegrityError(f"engines {folder}: file name {part.file!r} is not plain; remove the folder")
+    return Compiled(folder, index)
+
+
+def verify_compiled(compiled: Compiled) -> None:
+    """Compare every plan with the index, and refuse files that are not in it. Raises IntegrityError, BundleError."""
+    known = {part.file for part in compiled.index.parts.values()} | {INDEX, TIMING_CACHE}
+    for entry in sorted(compiled.folder.iterdir()):
+        if entry.name not in known:
+            raise IntegrityError(f"engines {compiled.folder}: {entry.name} is not in {INDEX}; remove it")
+    for name in compiled.index.parts:
+        compiled.read_plan(name)
+
+
+def _remedy(bundle: Path, backend: str) -> str:
+    return f"build them with: python cli.py build {bundle} --backend {backend}"
