@@ -1,8 +1,8 @@
 """Compile every graph of a bundle for this machine.
 
-Each plan is built in a worker process, one at a time unless asked otherwise, so a build needs the memory of one part
-and a crash of the library is an error like any other. Everything goes into `<folder>.partial`, whose index says what
-is done, and is renamed at the end: an interrupted build goes on where it stopped.
+Each plan is built in a process of its own, one at a time unless asked otherwise, so a build needs the memory of one
+part and a crash of the library is an error like any other. Everything goes into `<folder>.partial`, whose index says
+what is done, and is renamed at the end: an interrupted build goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,11 +108,10 @@ def _build_missing(
     missing = [part for part in bundle.manifest.parts if not _is_done(partial, index, part.name)]
     # TensorRT-RTX asks a GPU about a cache that it is given, and builds without one.
     cache = partial / TIMING_CACHE if index.backend == "tensorrt" else None
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_mute) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         futures = {
             pool.submit(
-                _build_one,
+                _build_apart,
                 _Job(
                     backend=index.backend,
                     graph=bundle.file(part.graph),
@@ -126,15 +125,20 @@ def _build_missing(
         }
         try:
             for future in as_completed(futures):
-                try:
-                    yield futures[future], future.result()
-                except BrokenProcessPool as error:
-                    raise EngineError(
-                        f"{futures[future]}: {index.backend} crashed while building; build again with --jobs 1 to see "
-                        "whether memory was short"
-                    ) from error
+                yield futures[future], future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _build_apart(job: _Job) -> CompiledPart:
+    """Build one plan in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_mute) as process:
+        try:
+            return process.submit(_build_one, job).result()
+        except BrokenProcessPool as error:
+            raise EngineError(
+                f"{job.graph.stem}: {job.backend} crashed while building {job.graph.name}; see whether memory was short"
+            ) from error
 
 
 def _mute() -> None:

@@ -129,6 +129,26 @@ def find_target(backend: str, device: str = "cuda") -> dict[str, str]:
     return target if backend == "tensorrt-rtx" else target | gpu_facts(device)
 
 
+def probe(backend: str) -> dict[str, str]:
+    """Build and load the smallest of plans: the library's version, and "yes" or the reason why not for either.
+
+    Call it in a process of its own: with a broken driver some versions crash instead of failing.
+    """
+    messages = use(backend)
+    found = {"version": str(trt.__version__), "builds engines": "yes", "runs engines": "yes"}
+    builder = trt.Builder(_Process.logger)
+    network = builder.create_network(_strongly_typed())
+    layer = network.add_activation(network.add_input("x", trt.float32, trt.Dims([8])), trt.ActivationType.RELU)
+    network.mark_output(layer.get_output(0))
+    plan = builder.build_serialized_network(network, builder.create_builder_config())
+    if plan is None:
+        return found | {"builds engines": f"no, {messages.errors()}", "runs engines": "no"}
+    messages.rows.clear()
+    if trt.Runtime(_Process.logger).deserialize_cuda_engine(plan) is None:
+        found["runs engines"] = f"no, {messages.errors().partition('; ')[0]}"
+    return found
+
+
 def profile_of(part: Part, ranges: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Shape, Shape, Shape]]:
     """The shapes a part is built for. The usual batch is one guided prompt, which has two rows."""
     low = {name: smallest for name, (smallest, _) in ranges.items()}

@@ -66,6 +66,24 @@ def half_bundle(checkpoint: Path, bundles: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_bundle(bundles: Path) -> Path:
+    """The trained demo checkpoint, fp32."""
+    return Export("latte-demo", Request(), output=bundles / "demo").run().path
+
+
+@pytest.fixture(scope="session")
+def demo_half_bundle(bundles: Path) -> Path:
+    """The trained demo checkpoint in fp16."""
+    return Export("latte-demo", Request(dtype="fp16"), output=bundles / "demo-half").run().path
+
+
+@pytest.fixture(scope="session")
+def demo_bf16_bundle(bundles: Path) -> Path:
+    """The trained demo checkpoint in bf16, which runs on GPUs only."""
+    return Export("latte-demo", Request(dtype="bf16"), output=bundles / "demo-bf16").run().path
+
+
+@pytest.fixture(scope="session")
 def single_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One frame, one head, one pair; the model predicts the noise."""
     folder = tmp_path_factory.mktemp("checkpoints") / "single"

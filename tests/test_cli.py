@@ -362,6 +362,69 @@ def test_env_tells_machine_and_libraries(foresight_cli: Cli) -> None:
     assert found["libraries"]["onnxruntime"]
 
 
+def test_env_asks_tensorrt_what_it_can_do_here(foresight_cli: Cli) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    told = document(foresight_cli("env", "--json"))["can"]["tensorrt-rtx"]
+    assert re.fullmatch(r"\d+\.\d+\S*; builds engines: yes; runs engines: (yes|no, .+)", told)
+
+
+def test_env_survives_a_library_that_crashes(
+    foresight_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As TensorRT does where the driver is broken."""
+    (tmp_path / "tensorrt.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    told = document(foresight_cli("env", "--json"))["can"]["tensorrt"]
+    assert told == "crashes (signal 11); check the driver"
+
+
+# build
+
+
+def test_build_compiles_and_inspect_and_verify_know_of_it(foresight_cli: Cli, single_bundle: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    bundle = copy_bundle(single_bundle, Path("bundle"))
+    parts = len(open_bundle(bundle).manifest.parts)
+    built = document(foresight_cli("build", bundle, "--backend", "tensorrt-rtx", "--level", 0, "--json"))
+    assert len(built["parts"]) == parts and built["scratch_bytes"] > 0 and built["settings"]["level"] == "0"
+    assert document(foresight_cli("inspect", bundle, "--json"))["engines"] == [built]
+    assert document(foresight_cli("verify", bundle, "--json"))["engines"] == [built["folder"]]
+    plan = Path(built["folder"]) / "prologue.plan"
+    plan.write_bytes(plan.read_bytes()[:-1])
+    assert_refused(foresight_cli("verify", bundle), 4, "prologue.plan was altered")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--backend", "onnxruntime"], 2, "got 'onnxruntime', expected one that compiles"),
+        (["--backend", "tensorrt-rtx", "--level", 9], 2, "level: got 9, expected 0 to 5"),
+        (["--backend", "tensorrt-rtx", "--workspace", 0], 2, "workspace: got 0 bytes"),
+        (["--backend", "tensorrt-rtx", "--jobs", 0], 2, "jobs: got 0, expected 1 or more"),
+        ([], 2, "Missing option '--backend'"),
+    ],
+)
+def test_build_refuses_odd_flags(
+    foresight_cli: Cli, single_bundle: Path, flags: list[Any], code: int, message: str
+) -> None:
+    assert_refused(foresight_cli("build", single_bundle, *flags), code, message)
+    assert not (single_bundle / "engines").exists()
+
+
+def test_build_without_the_library_says_how_to_install_it(foresight_cli: Cli, single_bundle: Path) -> None:
+    code = "import sys; sys.modules['tensorrt'] = None; from foresight.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "build", str(single_bundle), "--backend", "tensorrt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert_refused(Outcome(done.returncode, done.stdout, done.stderr), 1, "tensorrt: not installed .*pip install")
+
+
+def test_export_refuses_a_backend_that_compiles_nothing_before_it_begins(foresight_cli: Cli, tmp_path: Path) -> None:
+    flags = ["--model", "latte-demo", "--backend", "onnxruntime", "--output", tmp_path / "never"]
+    assert_refused(foresight_cli("export", *flags), 2, "expected one that compiles")
+    assert not (tmp_path / "never").exists()
+
+
 # export
 
 
@@ -464,7 +527,7 @@ def test_a_traceback_only_with_debug(foresight_cli: Cli, tmp_path: Path) -> None
     assert "Traceback" in debugged.err and debugged.err.splitlines()[-1].startswith("error: ")
 
 
-@pytest.mark.parametrize("command", [[], ["export"], ["run"], ["inspect"], ["verify"], ["env"]])
+@pytest.mark.parametrize("command", [[], ["export"], ["run"], ["build"], ["inspect"], ["verify"], ["env"]])
 def test_help_is_given_on_stdout(foresight_cli: Cli, command: list[str]) -> None:
     outcome = foresight_cli(*command, "--help")
     assert (outcome.code, outcome.err) == (0, "") and "Usage: foresight" in outcome.out

@@ -11,7 +11,6 @@ import torch
 from diffusers import LattePipeline
 
 from foresight.engines.bundle import open_bundle
-from foresight.exporter.export import Export, Request
 from foresight.runtime.pipeline import VideoPipeline, load
 from foresight.runtime.policies import NoReuse
 from foresight.runtime.video import Video
@@ -163,11 +162,6 @@ def test_half_precision_measures_reuse_in_single(half_bundle: Path) -> None:
 def test_half_precision_caches_half_the_bytes(bundle: Path, half_bundle: Path) -> None:
     single, half = (open_bundle(folder).manifest.cache_bytes(2) for folder in (bundle, half_bundle))
     assert single == 2 * half
-
-
-@pytest.fixture(scope="module")
-def demo_bundle(bundles: Path) -> Path:
-    return Export("latte-demo", Request(), output=bundles / "demo").run().path
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
