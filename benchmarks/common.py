@@ -14,6 +14,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "diffusers", "onnx", "onnxruntime", "numpy")
+# Where they are installed.
+GPU_LIBRARIES = ("cupy-cuda13x", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-bindings")
 
 
 def machine() -> dict[str, Any]:
@@ -24,7 +26,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "versions": _versions(),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
@@ -49,6 +51,11 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
 def median(values: Iterable[float]) -> float:
     """The median, rounded to four digits, as figures this noisy deserve."""
     return float(f"{statistics.median(values):.4g}")
+
+
+def _versions() -> dict[str, str]:
+    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    return {name: metadata.version(name) for name in (*LIBRARIES, *GPU_LIBRARIES) if name in installed}
 
 
 def _processor() -> str:

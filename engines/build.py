@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -34,23 +33,11 @@ from .compiled import (
     verify_compiled,
 )
 from .errors import BundleError, EngineError, IntegrityError, InvalidRequest, OutputError
-from .tensorrt import MODULES, BuildSettings, Profile, build_plan, find_target, profile_of
+from .tensorrt import MODULES, BuildSettings, Plan, Profile, build_plan, find_target, profile_of
 
 log = logging.getLogger("foresight")
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """All that a worker needs to build one plan."""
-
-    backend: str
-    graph: Path
-    profile: Profile
-    settings: BuildSettings
-    timing_cache: Path | None
-    plan: Path
 
 
 def build_engines(
@@ -111,33 +98,43 @@ def _build_missing(
     with ThreadPoolExecutor(jobs) as pool:
         futures = {
             pool.submit(
-                _build_apart,
-                _Job(
-                    backend=index.backend,
-                    graph=bundle.file(part.graph),
-                    profile=profile_of(part, bundle.manifest.ranges),
-                    settings=settings,
-                    timing_cache=cache,
-                    plan=partial / f"{part.name}.plan",
-                ),
+                build_apart,
+                index.backend,
+                bundle.file(part.graph),
+                profile_of(part, bundle.manifest.ranges),
+                settings,
+                cache,
             ): part.name
             for part in missing
         }
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                yield futures[future], _write_plan(partial / f"{futures[future]}.plan", future.result())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _build_apart(job: _Job) -> CompiledPart:
-    """Build one plan in a process of its own."""
+def _write_plan(path: Path, plan: Plan) -> CompiledPart:
+    write_atomically(path, plan.data)
+    return CompiledPart(
+        file=path.name,
+        record=file_record(path),
+        scratch_bytes=plan.scratch_bytes,
+        fused_attention=plan.fused_attention,
+        build_seconds=plan.seconds,
+    )
+
+
+def build_apart(
+    backend: str, graph: Path, profile: Profile, settings: BuildSettings, timing_cache: Path | None = None
+) -> Plan:
+    """`build_plan` in a process of its own. Raises EngineError, also where the library crashes."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_mute) as process:
         try:
-            return process.submit(_build_one, job).result()
+            return process.submit(build_plan, backend, graph, profile, settings, timing_cache).result()
         except BrokenProcessPool as error:
             raise EngineError(
-                f"{job.graph.stem}: {job.backend} crashed while building {job.graph.name}; see whether memory was short"
+                f"{graph.stem}: {backend} crashed while building {graph.name}; see whether memory was short"
             ) from error
 
 
@@ -146,19 +143,6 @@ def _mute() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(nowhere, descriptor)
-
-
-def _build_one(job: _Job) -> CompiledPart:
-    """In a worker: build a plan and write it."""
-    plan = build_plan(job.backend, job.graph, job.profile, job.settings, job.timing_cache)
-    write_atomically(job.plan, plan.data)
-    return CompiledPart(
-        file=job.plan.name,
-        record=file_record(job.plan),
-        scratch_bytes=plan.scratch_bytes,
-        fused_attention=plan.fused_attention,
-        build_seconds=plan.seconds,
-    )
 
 
 def _present(folder: Path, wanted: Index, bundle: Bundle) -> Compiled | None:
