@@ -61,7 +61,7 @@ def engine_step(bundle: Path, threads: int, pool: str) -> Step:
 
     from foresight.engines import onnxruntime as backend_module
     from foresight.engines.bundle import open_bundle
-    from foresight.runtime.cache import create_cache
+    from foresight.runtime.cache import Layout, create_cache
 
     if pool != "shared":
         options = ort.SessionOptions()
@@ -73,7 +73,7 @@ def engine_step(bundle: Path, threads: int, pool: str) -> Step:
     backend = backend_module.OnnxRuntimeBackend(threads=threads)
     manifest = opened.manifest
     parts = (manifest.prologue, *manifest.blocks, manifest.epilogue)
-    engines = {part.name: backend.load(opened.file(part.graph), part) for part in parts}
+    engines = {part.name: backend.load(opened, part) for part in parts}
     sizes = {name: high for name, (_, high) in manifest.ranges.items()} | {"batch": ROWS, "text": TEXT_TOKENS}
     generator = np.random.default_rng(0)
     tensors: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def engine_step(bundle: Path, threads: int, pool: str) -> Step:
         for spec in (*part.inputs, *part.outputs):
             if spec.name not in tensors:
                 tensors[spec.name] = generator.standard_normal(spec.resolve(sizes), dtype=np.float32)
-    cache = create_cache("output", manifest, backend.arrays, ROWS)
+    cache = create_cache(Layout(), manifest, backend.arrays, ROWS, (True,) * len(manifest.blocks))
 
     def step() -> None:
         engines["prologue"].run({**tensors, **cache.enter()})

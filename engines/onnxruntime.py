@@ -2,7 +2,7 @@
 
 All sessions of a process share one pool of threads and one arena of memory. A bundle has dozens of sessions: a pool
 for each would mean hundreds of threads, and an arena for each would keep dozens of times the scratch that one block
-needs. The pool's size is therefore fixed by the first backend of the process.
+needs. The pool's size is therefore fixed by the first backend of the process. On a GPU they share its stream as well.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
-from .arrays import Array, Arrays, numpy_dtype
+from .arrays import Array, Arrays, GpuArrays, create_arrays, numpy_dtype
+from .bundle import Bundle
 from .errors import EngineError, InvalidRequest, one_line
 from .manifest import Part
+
+ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16, for which numpy has no type that bindings know
 
 # These share no base class but Exception.
 ORT_ERRORS: tuple[type[Exception], ...] = (
@@ -43,35 +47,51 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, device: str = "cpu", threads: int | None = None, optimize: bool = True) -> None:
+    def __init__(
+        self, device: str = "cpu", threads: int | None = None, cuda_graphs: bool = False, optimize: bool = True
+    ) -> None:
         if threads is not None and threads < 1:
             raise InvalidRequest(f"threads: got {threads}, expected 1 or more")
-        self.arrays = Arrays(device)
+        if cuda_graphs:
+            raise InvalidRequest("cuda_graphs: got onnxruntime, expected tensorrt or tensorrt-rtx, which can replay")
+        self.arrays = create_arrays(device)
         self.threads = _share_threads_and_arena(threads)
         self._options = _session_options(optimize)
-        self._provider = "CPUExecutionProvider" if self.arrays.kind == "cpu" else "CUDAExecutionProvider"
+        self._provider: Any = "CPUExecutionProvider"
+        if isinstance(self.arrays, GpuArrays):
+            self._provider = ("CUDAExecutionProvider", _cuda_options(self.arrays))
+            _share_gpu_arena(self.arrays.index)
 
-    def load(self, graph: Path, part: Part) -> OnnxRuntimeEngine:
+    def load(self, bundle: Bundle, part: Part) -> OnnxRuntimeEngine:
         """See Backend.load."""
+        return self.load_graph(bundle.file(part.graph), part)
+
+    def load_graph(self, graph: Path, part: Part) -> OnnxRuntimeEngine:
+        """The engine of a graph that lies in no bundle, or not yet. Raises EngineError."""
         if self.arrays.kind == "cpu" and any(spec.dtype == "bf16" for spec in (*part.inputs, *part.outputs)):
             raise EngineError(
                 f"{part.name}: got bf16, which ONNX Runtime cannot run on a CPU, expected fp32 or fp16; export again "
                 "with --dtype, or use a GPU"
             )
-        providers: list[Any] = [self._provider]
-        if self.arrays.kind == "cuda":
-            providers = [(self._provider, {"device_id": self.arrays.index})]
         try:
-            session = ort.InferenceSession(str(graph), self._options, providers=providers)
+            session = ort.InferenceSession(str(graph), self._options, providers=[self._provider])
         except ORT_ERRORS as error:
             raise EngineError(f"{part.name}: ONNX Runtime cannot load {graph.name}: {one_line(error)}") from error
-        got = session.get_providers()
-        if got[0] != self._provider:
+        got = session.get_providers()[0]
+        expected = self._provider if isinstance(self._provider, str) else self._provider[0]
+        if got != expected:
             raise EngineError(
-                f"{part.name}: got {got[0]}, expected {self._provider}; install onnxruntime-gpu for "
+                f"{part.name}: got {got}, expected {expected}; install onnxruntime-gpu for "
                 "this CUDA version, or use --device cpu"
             )
         return OnnxRuntimeEngine(session, part, self.arrays)
+
+    def compiled(self, bundle: Bundle) -> None:
+        """See Backend.compiled."""
+
+    def trim(self) -> None:
+        """See Backend.trim. The arena keeps what it has, for the next engines."""
+        self.arrays.trim()
 
     def describe(self) -> dict[str, str]:
         """See Backend.describe."""
@@ -84,13 +104,21 @@ class OnnxRuntimeBackend:
 
 
 class OnnxRuntimeEngine:
-    """One session; inputs and outputs are bound by address, so nothing is copied."""
+    """One session; inputs and outputs are bound by address, so nothing is copied.
+
+    On a GPU a run is enqueued on the stream of the arrays and not waited for. Runs of one session are enqueued one
+    after the other, so that its scratch is used in the order of the stream.
+    """
 
     def __init__(self, session: ort.InferenceSession, part: Part, arrays: Arrays) -> None:
         self._session = session
         self._part = part
         self._arrays = arrays
         self._run_options = ort.RunOptions()
+        self._turn: AbstractContextManager[Any] = nullcontext()
+        if arrays.kind == "cuda":
+            self._turn = threading.Lock()
+            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def run(self, tensors: Mapping[str, Array]) -> None:
         """See Engine.run."""
@@ -104,12 +132,13 @@ class OnnxRuntimeEngine:
                     spec.name,
                     self._arrays.kind,
                     self._arrays.index,
-                    dtype.type,
+                    ONNX_BFLOAT16 if spec.dtype == "bf16" else dtype.type,
                     array.shape,
                     self._arrays.address(array),
                 )
         try:
-            self._session.run_with_iobinding(binding, self._run_options)
+            with self._turn:
+                self._session.run_with_iobinding(binding, self._run_options)
         except ORT_ERRORS as error:
             raise EngineError(f"{self._part.name}: ONNX Runtime failed: {one_line(error)}") from error
 
@@ -130,11 +159,20 @@ def _session_options(optimize: bool) -> ort.SessionOptions:
     return options
 
 
+def _cuda_options(arrays: GpuArrays) -> dict[str, str]:
+    return {
+        "device_id": str(arrays.index),
+        "user_compute_stream": str(arrays.stream.ptr),
+        "use_tf32": "0",  # fp32 means fp32
+    }
+
+
 class _Process:
     """What all sessions of this process share; `threads` is None until the first backend decides it."""
 
     lock = threading.Lock()
     threads: int | None = None
+    gpus: ClassVar[set[int]] = set()
 
 
 def _share_threads_and_arena(threads: int | None) -> int:
@@ -154,3 +192,21 @@ def _share_threads_and_arena(threads: int | None) -> int:
                 "the pool is shared by all pipelines of a process, so set it once"
             )
         return _Process.threads
+
+
+def _share_gpu_arena(index: int) -> None:
+    """Make the process's one arena on a GPU."""
+    with _Process.lock:
+        if index in _Process.gpus:
+            return
+        memory = native.OrtMemoryInfo(
+            "Cuda", native.OrtAllocatorType.ORT_ARENA_ALLOCATOR, index, native.OrtMemType.DEFAULT
+        )
+        try:
+            native.create_and_register_allocator_v2("CUDAExecutionProvider", memory, {"device_id": str(index)}, None)
+        except ORT_ERRORS as error:
+            raise EngineError(
+                f"device cuda:{index}: ONNX Runtime cannot use it: {one_line(error)}; install onnxruntime-gpu for this "
+                "CUDA version, or use --device cpu"
+            ) from error
+        _Process.gpus.add(index)

@@ -280,7 +280,7 @@ def check_part(plan: PartPlan, part: Part, graph: Path, tolerance: float) -> flo
     cases = [(sizes, *_expected(plan, sizes, seed)) for seed, sizes in enumerate(plan.check_sizes)]
     assign_parameters(plan.module, lambda name: plan.module.get_parameter(name).to("meta"))
     with _runnable(plan, graph, part) as (runnable, part):
-        engine, worst = OnnxRuntimeBackend(optimize=False).load(runnable, part), 0.0
+        engine, worst = OnnxRuntimeBackend(optimize=False).load_graph(runnable, part), 0.0
     for sizes, inputs, expected in cases:
         outputs = {spec.name: np.empty(spec.resolve(sizes), numpy_dtype(spec.dtype)) for spec in part.outputs}
         engine.run({name: _without_bf16(tensor).contiguous().numpy() for name, tensor in inputs.items()} | outputs)

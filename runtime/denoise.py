@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
-from ..engines.arrays import Array, Arrays
+from ..engines.arrays import Array, Arrays, Download
 from ..engines.backend import Engine
 from ..engines.errors import Cancelled
 from .cache import BlockCache
@@ -22,6 +22,7 @@ from .sampler import Sampler, Schedule
 from .trace import Trace
 
 OnStep = Callable[[int, int, Trace], None]
+T = TypeVar("T")
 
 
 class CancelToken(Protocol):
@@ -65,19 +66,22 @@ class Request:
 
 
 def denoise(model: Transformer, request: Request) -> Array:
-    """Run all steps; returns the final latents, (prompts, …) fp32. Raises Cancelled, EngineError."""
-    cache, sampler, steps = request.cache, request.sampler, request.schedule.steps
+    """Run all steps; returns the final latents, (prompts, …) fp32. Raises Cancelled, EngineError.
+
+    On a GPU this hands work over and runs ahead of it. Only to decide on a step it waits, for what the blocks of the
+    step before measured; by then the device has the end of that step and the beginning of this one still to do.
+    """
+    arrays, cache, sampler, steps = request.arrays, request.cache, request.sampler, request.schedule.steps
+    distances: Download | None = None
     measured: list[bool] = []
     for step in range(steps):
         started = time.perf_counter()
-        if step:
-            _observe(request, step - 1, measured)
-        measures = request.decider.measures()
-        decisions = request.decider.plan(step)
-        if request.drop_dead:
-            decisions = eliminate_dead(decisions)
         _set_inputs(request, step)
         _run(model.prologue, request, cache.enter())
+        if distances is not None:
+            _observe(request, step - 1, distances, measured)
+        measures = request.decider.measures()
+        decisions = _decide(request, step)
         measured = [False] * len(model.blocks)
         for block, decision in enumerate(decisions):
             if request.cancel is not None and request.cancel.is_set():
@@ -88,15 +92,18 @@ def denoise(model: Transformer, request: Request) -> Array:
                 cache.commit(block)
             elif decision is Decision.REUSE:
                 cache.reuse(block)
+        distances = arrays.start_download(request.distances)
         _run(model.epilogue, request, cache.stream)
         output = request.tensors["model_output"]
         sampler.advance(step, guide(output, request.guidance, request.halves, model.guidance_order))
-        request.arrays.synchronize()
+        if step == steps - 1:
+            _wait(request, arrays.synchronize)
         elapsed_ms = 1e3 * (time.perf_counter() - started)
         request.trace.record(float(request.schedule.timesteps[step]), elapsed_ms, decisions, measures)
         if request.on_step is not None:
             request.on_step(step + 1, steps, request.trace)
-    _observe(request, steps - 1, measured)
+    if distances is not None:
+        _observe(request, steps - 1, distances, measured)
     return sampler.latents
 
 
@@ -124,10 +131,24 @@ def _run(engine: Engine, request: Request, tensors: Mapping[str, Array]) -> None
     request.trace.engine_ms += 1e3 * (time.perf_counter() - started)
 
 
-def _observe(request: Request, step: int, measured: Sequence[bool]) -> None:
-    """Bring the step's distances to the host, in one transfer, and tell the policy and the trace."""
-    rows = request.arrays.to_host(request.distances)
+def _decide(request: Request, step: int) -> list[Decision]:
+    """The policy's decisions, as far as outputs are cached at all; without the blocks that nothing depends on."""
+    planned = zip(request.decider.plan(step), request.cache.cached, strict=True)
+    decisions = [decision if cached else Decision.COMPUTE for decision, cached in planned]
+    return eliminate_dead(decisions) if request.drop_dead else decisions
+
+
+def _observe(request: Request, step: int, distances: Download, measured: Sequence[bool]) -> None:
+    """Tell the policy and the trace what a step measured, once that is on the host."""
+    rows = _wait(request, distances.wait)
     prompts = rows.reshape(len(rows), request.halves, -1).mean(axis=1, dtype=np.float64)
-    distances = [tuple(map(float, row)) if known else None for row, known in zip(prompts, measured, strict=True)]
-    request.decider.observe(step, distances)
-    request.trace.measure(step, [max(distance) if distance else None for distance in distances])
+    changes = [tuple(map(float, row)) if known else None for row, known in zip(prompts, measured, strict=True)]
+    request.decider.observe(step, changes)
+    request.trace.measure(step, [max(change) if change else None for change in changes])
+
+
+def _wait(request: Request, wait: Callable[[], T]) -> T:
+    started = time.perf_counter()
+    result = wait()
+    request.trace.wait_ms += 1e3 * (time.perf_counter() - started)
+    return result

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import overload
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, overload
 
 import numpy as np
 
-from ..engines.arrays import Array, HostArray
+from ..engines.arrays import MEBI, Array
 from ..engines.backend import Backend, Engine, create_backend
 from ..engines.bundle import Bundle, open_bundle, verify_files
-from ..engines.errors import InvalidRequest
+from ..engines.errors import EngineError, InvalidRequest
 from ..engines.manifest import Part
 from .arguments import check_guidance, check_policy, check_prompts, check_seeds, check_text
-from .cache import create_cache
+from .budget import Profile, choose_cached
+from .cache import Layout, create_cache
 from .denoise import CancelToken, OnStep, Request, Transformer, denoise
+from .memory import MemoryPlan, plan_memory
 from .policies import Policy, policy_settings
 from .sampler import Sampler, Schedule, load_table
 from .text import Tokenizer
@@ -28,22 +31,35 @@ from .video import Video
 class VideoPipeline:
     """The engines of one bundle on one backend. Requests may run in several threads; they share nothing mutable."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        """Load every engine of `bundle`, whose files must have been verified. Raises EngineError, IntegrityError."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        low_memory: bool = False,
+        cache_memory: int | None = None,
+        cache_profile: Profile | None = None,
+        fixed_slots: bool = False,
+    ) -> None:
+        """Load every engine of `bundle`, whose files must have been verified.
+
+        With `low_memory` a request loads the engines of each phase when it needs them and frees them afterwards, and
+        requests run one at a time. `cache_memory` is the most bytes that the stream and the cached outputs of one
+        request may take; blocks that find no room are run every time, and `cache_profile` helps to choose them.
+        `fixed_slots` gives every block cache addresses of its own, for CUDA graphs, at twice the memory of the cache.
+        Raises EngineError, BundleError, IntegrityError.
+        """
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.backend = backend
+        self.low_memory = low_memory
+        self.cache_memory = cache_memory
+        self.cache_profile = cache_profile
+        self.fixed_slots = fixed_slots
         self._tokenizer = Tokenizer(bundle.file(self.manifest.text.tokenizer), self.manifest.text)
         self._table = load_table(bundle.file(self.manifest.sampler.table), self.manifest.sampler.max_steps)
-        self._text_encoder = self._load(self.manifest.text_encoder)
-        self._condition = self._load(self.manifest.condition)
-        self._transformer = Transformer(
-            prologue=self._load(self.manifest.prologue),
-            blocks=tuple(self._load(block) for block in self.manifest.blocks),
-            epilogue=self._load(self.manifest.epilogue),
-            guidance_order=self.manifest.guidance_order,
-        )
-        self._vae_decoder = self._load(self.manifest.vae_decoder)
+        self._engines = {} if low_memory else {part.name: backend.load(bundle, part) for part in self.manifest.parts}
+        self._turn: AbstractContextManager[Any] = threading.Lock() if low_memory else nullcontext()
 
     @overload
     def __call__(
@@ -58,6 +74,7 @@ class VideoPipeline:
         latents: Array | None = ...,
         on_step: OnStep | None = ...,
         cancel: CancelToken | None = ...,
+        to_host: bool = ...,
     ) -> Video: ...
 
     @overload
@@ -73,6 +90,7 @@ class VideoPipeline:
         latents: Array | None = ...,
         on_step: OnStep | None = ...,
         cancel: CancelToken | None = ...,
+        to_host: bool = ...,
     ) -> list[Video]: ...
 
     def __call__(
@@ -87,6 +105,7 @@ class VideoPipeline:
         latents: Array | None = None,
         on_step: OnStep | None = None,
         cancel: CancelToken | None = None,
+        to_host: bool = True,
     ) -> Video | list[Video]:
         """Make a video of a prompt, or of each prompt of a list in one batch.
 
@@ -94,7 +113,8 @@ class VideoPipeline:
         adds the prompt's position, or one per prompt. `latents` is the initial noise instead: (prompts, *latent
         shape) or, for one prompt, the latent shape; fp32; a numpy array, or one that speaks DLPack. `on_step` is
         called after every step with the steps done, their number and the trace so far. `cancel` is looked at before
-        every block. A guidance of 1 runs without the negative half.
+        every block. A guidance of 1 runs without the negative half. With `to_host` False, frames and latents stay
+        arrays of the device, which others can take over by DLPack; on the CPU they are numpy's in any case.
 
         Raises InvalidRequest before anything runs; Cancelled and EngineError leave the pipeline usable.
         """
@@ -103,7 +123,6 @@ class VideoPipeline:
         schedule = self._table.schedule(defaults.steps if steps is None else steps)
         policy = check_policy(policy)
         seeds = check_seeds(seed, len(prompts))
-        noise = self._noise(latents, seeds)
         trace = Trace(
             model=self.manifest.model,
             bundle=self.bundle.id,
@@ -120,20 +139,67 @@ class VideoPipeline:
             seeds=seeds,
             latents_given=latents is not None,
         )
-        with _timed(trace, "text_ms"):
-            condition = self._encode(trace)
-        with _timed(trace, "denoise_ms"):
-            request = self._request(condition, schedule.begin(noise), schedule, policy, trace)
-            request.on_step, request.cancel = on_step, cancel
-            final = self.backend.arrays.to_host(denoise(self._transformer, request))
-            del request
-        with _timed(trace, "decode_ms"):
-            frames = [self._decode(video) for video in final]
+        cached = self._choose_cached(policy, trace)
+        arrays = self.backend.arrays
+        with self._turn, arrays.active():
+            try:
+                noise = self._noise(latents, seeds)
+                self._check_memory(policy, trace, sum(cached))
+                with _timed(trace, "text_ms"):
+                    condition = self._encode(trace)
+                with _timed(trace, "denoise_ms"):
+                    request = self._request(condition, schedule.begin(noise), schedule, policy, cached, trace)
+                    request.on_step, request.cancel = on_step, cancel
+                    final = self._denoise(request)
+                    del request, condition
+                with _timed(trace, "decode_ms"):
+                    frames = self._decode(final, to_host)
+                if to_host:
+                    final = arrays.to_host(final)
+                trace.device_bytes = arrays.used_bytes()
+            finally:
+                if self.low_memory:
+                    self.backend.trim()
         videos = [
             Video(frames=f, latents=x, fps=defaults.fps, prompt=text, seed=s, trace=trace)
             for f, x, text, s in zip(frames, final, prompts, seeds, strict=True)
         ]
         return videos[0] if isinstance(prompt, str) else videos
+
+    def memory(self, prompts: int = 1, guided: bool = True, policy: Policy | None = None) -> MemoryPlan:
+        """What a request takes of the device's memory. Raises InvalidRequest where `cache_memory` is too small."""
+        policy = check_policy(policy)
+        return self._plan_memory(policy, prompts, guided, sum(self._slots(policy, prompts * (2 if guided else 1))))
+
+    def _plan_memory(self, policy: Policy, prompts: int, guided: bool, slots: int) -> MemoryPlan:
+        compiled, layout = self.backend.compiled(self.bundle), self._layout(policy)
+        return plan_memory(self.manifest, prompts, guided, layout, slots, self.low_memory, compiled)
+
+    def _layout(self, policy: Policy) -> Layout:
+        return Layout(policy.cache, self.fixed_slots)
+
+    def _slots(self, policy: Policy, rows: int) -> tuple[bool, ...]:
+        buffer = rows * self.manifest.cache_bytes_per_row[self.manifest.blocks[0].name]
+        blocks, layout = len(self.manifest.blocks), self._layout(policy)
+        return choose_cached(layout, blocks, buffer, self.cache_memory, self.cache_profile)
+
+    def _choose_cached(self, policy: Policy, trace: Trace) -> tuple[bool, ...]:
+        """Per block whether there is room for its output. Raises InvalidRequest."""
+        cached = self._slots(policy, len(trace.prompts) * _halves(trace.guidance))
+        trace.uncached = tuple(name for name, kept in zip(trace.blocks, cached, strict=True) if not kept)
+        return cached
+
+    def _check_memory(self, policy: Policy, trace: Trace, slots: int) -> None:
+        """Refuse a request for which there is no room, before it has done anything. Raises EngineError."""
+        plan = self._plan_memory(policy, len(trace.prompts), _halves(trace.guidance) == 2, slots)
+        trace.planned_bytes = plan.total
+        free = self.backend.arrays.free_bytes()
+        if free is not None and plan.per_request > free:
+            raise EngineError(
+                f"request: got {free / MEBI:.0f} MiB of free memory on {self.backend.arrays.device}, expected "
+                f"{plan.per_request / MEBI:.0f} for {len(trace.prompts)} prompts; send fewer at once, or use a smaller "
+                "--cache-memory, or --low-memory"
+            )
 
     def _check_prompts(self, prompt: str | Sequence[str]) -> tuple[str, ...]:
         prompts = check_prompts(prompt)
@@ -145,13 +211,19 @@ class VideoPipeline:
         return prompts
 
     def _request(
-        self, condition: dict[str, Array], sampler: Sampler, schedule: Schedule, policy: Policy, trace: Trace
+        self,
+        condition: dict[str, Array],
+        sampler: Sampler,
+        schedule: Schedule,
+        policy: Policy,
+        cached: tuple[bool, ...],
+        trace: Trace,
     ) -> Request:
         """Everything the loop needs, made for this request alone."""
         blocks, arrays = len(self.manifest.blocks), self.backend.arrays
         halves = _halves(trace.guidance)
         rows = halves * len(trace.prompts)
-        cache = create_cache(policy.cache, self.manifest, arrays, rows)
+        cache = create_cache(self._layout(policy), self.manifest, arrays, rows, cached)
         trace.cache_bytes = cache.nbytes
         return Request(
             arrays=arrays,
@@ -167,8 +239,24 @@ class VideoPipeline:
             trace=trace,
         )
 
-    def _load(self, part: Part) -> Engine:
-        return self.backend.load(self.bundle.file(part.graph), part)
+    def _denoise(self, request: Request) -> Array:
+        with self._loaded(self.manifest.prologue, *self.manifest.blocks, self.manifest.epilogue) as engines:
+            prologue, *blocks, epilogue = engines
+            return denoise(Transformer(prologue, tuple(blocks), epilogue, self.manifest.guidance_order), request)
+
+    @contextmanager
+    def _loaded(self, *parts: Part) -> Iterator[list[Engine]]:
+        """The engines of a phase; with `low_memory` they are there only for it."""
+        if not self.low_memory:
+            yield [self._engines[part.name] for part in parts]
+            return
+        self.backend.trim()
+        engines = [self.backend.load(self.bundle, part) for part in parts]
+        try:
+            yield engines
+        finally:
+            self.backend.arrays.synchronize()
+            engines.clear()
 
     def _noise(self, latents: Array | None, seeds: tuple[int, ...]) -> Array:
         """Initial noise (prompts, *latent shape) fp32 on the device."""
@@ -216,20 +304,22 @@ class VideoPipeline:
         trace.truncated_prompts = tuple(text for text in prompts if tokens.truncated[distinct.index(text)])
         lengths = np.array([tokens.lengths[distinct.index(prompt)] for prompt in prompts] * len(halves))
         longest = int(lengths.max())
-        states = self._run(
-            self._text_encoder,
-            self.manifest.text_encoder,
-            {"input_ids": arrays.from_host(tokens.ids), "attention_mask": arrays.from_host(tokens.mask)},
-            {"batch": len(distinct)},
-        )["text_states"]
-        order = arrays.from_host(np.array([distinct.index(text) for text in texts]))
-        mask = (np.arange(longest)[None] < lengths[:, None]).astype(np.int64)
-        return self._run(
-            self._condition,
-            self.manifest.condition,
-            {"text_states": xp.ascontiguousarray(states[order, :longest]), "text_mask": arrays.from_host(mask)},
-            {"batch": len(texts), "text": longest},
-        )
+        text_encoder, condition = self.manifest.text_encoder, self.manifest.condition
+        with self._loaded(text_encoder, condition) as engines:
+            states = self._run(
+                engines[0],
+                text_encoder,
+                {"input_ids": arrays.from_host(tokens.ids), "attention_mask": arrays.from_host(tokens.mask)},
+                {"batch": len(distinct)},
+            )["text_states"]
+            order = arrays.from_host(np.array([distinct.index(text) for text in texts]))
+            mask = (np.arange(longest)[None] < lengths[:, None]).astype(np.int64)
+            return self._run(
+                engines[1],
+                condition,
+                {"text_states": xp.ascontiguousarray(states[order, :longest]), "text_mask": arrays.from_host(mask)},
+                {"batch": len(texts), "text": longest},
+            )
 
     def _step_tensors(self, rows: int) -> dict[str, Array]:
         """The inputs and outputs of prologue and epilogue, apart from the stream."""
@@ -241,19 +331,24 @@ class VideoPipeline:
             if spec.name not in self.manifest.streams
         }
 
-    def _decode(self, latents: HostArray) -> HostArray:
-        """One video's latents to frames (F, H, W, 3) uint8, a few frames at a time."""
-        part = self.manifest.vae_decoder
+    def _decode(self, latents: Array, to_host: bool) -> list[Array]:
+        """Each video's latents to frames (F, H, W, 3) uint8."""
+        with self._loaded(self.manifest.vae_decoder) as engines:
+            return [self._decode_video(engines[0], video, to_host) for video in latents]
+
+    def _decode_video(self, decoder: Engine, latents: Array, to_host: bool) -> Array:
+        """A few frames at a time."""
+        arrays, part = self.backend.arrays, self.manifest.vae_decoder
         axis = part.input("latents").shape.index("frames")
-        chunk = self.manifest.shape.decode_frames
+        chunk, length = self.manifest.shape.decode_frames, latents.shape[axis]
+        sizes = {name: largest for name, (_, largest) in self.manifest.ranges.items()}
         frames = []
-        for first in range(0, latents.shape[axis], chunk):
-            piece = np.take(latents, range(first, min(first + chunk, latents.shape[axis])), axis)
-            sizes = {name: largest for name, (_, largest) in self.manifest.ranges.items()}
-            inputs = {"latents": self.backend.arrays.from_host(piece)}
-            result = self._run(self._vae_decoder, part, inputs, sizes | {"frames": piece.shape[axis]})
-            frames.append(self.backend.arrays.to_host(result["frames"]))
-        return np.concatenate(frames)
+        for first in range(0, length, chunk):
+            piece = latents[(slice(None),) * axis + (slice(first, first + chunk),)]
+            inputs = {"latents": arrays.xp.ascontiguousarray(piece)}
+            result = self._run(decoder, part, inputs, sizes | {"frames": piece.shape[axis]})
+            frames.append(arrays.to_host(result["frames"]) if to_host else result["frames"])
+        return (np if to_host else arrays.xp).concatenate(frames)
 
     def _run(self, engine: Engine, part: Part, inputs: dict[str, Array], sizes: dict[str, int]) -> dict[str, Array]:
         """Run a part whose outputs nobody has allocated yet; returns them."""
@@ -263,16 +358,37 @@ class VideoPipeline:
 
 
 def load(
-    bundle: str | os.PathLike[str], *, backend: str = "onnxruntime", device: str = "cpu", threads: int | None = None
+    bundle: str | os.PathLike[str],
+    *,
+    backend: str = "onnxruntime",
+    device: str | None = None,
+    threads: int | None = None,
+    low_memory: bool = False,
+    cache_memory: int | None = None,
+    cache_profile: Mapping[str, Any] | None = None,
+    cuda_graphs: bool = False,
 ) -> VideoPipeline:
     """Open a bundle, verify all its files, and load its engines.
 
-    `threads` is for CPU backends (None: the cores this process may use) and is one number per process. Raises
-    BundleError, IntegrityError, EngineError, InvalidRequest.
+    `device` None is the backend's own: the CPU for onnxruntime, else the first GPU. `threads` is for CPU backends
+    (None: the cores this process may use) and is one number per process. `low_memory` loads each phase's engines when a
+    request needs them. `cache_memory` is the most bytes for one request's stream and cache; what finds no room is not
+    cached, chosen by what an earlier request reused if `cache_profile`, its `trace.to_dict()`, is given.
+    `cuda_graphs`, with TensorRT, records every block's kernels and replays them; the cache then takes twice the memory.
+    Raises BundleError, IntegrityError, EngineError, InvalidRequest.
     """
+    if cache_memory is not None and cache_memory < 1:
+        raise InvalidRequest(f"cache_memory: got {cache_memory} bytes, expected more than 0")
     opened = open_bundle(bundle)
     verify_files(opened)
-    return VideoPipeline(opened, create_backend(backend, device, threads))
+    return VideoPipeline(
+        opened,
+        create_backend(backend, device, threads, cuda_graphs),
+        low_memory=low_memory,
+        cache_memory=cache_memory,
+        cache_profile=None if cache_profile is None else Profile.from_trace(cache_profile),
+        fixed_slots=cuda_graphs,
+    )
 
 
 @contextmanager

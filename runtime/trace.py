@@ -16,7 +16,8 @@ class StepTrace:
 
     `decisions` are the values of `Decision`. `distances` are the measured changes, of the prompt that changed most,
     None where the block did not run or had no earlier output. `metrics` and `limits` are what the decision rested
-    on. `milliseconds` is the wall time of the whole step, sampler and guidance included.
+    on. `milliseconds` is the wall time of the whole step, sampler and guidance included; on a GPU, that of handing it
+    over and of waiting for the step before, which it settles to.
     """
 
     timestep: float
@@ -32,9 +33,13 @@ class Trace:
     """The record of one request, filled while it runs and never changed after.
 
     `policy` and `backend` are their names and settings; `blocks` and `kinds` name the blocks in execution order. With
-    `latents_given` the noise came from the caller and the seeds were not used. `text_ms`, `denoise_ms`, `decode_ms` are
-    wall times of the phases, `engine_ms` is the part of denoising spent inside engines; `cache_bytes` is what the
-    stream and the cached outputs took; `truncated_prompts` are those that were cut to the model's length.
+    `latents_given` the noise came from the caller and the seeds were not used. `text_ms`, `denoise_ms`, `decode_ms`
+    are wall times of the phases; of denoising, `engine_ms` is what the host spent inside engines, on a GPU only to
+    hand work over, and `wait_ms` what it waited for the device. `cache_bytes` is what the stream and the cached
+    outputs took, and `uncached` names the blocks for whose output there was no room. `planned_bytes` is what the
+    pipeline with this request was expected to take of the device's memory, `device_bytes` what its arrays, without
+    the engines, have taken at most so far (None where that is not counted). `truncated_prompts` were cut to the
+    model's length.
     """
 
     model: str
@@ -54,7 +59,11 @@ class Trace:
     denoise_ms: float = 0.0
     decode_ms: float = 0.0
     engine_ms: float = 0.0
+    wait_ms: float = 0.0
     cache_bytes: int = 0
+    uncached: tuple[str, ...] = ()
+    planned_bytes: int = 0
+    device_bytes: int | None = None
     truncated_prompts: tuple[str, ...] = ()
 
     def record(

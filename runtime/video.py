@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engines.arrays import HostArray
+from ..engines.arrays import Array, HostArray
 from ..engines.errors import InvalidRequest, OutputError
 from .trace import Trace
 
@@ -24,11 +24,11 @@ class Video:
     """One result, owned by the caller.
 
     `frames` (frames, height, width, 3) uint8 RGB; `latents` the final latents before the VAE, (latent shape) fp32;
-    `trace` is shared by the videos of one batch.
+    both numpy arrays, or the device's if the request asked for that. `trace` is shared by the videos of one batch.
     """
 
-    frames: HostArray
-    latents: HostArray
+    frames: Array
+    latents: Array
     fps: int
     prompt: str
     seed: int
@@ -39,7 +39,7 @@ class Video:
 
         The file appears whole or not at all. Raises InvalidRequest for another suffix, OutputError.
         """
-        return save_frames(self.frames, self.fps, path)
+        return save_frames(self.frames if isinstance(self.frames, np.ndarray) else self.frames.get(), self.fps, path)
 
 
 def save_frames(frames: HostArray, fps: int, path: str | os.PathLike[str]) -> Path:

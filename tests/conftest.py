@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from foresight.exporter.export import Export, Request
-from foresight.runtime.pipeline import VideoPipeline, load
-from tests.support import Outcome, tiny_latte
+from foresight.runtime.pipeline import VideoPipeline
+from tests.support import Outcome, load_pipeline, tiny_latte
 
 torch.set_num_threads(1)  # for models this small more threads only wait for each other
 
@@ -99,7 +99,7 @@ def single_bundle(single_checkpoint: Path, bundles: Path) -> Path:
 @pytest.fixture(scope="session")
 def pipeline(bundle: Path) -> VideoPipeline:
     """The main bundle, loaded; it keeps nothing of a request, so all tests may share it."""
-    return load(bundle)
+    return load_pipeline(bundle)
 
 
 @pytest.fixture

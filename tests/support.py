@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +17,20 @@ import numpy.typing as npt
 from benchmarks.checkpoints import random_latte
 from foresight.engines.arrays import Array, Arrays
 from foresight.engines.backend import Backend, Engine, create_backend
-from foresight.engines.bundle import MANIFEST, file_record, open_bundle
+from foresight.engines.build import build_apart, build_engines
+from foresight.engines.bundle import MANIFEST, Bundle, file_record, open_bundle
+from foresight.engines.compiled import Compiled
 from foresight.engines.errors import EngineError
 from foresight.engines.manifest import Part
+from foresight.engines.onnxruntime import OnnxRuntimeBackend
+from foresight.engines.tensorrt import MODULES, BuildSettings, TensorRTBackend, profile_of
 from foresight.runtime.pipeline import VideoPipeline
 
 Floats = npt.NDArray[np.float32]
 Json = dict[str, Any]
+
+BACKEND = os.environ.get("FORESIGHT_TEST_BACKEND", "onnxruntime")
+DEVICE = os.environ.get("FORESIGHT_TEST_DEVICE")
 
 
 def tiny_latte(folder: Path, **sizes: Any) -> Path:
@@ -81,7 +90,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@dataclass
+@dataclass(eq=False)
 class WatchedEngine:
     """A real engine that tells `before` what it is about to run; what that raises, the engine raises."""
 
@@ -102,12 +111,21 @@ class WatchedBackend:
     before: Callable[[str, Mapping[str, Array]], object] = lambda part, tensors: None
     name: str = "onnxruntime"
     arrays: Arrays = field(init=False)
+    alive: WeakSet[WatchedEngine] = field(default_factory=WeakSet)  # the engines that are still there
 
     def __post_init__(self) -> None:
         self.arrays = self.backend.arrays
 
-    def load(self, graph: Path, part: Part) -> WatchedEngine:
-        return WatchedEngine(self.backend.load(graph, part), part, self._tell)
+    def load(self, bundle: Bundle, part: Part) -> WatchedEngine:
+        engine = WatchedEngine(self.backend.load(bundle, part), part, self._tell)
+        self.alive.add(engine)
+        return engine
+
+    def compiled(self, bundle: Bundle) -> Compiled | None:
+        return self.backend.compiled(bundle)
+
+    def trim(self) -> None:
+        self.backend.trim()
 
     def describe(self) -> dict[str, str]:
         return self.backend.describe()
@@ -116,10 +134,35 @@ class WatchedBackend:
         self.before(name, tensors)  # looked up now: it may have been exchanged since the engine was loaded
 
 
-def watched_pipeline(bundle: Path) -> tuple[VideoPipeline, WatchedBackend]:
+def watched_pipeline(bundle: Path, **settings: Any) -> tuple[VideoPipeline, WatchedBackend]:
     """A pipeline on a watched backend."""
-    backend = WatchedBackend(create_backend())
-    return VideoPipeline(open_bundle(bundle), backend), backend
+    backend = WatchedBackend(backend_under_test(bundle))
+    return VideoPipeline(open_bundle(bundle), backend, **settings), backend
+
+
+def load_pipeline(bundle: Path, **settings: Any) -> VideoPipeline:
+    """A pipeline on the backend under test."""
+    return VideoPipeline(open_bundle(bundle), backend_under_test(bundle), **settings)
+
+
+def backend_under_test(bundle: Path | None = None) -> Backend:
+    """The backend under test: ONNX Runtime on the CPU, unless the environment says otherwise, as tests.gpu does.
+
+    What it needs of `bundle` is built.
+    """
+    if bundle is not None and BACKEND in MODULES:
+        build_engines(open_bundle(bundle), BACKEND, DEVICE or "cuda")
+    return create_backend(BACKEND, DEVICE)
+
+
+def load_graph(backend: Backend, graph: Path, part: Part) -> Engine:
+    """The engine of a graph that lies in no bundle; where it has to be compiled, for sizes of 1 to 8."""
+    if isinstance(backend, OnnxRuntimeBackend):
+        return backend.load_graph(graph, part)
+    assert isinstance(backend, TensorRTBackend)
+    dims = {dim for spec in part.inputs for dim in spec.shape if isinstance(dim, str)}
+    profile = profile_of(part, dict.fromkeys(("batch", *dims), (1, 8)))
+    return backend.load_plan(build_apart(backend.name, graph, profile, BuildSettings()).data, part)
 
 
 def fail_at(call: int, wanted: Callable[[str], bool] = lambda part: True) -> Callable[[str, Mapping[str, Array]], None]:

@@ -11,9 +11,10 @@ import torch
 from diffusers import LattePipeline
 
 from foresight.engines.bundle import open_bundle
-from foresight.runtime.pipeline import VideoPipeline, load
+from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import NoReuse
 from foresight.runtime.video import Video
+from tests.support import load_pipeline
 
 LATENTS_TOLERANCE = 1e-3  # of the reference's range
 FRAMES_PSNR_DB = 50.0
@@ -111,7 +112,7 @@ def test_the_prompt_matters(pipeline: VideoPipeline) -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_frames_need_not_be_square(wide_checkpoint: Path, wide_bundle: Path, guidance: float) -> None:
-    pipeline = load(wide_bundle)
+    pipeline = load_pipeline(wide_bundle)
     settings: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": guidance}
     noise, prompt = draw(pipeline.manifest.shape.latents), "a red circle moving right"
     assert noise.shape == (4, 3, 8, 16)
@@ -121,7 +122,7 @@ def test_frames_need_not_be_square(wide_checkpoint: Path, wide_bundle: Path, gui
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_a_video_may_be_a_single_frame(single_checkpoint: Path, single_bundle: Path, guidance: float) -> None:
-    pipeline = load(single_bundle)
+    pipeline = load_pipeline(single_bundle)
     settings: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": guidance}
     noise, prompt = draw(pipeline.manifest.shape.latents), "a dog in the snow"
     expected = run_reference(reference_pipeline(single_checkpoint), noise, prompt, **settings)
@@ -148,7 +149,7 @@ def test_half_precision_is_close_to_single(bundle: Path, half_bundle: Path) -> N
     operations in a row, whose errors add like noise: 5e-4 * sqrt(30) = 2.7e-3 of the range; 5e-3 leaves some room,
     and is a hundred times less than what a wrong weight makes.
     """
-    single, half = load(bundle), load(half_bundle)
+    single, half = load_pipeline(bundle), load_pipeline(half_bundle)
     noise = draw(single.manifest.shape.latents)
     settings: dict[str, Any] = {"steps": 1, "guidance": 1, "latents": noise, "policy": NoReuse()}
     expected, got = (pipeline("a red circle", **settings).latents for pipeline in (single, half))
@@ -166,7 +167,7 @@ def test_half_precision_caches_half_the_bytes(bundle: Path, half_bundle: Path) -
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_the_shipped_checkpoint_makes_the_video_that_diffusers_makes(demo_bundle: Path, guidance: float) -> None:
-    pipeline = load(demo_bundle)
+    pipeline = load_pipeline(demo_bundle)
     prompt = pipeline.manifest.defaults.prompt
     settings: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": guidance}
     noise = draw(pipeline.manifest.shape.latents)

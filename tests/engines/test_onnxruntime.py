@@ -15,10 +15,10 @@ from foresight.engines.onnxruntime import OnnxRuntimeBackend
 
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
 def test_a_session_that_fell_back_to_the_cpu_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, part = OnnxRuntimeBackend(), open_bundle(bundle).manifest.epilogue
+    backend, opened = OnnxRuntimeBackend(), open_bundle(bundle)
     monkeypatch.setattr(backend, "_provider", "CUDAExecutionProvider")
     with pytest.raises(EngineError, match="epilogue: got CPUExecutionProvider, expected CUDAExecutionProvider"):
-        backend.load(bundle / part.graph, part)
+        backend.load(opened, opened.manifest.epilogue)
 
 
 def test_the_pool_keeps_its_size_for_the_life_of_the_process() -> None:

@@ -22,6 +22,7 @@ from foresight.exporter.export import TOLERANCES, check_part
 from foresight.exporter.graph import Graph, graph_from_module, write_graph
 from foresight.exporter.models import split_checkpoint
 from foresight.exporter.models.base import PartPlan, Request, Split, assign_parameters, mean_squared_change
+from tests.support import load_graph
 
 WIDTH = 6
 
@@ -57,7 +58,7 @@ def run(graph: Graph, parameters: Callable[[str], Tensor], folder: Path, x: Tens
     specs = [TensorSpec(name=name, dtype="fp32", shape=("batch", WIDTH)) for name in "xy"]
     part = Part(name="tiny", kind="tiny", graph="tiny.onnx", inputs=(specs[0],), outputs=(specs[1],), max_difference=0)
     y = np.empty(x.shape, np.float32)
-    create_backend().load(path, part).run({"x": x.numpy(), "y": y})
+    load_graph(create_backend(), path, part).run({"x": x.numpy(), "y": y})
     return y
 
 
@@ -187,7 +188,7 @@ def test_a_block_measures_the_change_from_what_it_is_given(bundle: Path) -> None
         spec.name: draw.standard_normal(spec.resolve(sizes)).astype(np.float32)
         for spec in (*part.inputs, *part.outputs)
     }
-    create_backend().load(bundle / part.graph, part).run(tensors)
+    load_graph(create_backend(), bundle / part.graph, part).run(tensors)
     change = tensors["new_hidden"].astype(np.float64) - tensors["cached_hidden"]
     np.testing.assert_allclose(tensors["distance"], (change**2).mean((1, 2, 3)), rtol=1e-5)
 

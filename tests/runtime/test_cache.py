@@ -1,33 +1,49 @@
-"""Both caches against plain ones that copy everything: the same bytes, in a fixed number of buffers."""
+"""All caches against plain ones that copy everything: the same bytes, in a fixed number of buffers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from foresight.engines.arrays import Arrays
 from foresight.engines.bundle import open_bundle
 from foresight.engines.manifest import TensorSpec
-from foresight.runtime.cache import BlockCache, OutputCache, ResidualCache, create_cache
+from foresight.runtime.cache import (
+    BlockCache,
+    FixedOutputCache,
+    Layout,
+    OutputCache,
+    Pool,
+    ResidualCache,
+    create_cache,
+)
 from foresight.runtime.policies import Decision, Foresight, eliminate_dead
 from tests.support import is_block, watched_pipeline
 
 C, R, D = Decision.COMPUTE, Decision.REUSE, Decision.DEAD
 STREAMS = ("video", "text")
 SHAPES: dict[str, tuple[int | str, ...]] = {"video": ("batch", 5), "text": ("batch", 2, 3)}
-ARRAYS = Arrays("cpu")
+ARRAYS = Arrays()
 Stream = dict[str, Any]
 
 
-def make(kind: type[OutputCache] | type[ResidualCache], blocks: int, streams: Sequence[str] = STREAMS) -> BlockCache:
-    specs = [TensorSpec(name=f"new_{name}", dtype="fp32", shape=SHAPES[name]) for name in streams]
-    return kind(ARRAYS, streams, specs, {"batch": 2}, blocks)
+Kind = type[OutputCache] | type[FixedOutputCache] | type[ResidualCache]
+OUTPUTS: list[Kind] = [OutputCache, FixedOutputCache]
+KINDS: list[Kind] = [*OUTPUTS, ResidualCache]
+LAYOUTS = {OutputCache: Layout(), FixedOutputCache: Layout(fixed=True), ResidualCache: Layout("residual")}
+ONE_BUFFER = 4 * (2 * 5 + 2 * 2 * 3)
+
+
+def make(kind: Kind, cached: Sequence[bool]) -> BlockCache:
+    specs = {name: TensorSpec(name=f"new_{name}", dtype="fp32", shape=SHAPES[name]) for name in STREAMS}
+    return kind(Pool(ARRAYS, specs, {"batch": 2}), cached)
 
 
 def entering(step: int) -> Stream:
@@ -82,15 +98,25 @@ def run_plain(plans: Sequence[Sequence[Decision]], residual: bool) -> list[list[
     return results
 
 
+@dataclass(frozen=True)
+class Case:
+    """Decisions, and which blocks are cached."""
+
+    plans: list[list[Decision]]
+    cached: tuple[bool, ...]
+
+
 @st.composite
-def decisions(draw: st.DrawFn, dead: bool) -> list[list[Decision]]:
-    """Any decisions a request may see: everything is computed first, nothing is reused that never ran."""
+def cases(draw: st.DrawFn, dead: bool) -> Case:
+    """Any decisions a request may see: everything is computed first, nothing is reused that was not cached."""
     blocks, steps = draw(st.integers(1, 6)), draw(st.integers(1, 8))
+    cached = tuple(draw(st.lists(st.booleans(), min_size=blocks, max_size=blocks) | st.just([True] * blocks)))
     plans = [[C] * blocks]
     for _ in range(steps):
-        plan = draw(st.lists(st.sampled_from([C, R]), min_size=blocks, max_size=blocks))
+        wanted = draw(st.lists(st.sampled_from([C, R]), min_size=blocks, max_size=blocks))
+        plan = [decision if kept else C for decision, kept in zip(wanted, cached, strict=True)]
         plans.append(eliminate_dead(plan) if dead else plan)
-    return plans
+    return Case(plans, cached)
 
 
 def same(got: list[list[Stream]], expected: list[list[Stream]]) -> bool:
@@ -102,95 +128,97 @@ def same(got: list[list[Stream]], expected: list[list[Stream]]) -> bool:
     )
 
 
-@given(plans=decisions(dead=True) | decisions(dead=False))
-def test_rotating_outputs_give_the_bytes_of_copied_ones(plans: list[list[Decision]]) -> None:
-    assert same(run_cache(make(OutputCache, len(plans[0])), plans), run_plain(plans, residual=False))
+@pytest.mark.parametrize("kind", OUTPUTS)
+@given(case=cases(dead=True) | cases(dead=False))
+def test_rotating_outputs_give_the_bytes_of_copied_ones(kind: Kind, case: Case) -> None:
+    assert same(run_cache(make(kind, case.cached), case.plans), run_plain(case.plans, residual=False))
 
 
-@given(plans=decisions(dead=False))
-def test_rotating_residuals_give_the_bytes_of_copied_ones(plans: list[list[Decision]]) -> None:
-    assert same(run_cache(make(ResidualCache, len(plans[0])), plans), run_plain(plans, residual=True))
+@given(case=cases(dead=False))
+def test_residuals_give_the_bytes_of_copied_ones(case: Case) -> None:
+    assert same(run_cache(make(ResidualCache, case.cached), case.plans), run_plain(case.plans, residual=True))
 
 
-@given(plans=decisions(dead=True))
-def test_skipping_dead_blocks_leaves_the_stream_as_if_they_had_run(plans: list[list[Decision]]) -> None:
-    whole = make(OutputCache, len(plans[0]))
-    results = []
-    for step, plan in enumerate(plans):
-        stream: Stream = entering(step)
-        for name, array in whole.enter().items():
-            array[...] = stream[name]
-        for block, decision in enumerate(plan):
-            if decision is C:
-                tensors, _ = whole.bind(block)
-                for name in STREAMS:
-                    tensors[f"new_{name}"][...] = transform(block, step, tensors[name])
-                whole.commit(block)
-            elif decision is R:
-                whole.reuse(block)
-        results.append([{name: array.copy() for name, array in whole.stream.items()}])
-    last = [[step[-1]] for step in run_plain(plans, residual=False)]
-    assert same(results, last)
+@dataclass
+class Seen:
+    """The addresses of one stream tensor that a cache handed out: all, and per block every (input, cached, new)."""
+
+    buffers: set[int] = field(default_factory=set)
+    bindings: dict[int, set[tuple[int, ...]]] = field(default_factory=dict)
 
 
-@given(plans=decisions(dead=True) | decisions(dead=False), kind=st.sampled_from([OutputCache, ResidualCache]))
-def test_a_block_never_writes_to_what_it_reads_or_to_what_is_cached(
-    plans: list[list[Decision]], kind: type[OutputCache] | type[ResidualCache]
-) -> None:
-    if kind is ResidualCache:
-        plans = [[C if decision is D else decision for decision in plan] for plan in plans]
-    cache = make(kind, len(plans[0]))
-    for step, plan in enumerate(plans):
-        for name, array in cache.enter().items():
-            array[...] = entering(step)[name]
-        outputs_of: dict[int, int] = {}
+def watch(cache: BlockCache, case: Case) -> Seen:
+    """Run a case and note every address; no block may write to what it reads or to what another has cached."""
+    seen, kept = Seen(), dict[int, int]()
+    for plan in case.plans:
+        seen.buffers.add(cache.enter()["video"].ctypes.data)
         for block, decision in enumerate(plan):
             if decision is C:
                 tensors, _ = cache.bind(block)
+                read, cached, new = (tensors[f"{prefix}video"].ctypes.data for prefix in ("", "cached_", "new_"))
+                assert new not in (read, cached)
+                assert new not in kept.values(), "a block writes to what is cached"
+                seen.bindings.setdefault(block, set()).add((read, cached, new))
                 for name in STREAMS:
-                    new, read, cached = (tensors[f"{prefix}{name}"] for prefix in ("new_", "", "cached_"))
-                    assert not np.shares_memory(new, read)
-                    assert not np.shares_memory(new, cached)
-                    new[...] = 0
+                    tensors[f"new_{name}"][...] = 0
                 cache.commit(block)
-                if kind is OutputCache:
-                    address = cache.stream["video"].ctypes.data
-                    assert address not in outputs_of.values(), "two blocks of a step share a slot"
-                    outputs_of[block] = address
+                if case.cached[block] and not isinstance(cache, ResidualCache):
+                    kept[block] = new
             elif decision is R:
                 cache.reuse(block)
+            seen.buffers.add(cache.stream["video"].ctypes.data)
+    seen.buffers |= {address for bindings in seen.bindings.values() for binding in bindings for address in binding}
+    return seen
 
 
-@given(plans=decisions(dead=True) | decisions(dead=False))
-@settings(max_examples=50)
-def test_outputs_live_in_two_buffers_more_than_there_are_blocks(plans: list[list[Decision]]) -> None:
-    blocks = len(plans[0])
-    cache = make(OutputCache, blocks)
-    addresses = set()
-    for plan in plans:
-        addresses.add(cache.enter()["video"].ctypes.data)
-        for block, decision in enumerate(plan):
-            if decision is C:
-                tensors, _ = cache.bind(block)
-                addresses |= {tensors[name].ctypes.data for name in ("video", "cached_video", "new_video")}
-                cache.commit(block)
-            elif decision is R:
-                cache.reuse(block)
-            addresses.add(cache.stream["video"].ctypes.data)
-    assert len(addresses) <= blocks + 2
+@pytest.mark.parametrize("kind", KINDS)
+@given(case=cases(dead=False))
+def test_a_block_never_writes_to_what_it_reads_or_to_what_is_cached(kind: Kind, case: Case) -> None:
+    seen = watch(make(kind, case.cached), case)
+    assert len(seen.buffers) <= LAYOUTS[kind].buffers(len(case.cached), sum(case.cached))
 
 
-@pytest.mark.parametrize(("kind", "extra"), [(OutputCache, 2), (ResidualCache, 3)])
+@pytest.mark.parametrize("kind", OUTPUTS)
+@given(case=cases(dead=True))
+def test_outputs_of_dead_blocks_stay_cached(kind: Kind, case: Case) -> None:
+    seen = watch(make(kind, case.cached), case)
+    assert len(seen.buffers) <= LAYOUTS[kind].buffers(len(case.cached), sum(case.cached))
+
+
+@given(case=cases(dead=True) | cases(dead=False))
+def test_with_fixed_slots_a_block_meets_few_addresses(case: Case) -> None:
+    """Two inputs times two outputs, and the first run, which has nothing cached."""
+    assume(all(case.cached))
+    bindings = watch(make(FixedOutputCache, case.cached), case).bindings
+    assert max(map(len, bindings.values())) <= 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(cached=st.lists(st.booleans(), min_size=1, max_size=8))
+@settings(max_examples=40)
+def test_memory_is_what_the_layout_says(kind: Kind, cached: list[bool]) -> None:
+    assert make(kind, cached).nbytes == LAYOUTS[kind].buffers(len(cached), sum(cached)) * ONE_BUFFER
+
+
+@pytest.mark.parametrize(
+    ("layout", "buffers"),
+    [(Layout(), 6), (Layout(fixed=True), 9), (Layout("residual"), 7), (Layout("residual", fixed=True), 7)],
+)
+def test_four_cached_blocks_need_so_many_buffers(layout: Layout, buffers: int) -> None:
+    assert layout.buffers(4, 4) == buffers
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values())
 @pytest.mark.parametrize("blocks", [1, 4])
-def test_memory_is_a_buffer_per_block_and_a_few_more(
-    kind: type[OutputCache] | type[ResidualCache], extra: int, blocks: int
-) -> None:
-    one = 4 * (2 * 5 + 2 * 2 * 3)
-    assert make(kind, blocks).nbytes == (blocks + extra) * one
+def test_slots_are_as_many_as_fit(layout: Layout, blocks: int) -> None:
+    for buffers in range(20):
+        slots = layout.slots(blocks, buffers)
+        assert slots == -1 or layout.buffers(blocks, slots) <= buffers
+        assert slots == blocks or layout.buffers(blocks, slots + 1) > buffers
 
 
 def test_reusing_an_output_is_pointing_at_it() -> None:
-    cache = make(OutputCache, 2)
+    cache = make(OutputCache, (True, True))
     cache.enter()
     for block in (0, 1):
         cache.bind(block)
@@ -201,9 +229,9 @@ def test_reusing_an_output_is_pointing_at_it() -> None:
     assert cache.stream["video"].ctypes.data == cached
 
 
-@pytest.mark.parametrize("kind", [OutputCache, ResidualCache])
-def test_the_first_distance_of_a_block_means_nothing(kind: type[OutputCache] | type[ResidualCache]) -> None:
-    cache = make(kind, 1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_distance_of_a_block_means_nothing(kind: Kind) -> None:
+    cache = make(kind, (True,))
     known = []
     for step in range(3):
         for name, array in cache.enter().items():
@@ -216,24 +244,24 @@ def test_the_first_distance_of_a_block_means_nothing(kind: type[OutputCache] | t
     assert known == [False, True, True]
 
 
-@pytest.mark.parametrize("kind", [OutputCache, ResidualCache])
-def test_a_block_that_never_ran_is_given_its_own_input(kind: type[OutputCache] | type[ResidualCache]) -> None:
-    cache = make(kind, 1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_that_never_ran_is_given_its_own_input(kind: Kind) -> None:
+    cache = make(kind, (True,))
     cache.enter()
     tensors, _ = cache.bind(0)
     assert tensors["cached_video"] is tensors["video"]
 
 
-@pytest.mark.parametrize("kind", [OutputCache, ResidualCache])
-def test_what_was_never_computed_cannot_be_reused(kind: type[OutputCache] | type[ResidualCache]) -> None:
-    cache = make(kind, 2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_never_computed_cannot_be_reused(kind: Kind) -> None:
+    cache = make(kind, (True, True))
     cache.enter()
     with pytest.raises(AssertionError, match="must have run"):
         cache.reuse(0)
 
 
 def test_a_residual_block_is_measured_against_what_reusing_it_would_give() -> None:
-    cache = make(ResidualCache, 1)
+    cache = make(ResidualCache, (True,))
     run_cache(cache, [[C]])
     residual = cache.stream["video"] - entering(0)["video"]
     for name, array in cache.enter().items():
@@ -242,9 +270,10 @@ def test_a_residual_block_is_measured_against_what_reusing_it_would_give() -> No
     assert tensors["cached_video"].tobytes() == (entering(1)["video"] + residual).tobytes()
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("output", OutputCache), ("residual", ResidualCache)])
-def test_a_cache_is_made_for_a_bundle_and_a_number_of_rows(bundle: Path, mode: Any, kind: type[object]) -> None:
-    cache = create_cache(mode, open_bundle(bundle).manifest, ARRAYS, rows=3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_is_made_for_a_bundle_and_a_number_of_rows(bundle: Path, kind: Kind) -> None:
+    manifest = open_bundle(bundle).manifest
+    cache = create_cache(LAYOUTS[kind], manifest, ARRAYS, 3, [True] * len(manifest.blocks))
     assert type(cache) is kind
     assert cache.enter()["hidden"].shape == (3, 3, 16, 40)
 

@@ -1,0 +1,106 @@
+"""Which blocks get a cache slot where there is no room for all of them.
+
+All blocks write the same stream tensors, so a slot costs the same for each, and the question is which of them would be
+reused most. A trace of an earlier request answers it: it holds what every block measured in every step, from which
+follows what the policy would have done with any set of slots.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..engines.arrays import MEBI
+from ..engines.errors import InvalidRequest
+from .cache import Layout
+from .policies import CacheMode, Decision
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a policy wanted to reuse, step by step: the blocks whose change was within their limit."""
+
+    blocks: int
+    wanted: tuple[frozenset[int], ...]
+
+    @classmethod
+    def from_trace(cls, trace: Mapping[str, Any]) -> Profile:
+        """The profile of a request, from `Trace.to_dict()`. Raises InvalidRequest."""
+        try:
+            return cls(len(trace["blocks"]), tuple(_wanted(step) for step in trace["steps"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InvalidRequest(f"cache_profile: got no trace of a request ({error!r}), see run --trace") from error
+
+
+def read_profile(path: Path) -> Profile:
+    """The profile in a file that `run --trace` wrote. Raises InvalidRequest."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"cache_profile {path}: cannot be read ({error}); expected a file of --trace") from error
+    return Profile.from_trace(document)
+
+
+def choose_cached(
+    layout: Layout, blocks: int, buffer_bytes: int, limit: int | None = None, profile: Profile | None = None
+) -> tuple[bool, ...]:
+    """Which of `blocks` get a slot, so that all buffers, `buffer_bytes` each, stay within `limit` bytes.
+
+    With a profile those that save the most block calls of its request; without one the deepest, as reusing one of
+    them saves all before it (or, of residuals, as they change least). Raises InvalidRequest where not even a request
+    without slots fits.
+    """
+    if limit is None:
+        return (True,) * blocks
+    if profile is not None and profile.blocks != blocks:
+        raise InvalidRequest(f"cache_profile: got a trace of {profile.blocks} blocks, this bundle has {blocks}")
+    slots = layout.slots(blocks, limit // buffer_bytes)
+    if slots < 0:
+        least = layout.buffers(blocks, 0) * buffer_bytes
+        raise InvalidRequest(
+            f"cache_memory: got {limit / MEBI:.1f} MiB, expected at least {least / MEBI:.1f} for a request of this size"
+        )
+    chosen = set(rank_blocks(layout.mode, blocks, profile)[:slots])
+    return tuple(block in chosen for block in range(blocks))
+
+
+def rank_blocks(mode: CacheMode, blocks: int, profile: Profile | None) -> list[int]:
+    """All blocks, the one whose slot saves most first; ties go to the deeper one."""
+    ranked: list[int] = []
+    rest = list(reversed(range(blocks)))
+    while rest:
+        gains = {block: _saved(mode, profile, {*ranked, block}) for block in rest}
+        best = max(rest, key=lambda block: gains[block])
+        ranked.append(best)
+        rest.remove(best)
+    return ranked
+
+
+def _saved(mode: CacheMode, profile: Profile | None, slots: set[int]) -> int:
+    """Block calls that the profile's request would not have made with those slots."""
+    if profile is None:
+        return 0
+    if mode == "residual":
+        return sum(len(slots & wanted) for wanted in profile.wanted)
+    return sum(max(slots & wanted, default=-1) + 1 for wanted in profile.wanted)  # a reused block spares all before it
+
+
+def _wanted(step: Mapping[str, Any]) -> frozenset[int]:
+    """The blocks that a step reused, or would have if a later one had not made them dead."""
+    if Decision.REUSE.value not in step["decisions"]:
+        return frozenset()
+    return frozenset(
+        block
+        for block, (decision, metric, limit) in enumerate(
+            zip(step["decisions"], step["metrics"], step["limits"], strict=True)
+        )
+        if decision == Decision.REUSE.value or (decision == Decision.DEAD.value and _within(metric, limit))
+    )
+
+
+def _within(metric: Sequence[float] | float | None, limit: float | None) -> bool:
+    """Without numbers (of the static policy) a dead block would have been reused as well."""
+    return metric is None or limit is None or metric <= limit  # type: ignore[operator]

@@ -1,0 +1,142 @@
+"""What a request takes of the device's memory, counted from the bundle before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..engines.compiled import Compiled
+from ..engines.manifest import DTYPE_BYTES, Manifest, Part, TensorSpec, part_files
+from .cache import Layout
+
+# fp32 arrays of the latents' size that the sampler has at hand besides the samples and outputs its table asks for:
+# the noise, and the terms of a sum.
+SAMPLER_ARRAYS = 6
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes of one phase. `arrays` are those the runtime allocates; `scratch` is None where an engine keeps its own."""
+
+    weights: int
+    arrays: int
+    scratch: int | None
+
+    @property
+    def total(self) -> int:
+        """All that is known."""
+        return self.weights + self.arrays + (self.scratch or 0)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a request, phase by phase. `cache` is the part of the denoising arrays that holds stream and cache.
+
+    Normally all weights stay, and one scratch buffer serves all; with `low_memory` only one phase is there at a time.
+    """
+
+    rows: int
+    cache: int
+    low_memory: bool
+    text: Phase
+    denoise: Phase
+    decode: Phase
+
+    @property
+    def phases(self) -> tuple[Phase, Phase, Phase]:
+        """In their order."""
+        return self.text, self.denoise, self.decode
+
+    @property
+    def weights(self) -> int:
+        """Of all phases."""
+        return sum(phase.weights for phase in self.phases)
+
+    @property
+    def scratch(self) -> int | None:
+        """One buffer, as large as the largest phase needs."""
+        return max((phase.scratch for phase in self.phases if phase.scratch is not None), default=None)
+
+    @property
+    def total(self) -> int:
+        """The most that is taken at any time, as far as it is known."""
+        if self.low_memory:
+            return max(phase.total for phase in self.phases)
+        return self.weights + (self.scratch or 0) + max(phase.arrays for phase in self.phases)
+
+    @property
+    def per_request(self) -> int:
+        """What a request takes that a loaded pipeline has not taken yet."""
+        return self.total if self.low_memory else max(phase.arrays for phase in self.phases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, with the sums."""
+        sums = {"weights": self.weights, "scratch": self.scratch, "per_request": self.per_request, "total": self.total}
+        return asdict(self) | sums
+
+
+def plan_memory(
+    manifest: Manifest,
+    prompts: int = 1,
+    guided: bool = True,
+    layout: Layout | None = None,
+    slots: int | None = None,
+    low_memory: bool = False,
+    compiled: Compiled | None = None,
+) -> MemoryPlan:
+    """The plan of a request of that many prompts.
+
+    `slots` is the number of blocks that are cached (None: all); without `compiled`, weights are those of the ONNX
+    graphs and the scratch, which ONNX Runtime allocates as it runs, is not known.
+    """
+    layout = layout or Layout()
+    rows, blocks = prompts * (2 if guided else 1), len(manifest.blocks)
+    buffer = manifest.cache_bytes_per_row[manifest.blocks[0].name] * rows
+    cache = layout.buffers(blocks, blocks if slots is None else slots) * buffer
+    sizes = {name: largest for name, (_, largest) in manifest.ranges.items()} | {"batch": rows}
+    latents = 4 * prompts * math.prod(manifest.shape.latents)
+    condition = _bytes(manifest.condition.outputs, sizes)
+    step = [
+        spec
+        for spec in (*manifest.prologue.inputs, *manifest.prologue.outputs, *manifest.epilogue.outputs)
+        if spec.name not in manifest.streams
+    ]
+    decoder = manifest.vae_decoder
+    piece = sizes | {"batch": 1, "frames": manifest.shape.decode_frames}
+    video = 3 * manifest.shape.frames * manifest.shape.height * manifest.shape.width
+    denoise = (manifest.prologue, *manifest.blocks, manifest.epilogue)
+    return MemoryPlan(
+        rows=rows,
+        cache=cache,
+        low_memory=low_memory,
+        text=_phase(
+            manifest,
+            (manifest.text_encoder, manifest.condition),
+            _bytes([*manifest.text_encoder.inputs, *manifest.text_encoder.outputs, *manifest.condition.inputs], sizes)
+            + condition,
+            compiled,
+        ),
+        denoise=_phase(manifest, denoise, cache + condition + _bytes(step, sizes) + SAMPLER_ARRAYS * latents, compiled),
+        decode=_phase(
+            manifest,
+            (decoder,),
+            latents + _bytes([*decoder.inputs, *decoder.outputs], piece) + prompts * video,
+            compiled,
+        ),
+    )
+
+
+def _phase(manifest: Manifest, parts: Sequence[Part], arrays: int, compiled: Compiled | None) -> Phase:
+    if compiled is None:
+        weights = sum(manifest.files[part_files(part)[1]].bytes for part in parts)
+        return Phase(weights, arrays, None)
+    plans = [compiled.index.parts[part.name] for part in parts]
+    return Phase(
+        sum(plan.record.bytes for plan in plans), arrays, max((plan.scratch_bytes for plan in plans), default=0)
+    )
+
+
+def _bytes(specs: Sequence[TensorSpec], sizes: dict[str, int]) -> int:
+    return sum(DTYPE_BYTES[spec.dtype] * math.prod(spec.resolve(sizes)) for spec in specs)
