@@ -15,7 +15,7 @@ DEMO := out/demo
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format demo-train clean
+.PHONY: help demo test test-all test-rtx test-gpu bench-gpu lint format demo-train clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -32,8 +32,17 @@ demo: $(READY) ## export the demo checkpoint and make a video with it, with and 
 test: $(READY) ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(READY) ## run all tests
-	$(BIN)/python -m pytest -m "" $(ARGS)
+test-all: $(READY) ## run all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-rtx: $(READY) ## build engines of real size with TensorRT-RTX, without a GPU, and check their memory
+	$(BIN)/python -m pytest -m rtx $(ARGS)
+
+test-gpu: $(READY) ## on a machine with an NVIDIA GPU: contract, parity and isolation on every backend there is
+	$(BIN)/python -m tests.gpu $(ARGS)
+
+bench-gpu: $(READY) ## on a machine with an NVIDIA GPU: measure Latte-1 at real size
+	$(BIN)/python -m benchmarks.gpu --save $(ARGS)
 
 lint: $(READY) $(VENV)/stubs ## check style and types
 	$(BIN)/ruff check

@@ -20,7 +20,7 @@ try:
     import click
 
     import foresight
-    from foresight.engines.errors import ForesightError, InvalidRequest
+    from foresight.engines.errors import EngineError, ForesightError, InvalidRequest
 except ModuleNotFoundError as missing:  # run from a clone that nothing was installed from
     sys.exit(f"{missing.name} is not installed; run: pip install -e '.[export,video,report]' -c constraints.txt")
 
@@ -202,9 +202,15 @@ def build(
 @click.option("--report", type=click.Path(path_type=Path), help="Write a page that shows what was skipped (.html).")
 @click.option("--trace", type=click.Path(path_type=Path), help="Write what every step did and measured (.json).")
 @click.option("--compare", is_flag=True, help="Run without reuse too; report PSNR, SSIM and the time saved.")
-@click.option("--backend", default="onnxruntime", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--backend", default="onnxruntime", show_default=True, help="onnxruntime, tensorrt or tensorrt-rtx.")
+@click.option("--device", help="cpu, cuda or cuda:N.  [default: cpu for onnxruntime, else cuda]")
 @click.option("--threads", type=int, help="CPU threads.  [default: all cores]")
+@click.option("--low-memory", is_flag=True, help="Load the engines of each phase when it comes, free them after it.")
+@click.option("--cache-memory", type=float, help="Most memory for stream and cache, MiB.  [default: what they need]")
+@click.option(
+    "--cache-profile", type=click.Path(path_type=Path), help="A --trace, to choose what to cache where not all fits."
+)
+@click.option("--cuda-graphs", is_flag=True, help="TensorRT: record every block once, and replay it.")
 @common
 def run(
     bundle: Path | None,
@@ -223,8 +229,12 @@ def run(
     trace: Path | None,
     compare: bool,
     backend: str,
-    device: str,
+    device: str | None,
     threads: int | None,
+    low_memory: bool,
+    cache_memory: float | None,
+    cache_profile: Path | None,
+    cuda_graphs: bool,
     as_json: bool,
     verbose: bool,
     debug: bool,
@@ -244,7 +254,18 @@ def run(
     targets = files.Targets(output, save_frames, save_latents, report, trace)
     targets.check()
     noise = files.read_latents(latents) if latents else None
-    pipeline = load(bundle or newest_bundle(), backend=backend, device=device, threads=threads)
+    if cache_memory is not None and not 0 < cache_memory < math.inf:
+        raise InvalidRequest(f"cache_memory: got {cache_memory} MiB, expected more than 0")
+    pipeline = load(
+        bundle or newest_bundle(),
+        backend=backend,
+        device=device,
+        threads=threads,
+        low_memory=low_memory,
+        cache_memory=None if cache_memory is None else int(cache_memory * MEBI),
+        cache_profile=files.read_trace(cache_profile) if cache_profile else None,
+        cuda_graphs=cuda_graphs,
+    )
     texts = texts or [pipeline.manifest.defaults.prompt]
     settings: dict[str, Any] = {
         "negative_prompt": negative_prompt,
@@ -270,6 +291,65 @@ def run(
 
 @cli.command()
 @bundle_argument
+@click.option("--backend", default="onnxruntime", show_default=True, help="The backend to be checked.")
+@click.option("--device", help="[default: the backend's own]")
+@click.option("--against", default="reference", show_default=True, help="The backend to be trusted.")
+@click.option("--against-device", help="[default: that backend's own]")
+@click.option("--part", "parts", multiple=True, help="Only this part, such as block.003; may be repeated.")
+@click.option("--steps", type=int, default=3, show_default=True, help="Steps to run; the last one's inputs are used.")
+@click.option("--tolerance", type=float, help="Of the largest value.  [default: by the bundle's dtype]")
+@common
+def compare(
+    bundle: Path | None,
+    backend: str,
+    device: str | None,
+    against: str,
+    against_device: str | None,
+    parts: tuple[str, ...],
+    steps: int,
+    tolerance: float | None,
+    as_json: bool,
+    verbose: bool,
+    debug: bool,
+) -> None:
+    """Run every part on two backends over the same inputs, those of a real request; the worst comes first."""
+    _log(verbose)
+    from dataclasses import asdict
+
+    from foresight.engines.backend import create_backend
+    from foresight.engines.bundle import newest_bundle, open_bundle, verify_files
+    from foresight.runtime.compare import compare_backends
+
+    opened = open_bundle(bundle or newest_bundle())
+    verify_files(opened)
+    first, second = create_backend(backend, device), create_backend(against, against_device)
+    count = len(parts) or len(opened.manifest.parts)
+    with _progress(count, "comparing") as advance:
+        differences = compare_backends(
+            opened, first, second, steps=steps, tolerance=tolerance, parts=parts or None,
+            progress=lambda done, total, name: advance(done, name),
+        )  # fmt: skip
+    beyond = [difference.part for difference in differences if not difference.within]
+    summary = {
+        "bundle": str(opened.path),
+        "backend": first.describe(),
+        "against": second.describe(),
+        "differences": [asdict(difference) for difference in differences],
+        "beyond_tolerance": beyond,
+    }
+    lines = [f"{'part':14} {'kind':16} {'output':14} {'largest':>9} {'of scale':>9} {'tolerance':>9}"]
+    lines += [
+        f"{row.part:14} {row.kind:16} {row.output:14} {row.max_abs:9.2g} {row.relative:9.2g} {row.tolerance:9.2g}"
+        f"{'' if row.within else '  beyond'}"
+        for row in differences
+    ]
+    _print(summary, as_json, lines)
+    if beyond:
+        raise EngineError(f"compare: {', '.join(beyond)} differ by more than the tolerance on {backend}, see above")
+
+
+@cli.command()
+@bundle_argument
 @common
 def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> None:
     """Show what a bundle holds, without loading any of it."""
@@ -279,15 +359,24 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
     from foresight.engines.bundle import newest_bundle, open_bundle
     from foresight.engines.compiled import list_compiled
     from foresight.engines.manifest import part_files
+    from foresight.runtime.memory import plan_memory
 
     opened = open_bundle(bundle or newest_bundle())
     manifest = opened.manifest
     size = sum(record.bytes for record in manifest.files.values())
+    compiled_here = [compiled for compiled in list_compiled(opened) if compiled.index.bundle == opened.id]
+    memory = [
+        {"backend": None if compiled is None else compiled.folder.name, **plan.to_dict()}
+        for compiled in (None, *compiled_here)
+        for low_memory in (False, True)
+        for plan in [plan_memory(manifest, low_memory=low_memory, compiled=compiled)]
+    ]
     summary = {
         "bundle": str(opened.path),
         "id": opened.id,
         "bytes": size,
         "cache_bytes": {"one_prompt": manifest.cache_bytes(1), "one_prompt_guided": manifest.cache_bytes(2)},
+        "memory_of_one_guided_prompt": memory,
         "manifest": msgspec.to_builtins(manifest),
     }
     shape = manifest.shape
@@ -296,6 +385,7 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
         f"model: {manifest.model} ({manifest.family}), {manifest.dtype}, ONNX opset {manifest.opset}",
         f"video: {shape.frames} frames of {shape.height} x {shape.width}, up to {shape.max_batch} prompts at once",
         f"cache per prompt: {manifest.cache_bytes(2) / MEBI:.1f} MiB, {manifest.cache_bytes(1) / MEBI:.1f} unguided",
+        *map(_describe_memory, memory),
         f"sampler: {manifest.sampler.scheduler}, 1 to {manifest.sampler.max_steps} steps",
         f"source: {manifest.source.checkpoint}, SHA-256 {manifest.source.sha256[:12]}",
         "",
@@ -304,8 +394,8 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
     for part in manifest.parts:
         part_bytes = sum(manifest.files[name].bytes for name in part_files(part))
         lines.append(f"{part.name:14} {part.kind:16} {part_bytes / MEBI:9.2f}  {part.max_difference:.2g}")
-    summary["engines"] = [_compiled_summary(compiled) for compiled in list_compiled(opened)]
-    for compiled in list_compiled(opened):
+    summary["engines"] = [_compiled_summary(compiled) for compiled in compiled_here]
+    for compiled in compiled_here:
         lines += ["", *_describe_compiled(compiled)]
     _print(summary, as_json, lines)
 
@@ -400,6 +490,16 @@ def _describe_compiled(compiled: Compiled) -> list[str]:
     return lines
 
 
+def _describe_memory(row: dict[str, Any]) -> str:
+    name = row["backend"] or "onnxruntime"
+    scratch = "its own scratch" if row["scratch"] is None else f"scratch {row['scratch'] / MEBI:.1f}"
+    return (
+        f"memory of a guided prompt, {name}{', --low-memory' if row['low_memory'] else ''}: "
+        f"{row['total'] / MEBI:.1f} MiB at most (weights {row['weights'] / MEBI:.1f}, {scratch}, "
+        f"stream and cache {row['cache'] / MEBI:.1f})"
+    )
+
+
 def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     if prompt is not None and file is not None:
         raise InvalidRequest("prompt: got --prompt and --prompts, expected one of them")
@@ -440,6 +540,9 @@ def _run_summary(video: Video, reference: Video | None, written: list[Path]) -> 
         "denoise_ms": trace.denoise_ms,
         "decode_ms": trace.decode_ms,
         "cache_bytes": trace.cache_bytes,
+        "uncached": list(trace.uncached),
+        "planned_bytes": trace.planned_bytes,
+        "device_bytes": trace.device_bytes,
     }
     if trace.truncated_prompts:
         summary["truncated"] = True
@@ -468,6 +571,8 @@ def _describe_run(row: dict[str, Any]) -> list[str]:
         f"time: text {row['text_ms']:.0f} ms, denoising {row['denoise_ms']:.0f} ms, "
         f"decoding {row['decode_ms']:.0f} ms; cache {row['cache_bytes'] / MEBI:.1f} MiB"
     )
+    if row["uncached"]:
+        lines.append(f"no room to cache, so always run: {', '.join(row['uncached'])}")
     if "compared" in row:
         other = row["compared"]
         quality = "identical" if other["identical"] else f"PSNR {other['psnr_db']:.1f} dB, SSIM {other['ssim']:.4f}"

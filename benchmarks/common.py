@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def finish(name: str, result: dict[str, Any], save: bool) -> None:
-    """Print the result as one JSON line, and with `save` write it to benchmarks/results/NAME.json."""
-    document = {"benchmark": name, "machine": machine(), **result}
+def finish(name: str, result: dict[str, Any], save: bool, facts: Mapping[str, Any] | None = None) -> None:
+    """Print the result as one JSON line, and with `save` write it to benchmarks/results/NAME.json.
+
+    `facts` are what the machine has besides what every machine has.
+    """
+    document = {"benchmark": name, "machine": machine() | dict(facts or {}), **result}
     if save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -53,8 +56,14 @@ def median(values: Iterable[float]) -> float:
     return float(f"{statistics.median(values):.4g}")
 
 
+def reason_of(error: BaseException) -> str:
+    """An error in one line, as the reason why something could not be measured."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message if len(message) <= 400 else message[:400] + '…'}"
+
+
 def _versions() -> dict[str, str]:
-    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    installed = {distribution.metadata["Name"].replace("_", "-") for distribution in metadata.distributions()}
     return {name: metadata.version(name) for name in (*LIBRARIES, *GPU_LIBRARIES) if name in installed}
 
 

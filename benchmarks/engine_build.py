@@ -49,11 +49,11 @@ class Block:
     score_bytes: int
 
 
-def latte_blocks(work: Path, dtype: Any, opset: int) -> Iterator[Block]:
-    """Latte-1's three kinds of block."""
-    checkpoint, bundle = work / "latte", work / f"latte-{dtype}-{opset}"
+def latte_blocks(work: Path, dtype: Any, opset: int, sample_size: int = LATTE_1["sample_size"]) -> Iterator[Block]:
+    """Latte-1's three kinds of block; `sample_size` is the side of the latents."""
+    checkpoint, bundle = work / f"latte-{sample_size}", work / f"latte-{sample_size}-{dtype}-{opset}"
     if not checkpoint.exists():
-        random_latte(checkpoint, **LATTE_1, vae_channels=(8, 8, 8, 8))
+        random_latte(checkpoint, **(LATTE_1 | {"sample_size": sample_size}), vae_channels=(8, 8, 8, 8))
     opened = Export("latte", Request(dtype=dtype, max_batch=1), str(checkpoint), bundle, opset).run()
     manifest = open_bundle(opened.path).manifest
     frames, tokens = manifest.shape.frames, manifest.ranges["tokens"][1]
@@ -66,11 +66,10 @@ def latte_blocks(work: Path, dtype: Any, opset: int) -> Iterator[Block]:
             yield Block("Latte-1", part.kind, opened.file(part.graph), profile_of(part, manifest.ranges), scores)
 
 
-def cogvideox_block(work: Path, dtype: str, opset: int) -> Block:
-    """CogVideoX-2b's one kind of block, with random weights."""
+def cogvideox_blocks(work: Path, dtype: str, opset: int, count: int = 1) -> Iterator[Block]:
+    """Blocks of CogVideoX-2b, all of one kind, each with its own random weights; the graph of the last one lies there."""
     folder = work / f"cogvideox-{dtype}-{opset}"
     folder.mkdir(parents=True)
-    torch.manual_seed(0)
     dim = COG_HEADS * COG_HEAD_DIM
     module = CogVideoXBlock(dim, COG_HEADS, COG_HEAD_DIM, COG_TIME, attention_bias=True).to(TORCH_DTYPES[dtype]).eval()
     shapes: dict[str, tuple[int | str, ...]] = {
@@ -90,16 +89,20 @@ def cogvideox_block(work: Path, dtype: str, opset: int) -> Block:
         {name: {i: d for i, d in enumerate(shape) if isinstance(d, str)} for name, shape in shapes.items()},
         opset,
     )
-    path = folder / "block.onnx"
-    write_graph(graph, module.get_parameter, path)
     profile = {name: (resolve(shape, real),) * 3 for name, shape in shapes.items()}
-    return Block("CogVideoX-2b", "block", path, profile, 2 * ROWS * COG_HEADS * (COG_TOKENS + COG_TEXT) ** 2)
+    for seed in range(count):
+        torch.manual_seed(seed)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        path = folder / "block.onnx"
+        write_graph(graph, module.get_parameter, path)
+        yield Block("CogVideoX-2b", "block", path, profile, 2 * ROWS * COG_HEADS * (COG_TOKENS + COG_TEXT) ** 2)
 
 
 def measure(work: Path, dtype: str, opset: int) -> list[dict[str, Any]]:
     """Export and build all blocks of one dtype and opset."""
     rows = []
-    for block in (*latte_blocks(work, dtype, opset), cogvideox_block(work, dtype, opset)):
+    for block in (*latte_blocks(work, dtype, opset), *cogvideox_blocks(work, dtype, opset)):
         built = build_apart(RTX, block.graph, block.profile, BuildSettings())
         rows.append(
             {

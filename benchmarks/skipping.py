@@ -13,20 +13,60 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.checkpoints import random_latte
 from benchmarks.common import finish, median, table
 from benchmarks.step_time import SIZE
-from foresight.runtime.pipeline import load
-from foresight.runtime.policies import NoReuse, Policy, Static
+from foresight.runtime.pipeline import VideoPipeline, load
+from foresight.runtime.policies import CacheMode, NoReuse, Policy, Static
 from foresight.runtime.trace import Trace
 
 PROMPT = "a red circle moving right"
 
 
-def _denoise_ms(traces: Sequence[Trace]) -> float:
+def policies_of(*caches: CacheMode) -> dict[str, Policy]:
+    """No reuse, which all others are compared with, and two static policies for every way of caching."""
+    policies: dict[str, Policy] = {"none": NoReuse()}
+    for cache in caches:
+        policies[f"N1R2, {cache}"] = Static(1, 2, warmup=2, cache=cache)
+        policies[f"N2R3, {cache}"] = Static(2, 3, warmup=2, cache=cache)
+    return policies
+
+
+def take_turns(
+    pipeline: VideoPipeline, policies: Mapping[str, Policy], rounds: int, steps: int
+) -> dict[str, list[Trace]]:
+    """The traces of guided requests whose policies take turns; a round before the first one warms up."""
+    traces: dict[str, list[Trace]] = {name: [] for name in policies}
+    for turn in range(rounds + 1):
+        for name, policy in policies.items():
+            trace = pipeline(PROMPT, steps=steps, guidance=4.0, policy=policy).trace
+            if turn:
+                traces[name].append(trace)
+    return traces
+
+
+def compare(traces: Mapping[str, Sequence[Trace]]) -> dict[str, dict[str, Any]]:
+    """Per policy the block calls, the time, and what skipping saved against the policy "none"."""
+    rows = {}
+    without = denoise_ms(traces["none"])
+    for name, own in traces.items():
+        speedup = without / denoise_ms(own)
+        fewer = own[0].blocks_possible / own[0].blocks_computed
+        rows[name] = {
+            "blocks_computed": own[0].blocks_computed,
+            "blocks_possible": own[0].blocks_possible,
+            "denoise_ms": median([denoise_ms(own)]),
+            "speedup": median([speedup]),
+            "efficiency": median([speedup / fewer]),
+            "loop_share_percent": median(100 * (1 - trace.engine_ms / trace.denoise_ms) for trace in own),
+        }
+    return rows
+
+
+def denoise_ms(traces: Sequence[Trace]) -> float:
     """Sum over the steps of each step's median over the rounds."""
     return sum(median(step) for step in zip(*([s.milliseconds for s in t.steps] for t in traces), strict=True))
 
@@ -41,35 +81,13 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint, bundle = options.work / "checkpoint", options.work / "opset-23"
     if not bundle.exists():
+        from benchmarks.checkpoints import random_latte
         from foresight.exporter.export import Export
 
         if not checkpoint.exists():
             random_latte(checkpoint, **SIZE)  # type: ignore[arg-type]
         Export("latte-demo", checkpoint=str(checkpoint), output=bundle).run()
-    pipeline = load(bundle)
-    policies: dict[str, Policy] = {"none": NoReuse()}
-    for cache in ("output", "residual"):
-        policies[f"N1R2, {cache}"] = Static(1, 2, warmup=2, cache=cache)
-        policies[f"N2R3, {cache}"] = Static(2, 3, warmup=2, cache=cache)
-    traces = {name: [] for name in policies}  # type: ignore[var-annotated]
-    for turn in range(options.rounds + 1):
-        for name, policy in policies.items():
-            trace = pipeline(PROMPT, steps=options.steps, guidance=4.0, policy=policy).trace
-            if turn:
-                traces[name].append(trace)
-    rows = {}
-    without = _denoise_ms(traces["none"])
-    for name, own in traces.items():
-        speedup = without / _denoise_ms(own)
-        fewer = own[0].blocks_possible / own[0].blocks_computed
-        rows[name] = {
-            "blocks_computed": own[0].blocks_computed,
-            "blocks_possible": own[0].blocks_possible,
-            "denoise_ms": median([_denoise_ms(own)]),
-            "speedup": median([speedup]),
-            "efficiency": median([speedup / fewer]),
-            "loop_share_percent": median(100 * (1 - trace.engine_ms / trace.denoise_ms) for trace in own),
-        }
+    rows = compare(take_turns(load(bundle), policies_of("output", "residual"), options.rounds, options.steps))
     cells = [(name, *row.values()) for name, row in rows.items()]
     print(table(cells, ("policy", "blocks run", "of", "ms", "speed-up", "efficiency", "loop's own share, %")))
     finish("skipping", {"size": SIZE, "steps": options.steps, "policies": rows}, options.save)

@@ -15,19 +15,19 @@ import argparse
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.checkpoints import random_latte
-from benchmarks.common import finish, median, table
+from benchmarks.common import finish, median, reason_of, table
 
 SIZE = {"heads": 6, "head_dim": 64, "pairs": 8, "frames": 8, "sample_size": 32}
 ROWS = 2
 TEXT_TOKENS = 16
+CRASHED = "its process crashed"
 
 Step = Callable[[], None]
 
@@ -101,14 +101,17 @@ def _share_nothing(threads: int | None) -> int:
 
 
 def serve(pipe: Connection, make: Callable[..., Step], arguments: tuple[Any, ...]) -> None:
-    """A candidate's process: time one step whenever asked."""
-    step = make(*arguments)
-    step()
-    pipe.send("ready")
-    while pipe.recv() == "step":
-        started = time.perf_counter()
+    """A candidate's process: time one step whenever asked. Where it fails, it sends the reason and ends."""
+    try:
+        step = make(*arguments)
         step()
-        pipe.send(time.perf_counter() - started)
+        pipe.send("ready")
+        while pipe.recv() == "step":
+            started = time.perf_counter()
+            step()
+            pipe.send(time.perf_counter() - started)
+    except Exception as error:  # noqa: BLE001 - of any library
+        pipe.send(reason_of(error))
 
 
 def fuse_attention(bundle: Path, target: Path) -> Path:
@@ -156,42 +159,75 @@ def _replace_attention(model: Any, node: Any, flat: Any) -> None:
         model.graph.node.insert(position + offset, new)
 
 
-def multiply_adds() -> float:
+def multiply_adds(pairs: int, frames: int, tokens: int, dim: int) -> float:
     """Of one step's matrix products, analytically: attention and feed-forward of all blocks."""
-    dim = SIZE["heads"] * SIZE["head_dim"]
-    frames, tokens = SIZE["frames"], (SIZE["sample_size"] // 2) ** 2
     positions = ROWS * frames * tokens
     spatial = positions * (12 + 2) * dim**2 + 2 * positions * (tokens + TEXT_TOKENS) * dim
     spatial += 2 * ROWS * TEXT_TOKENS * dim**2
     temporal = positions * 12 * dim**2 + 2 * positions * frames * dim
-    return float(SIZE["pairs"] * (spatial + temporal))
+    return float(pairs * (spatial + temporal))
 
 
-def measure(candidates: dict[str, tuple[Callable[..., Step], tuple[Any, ...]]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per step, taken in turns: A, B, C and again A, B, C."""
+def measure(
+    candidates: Mapping[str, tuple[Callable[..., Step], tuple[Any, ...]]],
+    rounds: int,
+    left_out: dict[str, str] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds per step, taken in turns: A, B, C and again A, B, C.
+
+    A candidate that fails goes into `left_out` with the reason, and the others go on. Without it, RuntimeError.
+    """
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def give_up(name: str, reason: str) -> None:
+        if left_out is None:
+            raise RuntimeError(f"{name}: {reason}")
+        left_out[name] = reason
+        del times[name]
+        pipes.pop(name, None)
+
     for name, (make, arguments) in candidates.items():
         pipe, other = context.Pipe()
         process = context.Process(target=serve, args=(other, make, arguments), daemon=True)
         process.start()
-        assert pipe.recv() == "ready"
-        pipes[name] = pipe
+        other.close()  # now the pipe ends with the process
         processes.append(process)
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+        answer = _ask(pipe)
+        if answer == "ready":
+            pipes[name] = pipe
+        else:
+            give_up(name, str(answer))
     for _ in range(rounds):
-        for name, pipe in pipes.items():
-            pipe.send("step")
-            times[name].append(pipe.recv())
-    for pipe, process in zip(pipes.values(), processes, strict=True):
+        for name, pipe in list(pipes.items()):
+            answer = _ask(pipe, "step")
+            if isinstance(answer, float):
+                times[name].append(answer)
+            else:
+                give_up(name, answer)
+    for pipe in pipes.values():
         pipe.send("stop")
+    for process in processes:
         process.join()
     return times
 
 
+def _ask(pipe: Connection, word: str | None = None) -> float | str:
+    """What a candidate answers: a time, `"ready"`, or the reason why there is neither."""
+    try:
+        if word is not None:
+            pipe.send(word)
+        answer: float | str = pipe.recv()
+    except (EOFError, OSError):
+        return CRASHED
+    return answer
+
+
 def candidates_of(folder: Path, threads: int) -> Iterator[tuple[str, tuple[Callable[..., Step], tuple[Any, ...]]]]:
     """Every way to run the step that is compared, by name."""
+    from benchmarks.checkpoints import random_latte
     from foresight.exporter.export import Export
 
     checkpoint = folder / "checkpoint"
@@ -219,6 +255,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "foresight-step-time")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/step_time.json")
     options = parser.parse_args()
+    tokens, dim = (SIZE["sample_size"] // 2) ** 2, SIZE["heads"] * SIZE["head_dim"]
+    work = multiply_adds(SIZE["pairs"], SIZE["frames"], tokens, dim)
     results: dict[str, Any] = {}
     for threads in options.threads:
         times = measure(dict(candidates_of(options.work, threads)), options.rounds)
@@ -227,7 +265,7 @@ def main() -> None:
             name: {
                 "step_ms": median(1e3 * value for value in values),
                 "ratio_to_eager": median(value / other for value, other in zip(values, eager, strict=True)),
-                "gflops": round(2 * multiply_adds() / median(values) / 1e9),
+                "gflops": round(2 * work / median(values) / 1e9),
             }
             for name, values in times.items()
         }

@@ -7,10 +7,8 @@ follows what the policy would have done with any set of slots.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..engines.arrays import MEBI
@@ -33,15 +31,6 @@ class Profile:
             return cls(len(trace["blocks"]), tuple(_wanted(step) for step in trace["steps"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise InvalidRequest(f"cache_profile: got no trace of a request ({error!r}), see run --trace") from error
-
-
-def read_profile(path: Path) -> Profile:
-    """The profile in a file that `run --trace` wrote. Raises InvalidRequest."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"cache_profile {path}: cannot be read ({error}); expected a file of --trace") from error
-    return Profile.from_trace(document)
 
 
 def choose_cached(

@@ -7,6 +7,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,6 +90,14 @@ def save_array(path: Path, array: HostArray) -> None:
             np.save(file, array, allow_pickle=False)
 
     write_whole(path, write)
+
+
+def read_trace(path: Path) -> Any:
+    """Read what `run --trace` wrote. Raises InvalidRequest."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"trace {path}: cannot be read ({error}); expected a file that --trace wrote") from error
 
 
 def read_latents(path: Path) -> HostArray:

@@ -1,0 +1,405 @@
+"""Latte-1 at real size on an NVIDIA GPU: engines per block against one graph and torch, and what skipping saves.
+
+Weights are random, the prompt is one guided one: a batch of two rows. Three questions, to every backend that runs
+here; what does not run is left out, and the result says why.
+
+- What does a step without reuse take? Candidates take turns, as in benchmarks/step_time.py: torch, eager and compiled;
+  the whole transformer as one graph, which is what cutting it into blocks is to be measured against; and one engine
+  per block, as the runtime calls them, caches and distances included.
+- What does a skipped block cost? As in benchmarks/skipping.py. And of a step, what is the host's own time? That is the
+  time it did not wait for the device; once blocks are skipped, it is what is left.
+- Is memory as planned? The plan counts weights, scratch and arrays; what the device had less of at the end also has
+  the library's kernels and workspaces in it.
+
+What is made on the way (checkpoint, bundle, engines) stays under --work for the next run. Without a GPU,
+`--device cpu --size small` shows that the script works, and nothing else.
+
+    python -m benchmarks.gpu --save
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from benchmarks.common import median, reason_of
+from benchmarks.real_size import LATTE_1
+from benchmarks.skipping import compare, policies_of, take_turns
+from benchmarks.step_time import CRASHED, ROWS, TEXT_TOKENS, Step
+from foresight.engines.arrays import MEBI, Array, Arrays, create_arrays, numpy_dtype
+from foresight.engines.backend import Backend, Engine, create_backend
+from foresight.engines.bundle import open_bundle
+from foresight.engines.manifest import Manifest, Part
+from foresight.runtime.cache import Layout, create_cache
+from foresight.runtime.pipeline import load
+from foresight.runtime.trace import Trace
+
+SIZES: dict[str, dict[str, Any]] = {
+    "latte-1": LATTE_1,
+    "small": {"heads": 2, "head_dim": 16, "pairs": 2, "frames": 4, "sample_size": 16},
+}
+TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+COMPILING = ("tensorrt", "tensorrt-rtx")
+BACKENDS = (*COMPILING, "onnxruntime")
+# A block meets its last set of addresses in its third step, and CUDA graphs record a set when it comes again.
+WARM_UP = 6
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run one step. `backend` is torch, or one that foresight knows."""
+
+    backend: str
+    form: Literal["eager", "compiled", "per block", "one graph"]
+    cuda_graphs: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in the tables."""
+        return ", ".join((self.backend, self.form, *(("CUDA graphs",) if self.cuda_graphs else ())))
+
+
+EAGER = Candidate("torch", "eager")
+CANDIDATES = {
+    candidate.name: candidate
+    for candidate in (
+        EAGER,
+        Candidate("torch", "compiled"),
+        *(
+            Candidate(backend, form, cuda_graphs)
+            for backend in BACKENDS
+            for form in ("per block", "one graph")
+            for cuda_graphs in (False, True)
+            if backend in COMPILING or not cuda_graphs
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured: where it lies, and the device it runs on."""
+
+    device: str
+    dtype: str
+    opset: int
+    checkpoint: Path
+    bundle: Path
+    graph: Path
+
+
+class Unavailable(Exception):
+    """Something cannot be made or run here, and the message says why."""
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function, run in a process of its own, with which its memory goes. Raises Unavailable."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            result, reason = process.submit(_attempt, function, arguments).result()
+        except BrokenProcessPool:
+            reason = CRASHED
+    if reason is not None:
+        raise Unavailable(reason)
+    return result
+
+
+def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str | None]:
+    try:
+        return function(*arguments), None
+    except Exception as error:  # noqa: BLE001 - of any library
+        return None, reason_of(error)
+
+
+def make_checkpoint(folder: Path, size: Mapping[str, Any]) -> None:
+    """Write a random checkpoint."""
+    from benchmarks.checkpoints import random_latte
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    os.rename(random_latte(partial, **size), folder)
+
+
+def export_bundle(setup: Setup) -> None:
+    """Export the checkpoint, one graph per block."""
+    from foresight.exporter.export import Export
+    from foresight.exporter.models.base import Request
+
+    request = Request(dtype=setup.dtype, max_batch=ROWS // 2)  # type: ignore[arg-type]
+    Export("latte", request, str(setup.checkpoint), setup.bundle, setup.opset).run()
+
+
+def export_graph(setup: Setup) -> None:
+    """Export the transformer as one graph: the bundle's own blocks, one after the other, without their distances."""
+    import torch
+    from diffusers import LatteTransformer3DModel
+
+    from foresight.exporter.graph import graph_from_module, write_graph
+    from foresight.exporter.models.latte import Block, Epilogue, Prologue
+
+    manifest = open_bundle(setup.bundle).manifest
+    dtype = getattr(torch, TORCH_NAMES[setup.dtype])
+    transformer = LatteTransformer3DModel.from_pretrained(setup.checkpoint, subfolder="transformer", torch_dtype=dtype)
+    torch.nn.Module.to(transformer, dtype)  # buffers too, past diffusers' own to()
+    pairs = zip(transformer.transformer_blocks, transformer.temporal_transformer_blocks, strict=True)
+
+    class Transformer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prologue = Prologue(transformer)
+            positions = transformer.temp_pos_embed[:, :, None]
+            self.blocks = torch.nn.ModuleList(
+                block
+                for index, (spatial, temporal) in enumerate(pairs)
+                for block in (Block(spatial, False), Block(temporal, True, None if index else positions))
+            )
+            self.epilogue = Epilogue(transformer, manifest.shape.latents)
+
+        def forward(
+            self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, text_bias: torch.Tensor
+        ) -> torch.Tensor:
+            hidden, modulation, time = self.prologue(latents, timestep)
+            for block in self.blocks:
+                hidden, _ = block(hidden, modulation, hidden, *(() if block.temporal else (text, text_bias)))
+            return self.epilogue(hidden, time)  # type: ignore[no-any-return]
+
+    part, sizes = whole_part(manifest), request_sizes(manifest)
+    module = Transformer().eval()
+    types = {spec.name: getattr(torch, TORCH_NAMES[spec.dtype]) for spec in part.inputs}
+    graph = graph_from_module(
+        module,
+        {spec.name: torch.zeros(spec.resolve(sizes), dtype=types[spec.name]) for spec in part.inputs},
+        [spec.name for spec in part.outputs],
+        {spec.name: {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in part.inputs},
+        setup.opset,
+    )
+    folder = setup.graph.parent
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_graph(graph, module.get_parameter, partial / setup.graph.name)
+    os.rename(partial, folder)
+
+
+def whole_part(manifest: Manifest) -> Part:
+    """The transformer as one part: the inputs that no part of it computes, and what comes out at the end."""
+    parts = (manifest.prologue, *manifest.blocks, manifest.epilogue)
+    inside = {spec.name for part in parts for spec in part.outputs} | {f"cached_{name}" for name in manifest.streams}
+    inputs = {spec.name: spec for part in parts for spec in part.inputs if spec.name not in inside}
+    return Part(
+        name="transformer",
+        kind="transformer",
+        graph="transformer.onnx",
+        inputs=tuple(inputs.values()),
+        outputs=manifest.epilogue.outputs,
+        max_difference=0.0,
+    )
+
+
+def build_blocks(setup: Setup, backend: str, jobs: int) -> dict[str, Any]:
+    """Build the plans of all parts, or find them; returns what it took."""
+    from foresight.engines.build import build_engines
+
+    compiled = build_engines(open_bundle(setup.bundle), backend, setup.device, jobs=jobs)
+    parts = compiled.index.parts.values()
+    return {
+        "seconds": round(sum(part.build_seconds for part in parts), 1),
+        "plans_mib": _mib(compiled.plan_bytes),
+        "scratch_mib": _mib(compiled.scratch_bytes),
+        "attention_not_fused_in": sum(not part.fused_attention for part in parts),
+    }
+
+
+def build_graph(setup: Setup, backend: str) -> dict[str, Any]:
+    """Build the plan of the whole transformer, or find it; returns what it took."""
+    from foresight.engines.build import build_apart
+    from foresight.engines.tensorrt import BuildSettings, profile_of
+
+    path = plan_path(setup, backend)
+    facts = path.with_suffix(".json")
+    if not facts.exists():
+        manifest = open_bundle(setup.bundle).manifest
+        profile = profile_of(whole_part(manifest), manifest.ranges)
+        plan = build_apart(backend, setup.graph, profile, BuildSettings())
+        path.write_bytes(plan.data)
+        made = {
+            "seconds": plan.seconds,
+            "plans_mib": _mib(len(plan.data)),
+            "scratch_mib": _mib(plan.scratch_bytes),
+            "attention_not_fused_in": int(not plan.fused_attention),
+        }
+        facts.write_text(json.dumps(made), encoding="utf-8")
+    found: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
+    return found
+
+
+def plan_path(setup: Setup, backend: str) -> Path:
+    """Where the plan of the whole transformer for this device lies. Raises EngineError."""
+    from foresight.engines.compiled import fingerprint
+    from foresight.engines.tensorrt import find_target
+
+    return setup.graph.with_name(f"{backend}-{fingerprint(find_target(backend, setup.device))}.plan")
+
+
+def torch_step(setup: Setup, compiled: bool) -> Step:
+    """One forward of the diffusers transformer."""
+    import torch
+    from diffusers import LatteTransformer3DModel
+
+    dtype = getattr(torch, TORCH_NAMES[setup.dtype])
+    model = LatteTransformer3DModel.from_pretrained(setup.checkpoint, subfolder="transformer", torch_dtype=dtype)
+    model = model.eval().to(setup.device)
+    forward = torch.compile(model) if compiled else model
+    config, here = model.config, {"device": setup.device, "dtype": dtype}
+    shape = (config.in_channels, config.video_length, config.sample_size, config.sample_size)
+    latents = torch.randn(ROWS, *shape, **here)
+    text = torch.randn(ROWS, TEXT_TOKENS, config.caption_channels, **here)
+    timestep = torch.tensor([500] * ROWS, device=setup.device)
+
+    def step() -> None:
+        with torch.no_grad():
+            forward(latents, timestep, text, return_dict=False)
+        if setup.device != "cpu":
+            torch.cuda.synchronize(setup.device)
+
+    return _warmed_up(step)
+
+
+def blocks_step(setup: Setup, backend_name: str, cuda_graphs: bool) -> Step:
+    """Prologue, blocks and epilogue of the bundle, as the runtime calls them."""
+    opened = open_bundle(setup.bundle)
+    manifest = opened.manifest
+    backend = create_backend(backend_name, setup.device, cuda_graphs=cuda_graphs)
+    parts = (manifest.prologue, *manifest.blocks, manifest.epilogue)
+    prologue, *blocks, epilogue = [backend.load(opened, part) for part in parts]
+    tensors = random_tensors(backend.arrays, manifest, parts)
+    with backend.arrays.active():
+        layout, everything = Layout(fixed=cuda_graphs), (True,) * len(blocks)
+        cache = create_cache(layout, manifest, backend.arrays, ROWS, everything)
+
+    def run() -> None:
+        prologue.run({**tensors, **cache.enter()})
+        for index, block in enumerate(blocks):
+            stream, _ = cache.bind(index)
+            block.run({**tensors, **stream})
+            cache.commit(index)
+        epilogue.run({**tensors, **cache.stream})
+
+    return _warmed_up(_synchronised(backend.arrays, run))
+
+
+def graph_step(setup: Setup, backend_name: str, cuda_graphs: bool) -> Step:
+    """The whole transformer as one graph."""
+    manifest = open_bundle(setup.bundle).manifest
+    part = whole_part(manifest)
+    backend = create_backend(backend_name, setup.device, cuda_graphs=cuda_graphs)
+    engine = _load_whole(setup, backend, part)
+    tensors = random_tensors(backend.arrays, manifest, (part,))
+    return _warmed_up(_synchronised(backend.arrays, lambda: engine.run(tensors)))
+
+
+def _load_whole(setup: Setup, backend: Backend, part: Part) -> Engine:
+    from foresight.engines.onnxruntime import OnnxRuntimeBackend
+    from foresight.engines.tensorrt import TensorRTBackend
+
+    if isinstance(backend, TensorRTBackend):
+        return backend.load_plan(plan_path(setup, backend.name).read_bytes(), part)
+    assert isinstance(backend, OnnxRuntimeBackend)
+    return backend.load_graph(setup.graph, part)
+
+
+def request_sizes(manifest: Manifest) -> dict[str, int]:
+    """The named dimensions of the request that is measured."""
+    return {name: high for name, (_, high) in manifest.ranges.items()} | {"batch": ROWS, "text": TEXT_TOKENS}
+
+
+def random_tensors(arrays: Arrays, manifest: Manifest, parts: Sequence[Part]) -> dict[str, Array]:
+    """An array for every input and output of `parts`, but for the stream and its caches."""
+    generator, sizes = np.random.default_rng(0), request_sizes(manifest)
+    streams = {f"{prefix}{name}" for name in manifest.streams for prefix in ("", "cached_", "new_")}
+    specs = {spec.name: spec for part in parts for spec in (*part.inputs, *part.outputs) if spec.name not in streams}
+    with arrays.active():
+        return {
+            name: arrays.from_host(
+                generator.standard_normal(spec.resolve(sizes), dtype=np.float32).astype(numpy_dtype(spec.dtype))
+            )
+            for name, spec in specs.items()
+        }
+
+
+def _synchronised(arrays: Arrays, run: Step) -> Step:
+    def step() -> None:
+        with arrays.active():
+            run()
+            arrays.synchronize()
+
+    return step
+
+
+def _warmed_up(step: Step) -> Step:
+    for _ in range(WARM_UP):
+        step()
+    return step
+
+
+def requests(setup: Setup, backend: str, cuda_graphs: bool, rounds: int, steps: int) -> dict[str, Any]:
+    """Requests with and without reuse: efficiency, the host's time, and memory. Alone on the device, or nearly."""
+    arrays = create_arrays(setup.device)
+    before = _used_bytes(arrays)
+    pipeline = load(setup.bundle, backend=backend, device=setup.device, cuda_graphs=cuda_graphs)
+    loaded = _used_bytes(arrays)
+    traces = take_turns(pipeline, policies_of("output"), rounds, steps)
+    taken, trace = _used_bytes(arrays) - before, traces["none"][-1]
+    kept = ("blocks_computed", "blocks_possible", "denoise_ms", "speedup", "efficiency")
+    return {
+        "skipping": {policy: {name: row[name] for name in kept} for policy, row in compare(traces).items()},
+        "host": {policy: host_time(own) for policy, own in traces.items()},
+        "memory": {
+            "planned_mib": _mib(trace.planned_bytes),
+            "arrays_mib": None if trace.device_bytes is None else _mib(trace.device_bytes),
+            "loaded_mib": _mib(loaded - before),
+            "taken_mib": _mib(taken),
+            "taken_of_planned": round(taken / trace.planned_bytes, 3),
+        },
+    }
+
+
+def host_time(traces: Sequence[Trace]) -> dict[str, float]:
+    """Per step the wall time, the host's own, and of that what was spent outside engines. All in milliseconds."""
+    rows = []
+    for trace in traces:
+        own = trace.denoise_ms - trace.wait_ms
+        rows.append((trace.denoise_ms, own, own - trace.engine_ms, 100 * own * len(trace.steps) / trace.denoise_ms))
+    names = ("step_ms", "host_ms", "loop_ms", "host_share_percent")
+    return {name: median(values) for name, values in zip(names, _per_step(rows, traces), strict=True)}
+
+
+def _per_step(rows: Sequence[tuple[float, ...]], traces: Sequence[Trace]) -> list[list[float]]:
+    return [
+        [value / len(trace.steps) for value, trace in zip(column, traces, strict=True)]
+        for column in zip(*rows, strict=True)
+    ]
+
+
+def _used_bytes(arrays: Arrays) -> int:
+    """What is taken of the device's memory, by whomever; on a CPU, the most that this process has had."""
+    if arrays.kind == "cpu":
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with arrays.active():
+        free, total = arrays.xp.cuda.runtime.memGetInfo()
+    return int(total - free)
+
+
+def _mib(size: int) -> float:
+    return round(size / MEBI, 1)

@@ -1,0 +1,221 @@
+"""What a request takes: planned from the bundle, compared with what it took; phases loaded one at a time."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from foresight.engines.arrays import Arrays, _available_memory
+from foresight.engines.build import build_engines
+from foresight.engines.bundle import open_bundle
+from foresight.engines.errors import Cancelled, EngineError
+from foresight.engines.manifest import part_files
+from foresight.runtime.cache import Layout
+from foresight.runtime.memory import plan_memory
+from foresight.runtime.pipeline import VideoPipeline
+from foresight.runtime.policies import Foresight, NoReuse, Static
+from tests.support import CancelAt, copy_bundle, fail_at, is_block, load_pipeline, watched_pipeline
+
+PROMPT = "a red circle moving right"
+
+
+def test_weights_are_those_of_all_graphs(bundle: Path) -> None:
+    manifest = open_bundle(bundle).manifest
+    plan = plan_memory(manifest)
+    assert plan.weights == sum((bundle / part_files(part)[1]).stat().st_size for part in manifest.parts)
+    assert plan.scratch is None
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(fixed=True), Layout("residual")], ids=str)
+@pytest.mark.parametrize(("prompts", "guided"), [(1, False), (1, True), (3, True)])
+def test_the_cache_is_planned_as_it_is_allocated(bundle: Path, layout: Layout, prompts: int, guided: bool) -> None:
+    pipeline = load_pipeline(bundle, fixed_slots=layout.fixed)
+    policy = NoReuse(layout.mode)
+    plan = pipeline.memory(prompts, guided, policy)
+    trace = pipeline([PROMPT] * prompts, steps=1, guidance=4.0 if guided else 1.0, policy=policy)[0].trace
+    assert plan.cache == trace.cache_bytes
+    assert trace.planned_bytes == plan.total
+    assert plan.rows == prompts * (2 if guided else 1)
+
+
+def test_what_is_planned_for_the_arrays_covers_what_they_take(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every array that a request allocates through the seam, as if none were ever freed within a phase."""
+    pipeline = load_pipeline(bundle)
+    taken: list[int] = []
+    empty = Arrays.empty
+
+    def counted(self: Arrays, shape: tuple[int, ...], dtype: str) -> Any:
+        made = empty(self, shape, dtype)
+        taken.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(Arrays, "empty", counted)
+    plan = pipeline.memory(1, True)
+    pipeline(PROMPT, steps=3, guidance=4.0)
+    assert plan.cache < sum(taken) <= sum(phase.arrays for phase in plan.phases)
+
+
+def test_a_plan_of_engines_takes_their_own_numbers(wide_bundle: Path, tmp_path: Path) -> None:
+    opened = open_bundle(copy_bundle(wide_bundle, tmp_path / "copy"))
+    compiled = build_engines(opened, "tensorrt-rtx")
+    plan = plan_memory(opened.manifest, compiled=compiled)
+    assert plan.weights == compiled.plan_bytes
+    assert plan.scratch == compiled.scratch_bytes
+    low = plan_memory(opened.manifest, compiled=compiled, low_memory=True)
+    assert low.total == max(phase.total for phase in low.phases) < plan.total
+
+
+def test_with_low_memory_one_phase_is_there_at_a_time(bundle: Path) -> None:
+    pipeline, backend = watched_pipeline(bundle, low_memory=True)
+    phases = [
+        {"text_encoder", "condition"},
+        {"prologue", "epilogue", *(block.name for block in pipeline.manifest.blocks)},
+        {"vae_decoder"},
+    ]
+    seen: list[set[str]] = []
+
+    def before(part: str, tensors: Any) -> None:
+        alive = {engine.part.name for engine in backend.alive}
+        assert part in alive
+        if alive not in seen:
+            seen.append(alive)
+
+    assert not backend.alive
+    backend.before = before
+    pipeline(PROMPT, steps=2)
+    assert seen == phases
+    assert not backend.alive
+
+
+def test_with_low_memory_the_video_is_the_same(pipeline: VideoPipeline, bundle: Path) -> None:
+    settings: dict[str, Any] = {"steps": 8, "policy": Foresight(gamma=2, warmup=2)}
+    low = load_pipeline(bundle, low_memory=True)
+    for _ in range(2):
+        assert low(PROMPT, **settings).frames.tobytes() == pipeline(PROMPT, **settings).frames.tobytes()
+
+
+def test_with_low_memory_requests_take_turns(pipeline: VideoPipeline, bundle: Path) -> None:
+    low, backend = watched_pipeline(bundle, low_memory=True)
+    most = len(low.manifest.blocks) + 2
+
+    def before(part: str, tensors: Any) -> None:
+        assert len(backend.alive) <= most
+
+    backend.before = before
+    expected = [pipeline(PROMPT, steps=3, seed=seed).latents.tobytes() for seed in range(3)]
+    got: dict[int, bytes] = {}
+
+    def work(seed: int) -> None:
+        got[seed] = low(PROMPT, steps=3, seed=seed).latents.tobytes()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [got[seed] for seed in range(3)] == expected
+
+
+def test_with_low_memory_a_cancelled_or_failed_request_leaves_nothing_behind(
+    pipeline: VideoPipeline, bundle: Path
+) -> None:
+    low, backend = watched_pipeline(bundle, low_memory=True)
+    with pytest.raises(Cancelled):
+        low(PROMPT, steps=4, cancel=CancelAt(5))
+    backend.before = fail_at(3, is_block)
+    with pytest.raises(EngineError, match="injected"):
+        low(PROMPT, steps=4)
+    backend.before = lambda part, tensors: None
+    assert low(PROMPT, steps=4).latents.tobytes() == pipeline(PROMPT, steps=4).latents.tobytes()
+    assert not backend.alive
+
+
+def test_a_request_that_does_not_fit_is_refused_before_anything_runs(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, backend = watched_pipeline(bundle)
+    backend.before = lambda part, tensors: pytest.fail(f"{part} ran")
+    needed = pipeline.memory(2).per_request
+    monkeypatch.setattr(type(backend.arrays), "free_bytes", lambda self: needed - 1)
+    with pytest.raises(EngineError, match=r"request: got \d+ MiB of free memory on cpu, expected \d+ for 2 prompts"):
+        pipeline([PROMPT, PROMPT])
+    backend.before = lambda part, tensors: None
+    monkeypatch.setattr(type(backend.arrays), "free_bytes", lambda self: needed)
+    assert len(pipeline([PROMPT, PROMPT], steps=1)) == 2
+
+
+def test_memory_that_runs_out_is_an_engine_error_with_the_sizes() -> None:
+    arrays = Arrays()
+    with (
+        pytest.raises(EngineError, match=r"device cpu: out of memory, .*iB for an array.*--cache-memory"),
+        arrays.active(),
+    ):
+        arrays.empty((2**48,), "fp32")
+
+
+def test_a_pipeline_is_usable_after_memory_ran_out(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, backend = watched_pipeline(bundle)
+    expected = pipeline(PROMPT, steps=3).latents.tobytes()
+
+    def before(part: str, tensors: Any) -> None:
+        if part == "block.001":
+            backend.arrays.empty((2**48,), "fp32")
+
+    backend.before = before
+    with pytest.raises(EngineError, match="out of memory"):
+        pipeline(PROMPT, steps=3)
+    backend.before = lambda part, tensors: None
+    assert pipeline(PROMPT, steps=3).latents.tobytes() == expected
+
+
+MEMINFO = "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:    600 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, 600 * 1024),
+        ({"memory.max": "max\n", "memory.current": "5\n"}, 600 * 1024),
+        (
+            {"memory.max": "500000\n", "memory.current": "300000\n", "memory.stat": "anon 1\ninactive_file 50000\n"},
+            250000,
+        ),
+        ({"memory.max": "5000\n", "memory.current": "6000\n", "memory.stat": "inactive_file 0\n"}, 0),
+        ({"memory.max": "5000\n"}, 600 * 1024),
+    ],
+)
+def test_a_container_may_have_less_than_the_machine(tmp_path: Path, files: dict[str, str], available: int) -> None:
+    (tmp_path / "meminfo").write_text(MEMINFO)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert _available_memory(tmp_path / "meminfo", tmp_path) == available
+
+
+@pytest.mark.parametrize("text", ["", "MemTotal: 5 kB\n", "MemAvailable: many kB\n", "nonsense\n"])
+def test_memory_that_is_not_known_is_not_checked(tmp_path: Path, text: str) -> None:
+    (tmp_path / "meminfo").write_text(text)
+    assert _available_memory(tmp_path / "meminfo", tmp_path) is None
+    assert _available_memory(tmp_path / "missing", tmp_path) is None
+
+
+def test_frames_may_stay_on_the_device(pipeline: VideoPipeline, tmp_path: Path) -> None:
+    """On the CPU the device is the host: what another library takes over by DLPack are the same frames."""
+    video = pipeline(PROMPT, steps=2, to_host=False)
+    expected = pipeline(PROMPT, steps=2)
+    assert np.from_dlpack(video.frames).tobytes() == expected.frames.tobytes()
+    assert np.from_dlpack(video.latents).tobytes() == expected.latents.tobytes()
+    video.save(tmp_path / "frames.npy")
+    assert np.load(tmp_path / "frames.npy").tobytes() == expected.frames.tobytes()
+
+
+def test_fixed_slots_change_nothing_but_the_addresses(pipeline: VideoPipeline, bundle: Path) -> None:
+    fixed = load_pipeline(bundle, fixed_slots=True)
+    for policy in (Foresight(gamma=2, warmup=2), Static(2, 3, warmup=2), NoReuse()):
+        video, expected = (p(PROMPT, steps=10, policy=policy) for p in (fixed, pipeline))
+        assert video.latents.tobytes() == expected.latents.tobytes()
+        blocks = len(pipeline.manifest.blocks)
+        assert video.trace.cache_bytes * (blocks + 2) == expected.trace.cache_bytes * (2 * blocks + 1)
