@@ -67,7 +67,7 @@ def latte_blocks(work: Path, dtype: Any, opset: int, sample_size: int = LATTE_1[
 
 
 def cogvideox_blocks(work: Path, dtype: str, opset: int, count: int = 1) -> Iterator[Block]:
-    """Blocks of CogVideoX-2b, all of one kind, each with its own random weights; the graph of the last one lies there."""
+    """Blocks of CogVideoX-2b, all of one kind, each with its own random weights; the last graph lies there."""
     folder = work / f"cogvideox-{dtype}-{opset}"
     folder.mkdir(parents=True)
     dim = COG_HEADS * COG_HEAD_DIM

@@ -19,27 +19,32 @@ What is made on the way (checkpoint, bundle, engines) stays under --work for the
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
 import resource
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.common import median, reason_of
+from benchmarks.common import finish, median, reason_of, table
 from benchmarks.real_size import LATTE_1
 from benchmarks.skipping import compare, policies_of, take_turns
-from benchmarks.step_time import CRASHED, ROWS, TEXT_TOKENS, Step
-from foresight.engines.arrays import MEBI, Array, Arrays, create_arrays, numpy_dtype
+from benchmarks.step_time import CRASHED, ROWS, TEXT_TOKENS, Step, measure, multiply_adds
+from foresight.engines.arrays import MEBI, Array, Arrays, create_arrays, gpu_facts, numpy_dtype
 from foresight.engines.backend import Backend, Engine, create_backend
-from foresight.engines.bundle import open_bundle
+from foresight.engines.bundle import MANIFEST, open_bundle
 from foresight.engines.manifest import Manifest, Part
 from foresight.runtime.cache import Layout, create_cache
 from foresight.runtime.pipeline import load
@@ -120,6 +125,93 @@ def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[
         return function(*arguments), None
     except Exception as error:  # noqa: BLE001 - of any library
         return None, reason_of(error)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How something is made, from what else, and where it lies if it was made before."""
+
+    needs: tuple[str, ...]
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    there: Path | None = None
+
+
+class Preparation:
+    """Makes what candidates need, each thing once and only when one needs it; `facts` is what making it returned."""
+
+    def __init__(self, rules: Mapping[str, Rule], impossible: Mapping[str, str]) -> None:
+        self.facts: dict[str, Any] = {}
+        self._rules = rules
+        self._outcomes: dict[str, str | None] = dict(impossible)
+
+    def obtain(self, what: str) -> None:
+        """Make it, or find it. Raises Unavailable."""
+        if what not in self._outcomes:
+            try:
+                self._make(what, self._rules[what])
+                self._outcomes[what] = None
+            except Unavailable as error:
+                self._outcomes[what] = str(error)
+        reason = self._outcomes[what]
+        if reason is not None:
+            raise Unavailable(reason)
+
+    def _make(self, what: str, rule: Rule) -> None:
+        if rule.there is not None and rule.there.exists():
+            return
+        for need in rule.needs:
+            self.obtain(need)
+        started = time.perf_counter()
+        self.facts[what] = apart(rule.function, *rule.arguments)
+        _say(f"{what}: {time.perf_counter() - started:.0f} s")
+
+
+def rules_of(setup: Setup, size: Mapping[str, Any], jobs: int) -> dict[str, Rule]:
+    """How to make everything that candidates need."""
+    rules = {
+        "torch": Rule((), check_torch, (setup.device,)),
+        "device": Rule((), device_facts, (setup.device,)),
+        "checkpoint": Rule((), make_checkpoint, (setup.checkpoint, size), setup.checkpoint),
+        "bundle": Rule(("checkpoint",), export_bundle, (setup,), setup.bundle / MANIFEST),
+        "graph": Rule(("checkpoint", "bundle"), export_graph, (setup,), setup.graph),
+    }
+    for backend in COMPILING:
+        rules[f"{backend}, per block"] = Rule(("device", "bundle"), build_blocks, (setup, backend, jobs))
+        rules[f"{backend}, one graph"] = Rule(("device", "graph"), build_graph, (setup, backend))
+    return rules
+
+
+def needs_of(candidate: Candidate) -> tuple[str, ...]:
+    """What must be there for a candidate, by the names of `rules_of`."""
+    if candidate.backend == "torch":
+        return "torch", "checkpoint"
+    plans = (f"{candidate.backend}, {candidate.form}",) if candidate.backend in COMPILING else ()
+    return "device", *plans, "bundle", *(("graph",) if candidate.form == "one graph" else ())
+
+
+def check_torch(device: str) -> None:
+    """Fail where torch or diffusers is missing, or torch cannot use the device."""
+    import torch
+    from diffusers import LatteTransformer3DModel
+
+    assert LatteTransformer3DModel is not None
+    torch.zeros(1, device=device)
+
+
+def device_facts(device: str) -> dict[str, str]:
+    """The GPU, its driver and CUDA; nothing for a CPU. Raises EngineError where the GPU cannot be used."""
+    return {} if device == "cpu" else gpu_facts(device) | driver_facts()
+
+
+def driver_facts() -> dict[str, str]:
+    """What nvidia-smi says of the first GPU, where there is one."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
+    return dict(zip(("gpu", "driver", "gpu_memory"), values, strict=False)) if done.returncode == 0 else {}
 
 
 def make_checkpoint(folder: Path, size: Mapping[str, Any]) -> None:
@@ -376,20 +468,17 @@ def requests(setup: Setup, backend: str, cuda_graphs: bool, rounds: int, steps: 
 
 
 def host_time(traces: Sequence[Trace]) -> dict[str, float]:
-    """Per step the wall time, the host's own, and of that what was spent outside engines. All in milliseconds."""
-    rows = []
-    for trace in traces:
-        own = trace.denoise_ms - trace.wait_ms
-        rows.append((trace.denoise_ms, own, own - trace.engine_ms, 100 * own * len(trace.steps) / trace.denoise_ms))
-    names = ("step_ms", "host_ms", "loop_ms", "host_share_percent")
-    return {name: median(values) for name, values in zip(names, _per_step(rows, traces), strict=True)}
+    """Medians: a step's wall time, the host's own of it, and of that what was spent outside engines."""
 
+    def middle(value: Callable[[Trace], float]) -> float:
+        return median(value(trace) for trace in traces)
 
-def _per_step(rows: Sequence[tuple[float, ...]], traces: Sequence[Trace]) -> list[list[float]]:
-    return [
-        [value / len(trace.steps) for value, trace in zip(column, traces, strict=True)]
-        for column in zip(*rows, strict=True)
-    ]
+    return {
+        "step_ms": middle(lambda trace: trace.denoise_ms / len(trace.steps)),
+        "host_ms": middle(lambda trace: (trace.denoise_ms - trace.wait_ms) / len(trace.steps)),
+        "host_share_percent": middle(lambda trace: 100 * (1 - trace.wait_ms / trace.denoise_ms)),
+        "loop_ms": middle(lambda trace: (trace.denoise_ms - trace.wait_ms - trace.engine_ms) / len(trace.steps)),
+    }
 
 
 def _used_bytes(arrays: Arrays) -> int:
@@ -403,3 +492,172 @@ def _used_bytes(arrays: Arrays) -> int:
 
 def _mib(size: int) -> float:
     return round(size / MEBI, 1)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _functions(setup: Setup, candidate: Candidate) -> tuple[Callable[..., Step], tuple[Any, ...]]:
+    if candidate.backend == "torch":
+        return torch_step, (setup, candidate.form == "compiled")
+    make = blocks_step if candidate.form == "per block" else graph_step
+    return make, (setup, candidate.backend, candidate.cuda_graphs)
+
+
+def measure_steps(
+    setup: Setup, candidates: Sequence[Candidate], rounds: int, left_out: dict[str, str]
+) -> dict[str, dict[str, float | None]]:
+    """Every candidate's time per step, and what of it torch eager takes."""
+    times = measure({candidate.name: _functions(setup, candidate) for candidate in candidates}, rounds, left_out)
+    size, eager = size_of(setup), times.get(EAGER.name)
+    work = multiply_adds(**size) if size else None
+    return {
+        name: {
+            "step_ms": median(1e3 * value for value in values),
+            "ratio_to_eager": eager and median(value / other for value, other in zip(values, eager, strict=True)),
+            "tflops": work and float(f"{2e-12 * work / median(values):.3g}"),
+        }
+        for name, values in times.items()
+    }
+
+
+def size_of(setup: Setup) -> dict[str, int]:
+    """Of the model and its video; nothing where there is no bundle."""
+    if not (setup.bundle / MANIFEST).exists():
+        return {}
+    manifest = open_bundle(setup.bundle).manifest
+    tokens, dim = manifest.ranges["tokens"][1], manifest.blocks[0].output("new_hidden").shape[-1]
+    assert isinstance(dim, int)
+    return {"pairs": len(manifest.blocks) // 2, "frames": manifest.shape.frames, "tokens": tokens, "dim": dim}
+
+
+def measure_requests(
+    setup: Setup, candidates: Sequence[Candidate], rounds: int, steps: int, left_out: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Skipping, host time and memory of every candidate that runs bundles."""
+    results = {}
+    for candidate in candidates:
+        if candidate.form == "per block":
+            started = time.perf_counter()
+            try:
+                results[candidate.name] = apart(
+                    requests, setup, candidate.backend, candidate.cuda_graphs, rounds, steps
+                )
+            except Unavailable as error:
+                left_out[f"requests, {candidate.name}"] = str(error)
+            _say(f"requests, {candidate.name}: {time.perf_counter() - started:.0f} s")
+    return results
+
+
+def print_steps(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """The table of step times."""
+    cells = [(name, row["step_ms"], row["ratio_to_eager"], row["tflops"]) for name, row in rows.items()]
+    print(table(cells, ("one step without reuse", "ms", "of eager", "TFLOP/s")), end="\n\n", flush=True)
+
+
+def print_requests(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """The tables of skipping, host time and memory."""
+    for topic in ("skipping", "host", "memory"):
+        found = {name: result[topic] for name, result in results.items() if topic in result}
+        if topic == "memory":
+            rows = [(name, *row.values()) for name, row in found.items()]
+            header = ["memory", *next(iter(found.values()), {})]
+        else:
+            rows = [(name, policy, *row.values()) for name, own in found.items() for policy, row in own.items()]
+            header = [topic, "policy", *next((row for own in found.values() for row in own.values()), {})]
+        if rows:
+            print(table(rows, header), end="\n\n", flush=True)
+
+
+def setup_of(options: argparse.Namespace) -> Setup:
+    """Where things lie: a folder for each size, dtype and opset, or for a bundle that is given."""
+    if options.bundle is None:
+        dtype = options.dtype or ("fp32" if options.device == "cpu" else "fp16")
+        folder = options.work / options.size
+        made = folder / f"{dtype}-opset-{options.opset}"
+        checkpoint, bundle, opset = options.checkpoint or folder / "checkpoint", made / "bundle", options.opset
+    else:
+        opened = open_bundle(options.bundle)
+        made = options.work / opened.id[:12]
+        dtype, opset = opened.manifest.dtype, opened.manifest.opset
+        checkpoint, bundle = options.checkpoint or made / "checkpoint", opened.path
+    made.mkdir(parents=True, exist_ok=True)
+    return Setup(options.device, dtype, opset, checkpoint, bundle, made / "one-graph" / "transformer.onnx")
+
+
+def impossible_of(options: argparse.Namespace) -> dict[str, str]:
+    """What the options rule out, and why."""
+    reasons = {}
+    if options.bundle is not None and options.checkpoint is None:
+        reasons["checkpoint"] = "needs the checkpoint that --bundle was made from; name it with --checkpoint"
+    if options.device == "cpu":
+        for backend in COMPILING:
+            reasons |= {
+                f"{backend}, {form}": "runs on an NVIDIA GPU, not on a CPU" for form in ("per block", "one graph")
+            }
+    return reasons
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu to try the script")
+    parser.add_argument("--size", choices=SIZES, default="latte-1")
+    parser.add_argument("--dtype", choices=TORCH_NAMES, help="[default: fp16, on a CPU fp32]")
+    parser.add_argument("--opset", type=int, default=23, help="from 23 on, attention is one operator")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of every candidate")
+    parser.add_argument("--request-rounds", type=int, default=3, help="requests with every policy")
+    parser.add_argument("--steps", type=int, default=8, help="of a request")
+    parser.add_argument("--jobs", type=int, default=1, help="plans to build side by side")
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, metavar="NAME", help=f"of {'; '.join(CANDIDATES)}")
+    parser.add_argument("--bundle", type=Path, help="a bundle to measure instead of a random one")
+    parser.add_argument("--checkpoint", type=Path, help="the checkpoint it was made from, for torch and one graph")
+    parser.add_argument("--work", type=Path, default=Path("out/benchmark-gpu"), help="20 GB at real size")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/gpu.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print tables as they are ready, and end in one JSON line."""
+    options = parse()
+    setup = setup_of(options)
+    preparation = Preparation(rules_of(setup, SIZES[options.size], options.jobs), impossible_of(options))
+    left_out: dict[str, str] = {}
+    ready = []
+    with suppress(Unavailable):
+        preparation.obtain("device")
+    for candidate in (CANDIDATES[name] for name in options.only or CANDIDATES):
+        try:
+            for what in needs_of(candidate):
+                preparation.obtain(what)
+            ready.append(candidate)
+        except Unavailable as error:
+            left_out[candidate.name] = str(error)
+    steps = measure_steps(setup, ready, options.rounds, left_out)
+    print_steps(steps)
+    results = measure_requests(setup, ready, options.request_rounds, options.steps, left_out)
+    if options.device == "cpu":
+        for result in results.values():
+            del result["host"]
+        left_out["host time"] = "engines run on the host itself, so all time is its own"
+    print_requests(results)
+    print("\n".join(f"left out: {name}: {reason}" for name, reason in left_out.items()), flush=True)
+    built = {what: found for what, found in preparation.facts.items() if what.startswith(COMPILING)}
+    document = {
+        "device": setup.device,
+        "dtype": setup.dtype,
+        "opset": setup.opset,
+        "size": size_of(setup) | {"rows": ROWS, "text": TEXT_TOKENS},
+        "built": built,
+        "rounds": options.rounds,
+        "step": steps,
+        "request": {"rounds": options.request_rounds, "steps": options.steps},
+        "requests": results,
+        "left_out": left_out,
+    }
+    finish("gpu", document, options.save, preparation.facts.get("device") or driver_facts())
+
+
+if __name__ == "__main__":
+    main()

@@ -106,6 +106,39 @@ def startup(result: dict[str, Any]) -> str:
     return table([row], ("`import foresight`", "process start to ready for the first step", "peak memory of a run"))
 
 
+def engine_build(result: dict[str, Any]) -> str:
+    """Blocks of real size, compiled without a GPU."""
+    rows = [
+        (
+            f"{row['model']}, {row['kind']}",
+            row["dtype"],
+            f"{row['seconds']:.1f} s",
+            f"{row['plan_mib']:.0f} MiB",
+            f"{row['scratch_mib']:.0f} MiB",
+            f"{row['scores_mib']:.0f} MiB",
+        )
+        for row in result["blocks"]
+        if row["opset"] == 23
+    ]
+    return table(rows, ("block", "dtype", "build", "plan", "scratch", "attention scores"))
+
+
+def cache_budget(result: dict[str, Any]) -> str:
+    """What reuse is left in a smaller cache."""
+    rows = [
+        (
+            row["cache"],
+            f"{row['slots']} of {row['blocks']}",
+            "" if row["slots"] in (0, row["blocks"]) else row["chosen_by"],
+            f"{row['cache_mib']:.2f} MiB",
+            f"{row['skipped_percent']:.1f} %",
+            f"{row['psnr_db']:.1f}" if row["slots"] else "identical",
+        )
+        for row in result["rows"]
+    ]
+    return table(rows, ("cache", "slots", "chosen by", "stream and cache", "calls skipped", "PSNR, dB"))
+
+
 def _machine(result: dict[str, Any]) -> str:
     machine = result["machine"]
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "onnxruntime"))
@@ -118,6 +151,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "real size": ("benchmarks/results/real_size.json", real_size),
     "skipping": ("benchmarks/results/skipping.json", skipping),
     "reuse quality": ("benchmarks/results/reuse_quality.json", reuse_quality),
+    "cache budget": ("benchmarks/results/cache_budget.json", cache_budget),
+    "engine build": ("benchmarks/results/engine_build.json", engine_build),
     "startup": ("benchmarks/results/startup.json", startup),
 }
 

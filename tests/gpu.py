@@ -39,7 +39,7 @@ def main() -> None:
     except ForesightError as error:
         sys.exit(f"test-gpu: {error}")
     results = {backend: run_suites(backend, sys.argv[1:]) for backend in BACKENDS}
-    print(json.dumps({"tests": "gpu", "machine": machine() | gpu, "backends": results}))
+    sys.stdout.write(json.dumps({"tests": "gpu", "machine": machine() | gpu, "backends": results}) + "\n")
     ran = [result for result in results.values() if "not run" not in result]
     sys.exit(0 if ran and all(result["failed"] == 0 < result["passed"] for result in ran) else 1)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import foresight
+from foresight.engines.arrays import numpy_dtype
 from foresight.engines.backend import create_backend
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import ExportError
@@ -191,6 +192,25 @@ def test_a_block_measures_the_change_from_what_it_is_given(bundle: Path) -> None
     load_graph(create_backend(), bundle / part.graph, part).run(tensors)
     change = tensors["new_hidden"].astype(np.float64) - tensors["cached_hidden"]
     np.testing.assert_allclose(tensors["distance"], (change**2).mean((1, 2, 3)), rtol=1e-5)
+
+
+def test_the_metric_does_not_overflow_in_half_precision(half_bundle: Path) -> None:
+    """Streams of real models reach thousands; the square of such a change is beyond fp16, whose largest is 65504."""
+    manifest = open_bundle(half_bundle).manifest
+    sizes = {name: high for name, (_, high) in manifest.ranges.items()} | {"batch": 2, "text": 7}
+    draw = np.random.default_rng(0)
+    for part in manifest.blocks:
+        tensors = {
+            spec.name: draw.standard_normal(spec.resolve(sizes)).astype(numpy_dtype(spec.dtype))
+            for spec in (*part.inputs, *part.outputs)
+        }
+        tensors["hidden"][...] = 3000 * np.sign(tensors["hidden"])
+        tensors["cached_hidden"][...] = -tensors["hidden"]
+        load_graph(create_backend(), half_bundle / part.graph, part).run(tensors)
+        change = tensors["new_hidden"].astype(np.float64) - tensors["cached_hidden"]
+        assert np.isfinite(tensors["new_hidden"]).all()
+        np.testing.assert_allclose(tensors["distance"], (change**2).mean((1, 2, 3)), rtol=1e-4)
+        assert (tensors["distance"] > 1e7).all()
 
 
 SECRETS = [str(Path(foresight.__file__).parent).encode(), b"site-packages", str(Path.home()).encode() + b"/"]
