@@ -507,19 +507,19 @@ def _functions(setup: Setup, candidate: Candidate) -> tuple[Callable[..., Step],
 
 def measure_steps(
     setup: Setup, candidates: Sequence[Candidate], rounds: int, left_out: dict[str, str]
-) -> dict[str, dict[str, float | None]]:
-    """Every candidate's time per step, and what of it torch eager takes."""
+) -> dict[str, dict[str, float]]:
+    """Every candidate's time per step, its ratio to torch eager's, and what is computed in it."""
     times = measure({candidate.name: _functions(setup, candidate) for candidate in candidates}, rounds, left_out)
-    size, eager = size_of(setup), times.get(EAGER.name)
-    work = multiply_adds(**size) if size else None
-    return {
-        name: {
-            "step_ms": median(1e3 * value for value in values),
-            "ratio_to_eager": eager and median(value / other for value, other in zip(values, eager, strict=True)),
-            "tflops": work and float(f"{2e-12 * work / median(values):.3g}"),
-        }
-        for name, values in times.items()
-    }
+    size = size_of(setup)
+    rows = {}
+    for name, values in times.items():
+        row = {"step_ms": median(1e3 * value for value in values)}
+        if eager := times.get(EAGER.name):
+            row["ratio_to_eager"] = median(value / other for value, other in zip(values, eager, strict=True))
+        if size:
+            row["tflops"] = float(f"{2e-12 * multiply_adds(**size) / median(values):.3g}")
+        rows[name] = row
+    return rows
 
 
 def size_of(setup: Setup) -> dict[str, int]:
@@ -552,7 +552,9 @@ def measure_requests(
 
 def print_steps(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """The table of step times."""
-    cells = [(name, row["step_ms"], row["ratio_to_eager"], row["tflops"]) for name, row in rows.items()]
+    cells = [
+        (name, *(row.get(key, "") for key in ("step_ms", "ratio_to_eager", "tflops"))) for name, row in rows.items()
+    ]
     print(table(cells, ("one step without reuse", "ms", "of eager", "TFLOP/s")), end="\n\n", flush=True)
 
 
@@ -639,8 +641,9 @@ def main() -> None:
     results = measure_requests(setup, ready, options.request_rounds, options.steps, left_out)
     if options.device == "cpu":
         for result in results.values():
-            del result["host"]
-        left_out["host time"] = "engines run on the host itself, so all time is its own"
+            del result["host"], result["memory"]
+        left_out["host"] = "on a CPU engines run on the host itself, so all time is its own"
+        left_out["memory"] = "on a CPU it is not told apart from the process's own"
     print_requests(results)
     print("\n".join(f"left out: {name}: {reason}" for name, reason in left_out.items()), flush=True)
     built = {what: found for what, found in preparation.facts.items() if what.startswith(COMPILING)}

@@ -59,6 +59,7 @@ REGISTRY: dict[str, tuple[str, str, str]] = {
     "onnxruntime": ("onnxruntime", "OnnxRuntimeBackend", "cpu"),
     "tensorrt": ("tensorrt", "TensorRTBackend", "cuda"),
     "tensorrt-rtx": ("tensorrt", "TensorRTRTXBackend", "cuda"),
+    "reference": ("reference", "ReferenceBackend", "cpu"),
 }
 
 

@@ -23,6 +23,7 @@ from foresight.engines.compiled import Compiled
 from foresight.engines.errors import EngineError
 from foresight.engines.manifest import Part
 from foresight.engines.onnxruntime import OnnxRuntimeBackend
+from foresight.engines.reference import ReferenceBackend
 from foresight.engines.tensorrt import MODULES, BuildSettings, TensorRTBackend, profile_of
 from foresight.runtime.pipeline import VideoPipeline
 
@@ -157,7 +158,7 @@ def backend_under_test(bundle: Path | None = None) -> Backend:
 
 def load_graph(backend: Backend, graph: Path, part: Part) -> Engine:
     """The engine of a graph that lies in no bundle; where it has to be compiled, for sizes of 1 to 8."""
-    if isinstance(backend, OnnxRuntimeBackend):
+    if isinstance(backend, (OnnxRuntimeBackend, ReferenceBackend)):
         return backend.load_graph(graph, part)
     assert isinstance(backend, TensorRTBackend)
     dims = {dim for spec in part.inputs for dim in spec.shape if isinstance(dim, str)}
