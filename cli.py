@@ -20,7 +20,7 @@ try:
     import click
 
     import foresight
-    from foresight.engines.errors import EngineError, ForesightError, InvalidRequest
+    from foresight.engines.errors import ForesightError, InvalidRequest
 except ModuleNotFoundError as missing:  # run from a clone that nothing was installed from
     sys.exit(f"{missing.name} is not installed; run: pip install -e '.[export,video,report]' -c constraints.txt")
 
@@ -42,16 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments = arguments or ["--help"]
     as_json, debug = "--json" in arguments, "--debug" in arguments
     try:
-        cli.main(args=arguments, prog_name="foresight", standalone_mode=False)
-        sys.exit(0)
+        sys.exit(cli.main(args=arguments, prog_name="foresight", standalone_mode=False))  # None, or an Exit's code
     except (ForesightError, click.ClickException) as error:
         code = error.exit_code
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         failure: BaseException = error
     except (KeyboardInterrupt, click.Abort) as interruption:
         code, message, failure = 130, "interrupted", interruption
-    except click.exceptions.Exit as wanted:
-        sys.exit(wanted.exit_code)
     if debug:
         traceback.print_exception(failure)
     if as_json:
@@ -345,7 +342,9 @@ def compare(
     ]
     _print(summary, as_json, lines)
     if beyond:
-        raise EngineError(f"compare: {', '.join(beyond)} differ by more than the tolerance on {backend}, see above")
+        message = f"error: compare: {', '.join(beyond)} on {backend} differ from {against} by more than the tolerance"
+        click.echo(message, err=True)
+        raise click.exceptions.Exit(1)
 
 
 @cli.command()

@@ -266,6 +266,111 @@ def test_cuda_where_there_is_none_fails_in_one_line(foresight_cli: Cli, bundle: 
         assert not list(tmp_path.iterdir())
 
 
+# Memory
+
+
+def test_a_small_cache_is_reported(foresight_cli: Cli, bundle: Path) -> None:
+    buffer = open_bundle(bundle).manifest.cache_bytes(2) / 4  # four blocks
+    command = ("run", "--bundle", bundle, "--steps", 8, "--policy", "static", "--warmup", 2, "--json")
+    whole = document(foresight_cli(*command))
+    small = document(foresight_cli(*command, "--cache-memory", 3 * buffer / 2**20))
+    assert (whole["uncached"], small["uncached"]) == ([], ["block.000", "block.001", "block.002"])
+    assert small["cache_bytes"] == 3 * buffer < whole["cache_bytes"] == 6 * buffer
+    assert small["planned_bytes"] < whole["planned_bytes"]
+    assert small["blocks_computed"] == whole["blocks_computed"]  # the last block spares those before it
+
+
+def test_a_trace_chooses_what_is_cached(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    megabytes = 3 * open_bundle(bundle).manifest.cache_bytes(2) / 4 / 2**20
+    command = ("run", "--bundle", bundle, "--steps", 8, "--policy", "static", "--warmup", 2, "--json")
+    document(foresight_cli(*command, "--trace", "t.json"))
+    trace = json.loads((tmp_path / "t.json").read_text())
+    for step in trace["steps"]:  # as if only the second block had been reused
+        step["decisions"] = ["computed", "reused", "computed", "computed"]
+    (tmp_path / "t.json").write_text(json.dumps(trace))
+    chosen = document(foresight_cli(*command, "--cache-memory", megabytes, "--cache-profile", "t.json"))
+    assert chosen["uncached"] == ["block.000", "block.002", "block.003"]
+
+
+def test_what_had_no_room_is_said(foresight_cli: Cli, bundle: Path) -> None:
+    megabytes = 2 * open_bundle(bundle).manifest.cache_bytes(2) / 4 / 2**20
+    outcome = foresight_cli("run", "--bundle", bundle, "--steps", 2, "--cache-memory", megabytes)
+    assert "no room to cache, so always run: block.000, block.001, block.002, block.003" in outcome.out
+
+
+def test_low_memory_makes_the_same_video(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    for name, flags in (("a.npy", ()), ("b.npy", ("--low-memory",))):
+        document(foresight_cli("run", "--bundle", bundle, "--steps", 3, "--save-latents", name, *flags, "--json"))
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--cache-memory", 0), 2, "cache_memory: got 0"),
+        (("--cache-memory", -1), 2, "cache_memory: got -1"),
+        (("--cache-memory", "nan"), 2, "cache_memory: got nan"),
+        (("--cache-memory", 1e-3), 2, r"cache_memory: got 0\.0 MiB, expected at least"),
+        (("--cache-memory", 1, "--cache-profile", "nowhere.json"), 2, "trace nowhere.json: cannot be read"),
+        (("--cuda-graphs",), 2, "cuda_graphs: got onnxruntime, expected tensorrt"),
+        (("--backend", "tensorrt", "--device", "cpu"), 2, "device: got cpu, expected cuda"),
+        (("--backend", "reference", "--device", "cuda"), 2, "device"),
+    ],
+    ids=str,
+)
+def test_odd_flags_of_memory_and_device_are_refused(
+    foresight_cli: Cli, bundle: Path, flags: tuple[Any, ...], code: int, message: str
+) -> None:
+    assert_refused(foresight_cli("run", "--bundle", bundle, "--steps", 2, *flags), code, message)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_a_gpu_backend_where_there_is_no_gpu_fails_in_one_line(foresight_cli: Cli, bundle: Path, backend: str) -> None:
+    if shutil.which("nvidia-smi") is None:
+        assert_refused(foresight_cli("run", "--bundle", bundle, "--backend", backend), 1, "device cuda")
+
+
+def test_inspect_plans_the_memory_of_a_request(foresight_cli: Cli, bundle: Path) -> None:
+    plans = document(foresight_cli("inspect", bundle, "--json"))["memory_of_one_guided_prompt"]
+    assert [plan["low_memory"] for plan in plans] == [False, True]
+    assert plans[1]["total"] < plans[0]["total"]
+    lines = foresight_cli("inspect", bundle).out.splitlines()
+    assert sum(line.startswith("memory of a guided prompt, onnxruntime") for line in lines) == 2
+
+
+# compare
+
+
+def test_compare_lists_the_parts_worst_first(foresight_cli: Cli, bundle: Path) -> None:
+    summary = document(foresight_cli("compare", bundle, "--steps", 1, "--json"))
+    rows = summary["differences"]
+    assert {row["part"] for row in rows} == {part.name for part in open_bundle(bundle).manifest.parts}
+    shares = [row["relative"] / row["tolerance"] for row in rows]
+    assert shares == sorted(shares, reverse=True)
+    assert summary["beyond_tolerance"] == [] and all(row["within"] for row in rows)
+
+
+def test_compare_fails_where_a_part_is_beyond_the_tolerance(foresight_cli: Cli, bundle: Path) -> None:
+    outcome = foresight_cli("compare", bundle, "--part", "block.001", "--steps", 1, "--tolerance", 1e-12, "--json")
+    assert outcome.code == 1
+    assert json.loads(outcome.out)["beyond_tolerance"] == ["block.001"]
+    assert outcome.err.startswith("error: compare: block.001 on onnxruntime differ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--part", "block.999"), "parts: got 'block.999'"),
+        (("--backend", "abacus"), "backend: got 'abacus'"),
+        (("--tolerance", -1), "tolerance: got -1"),
+        (("--steps", 0), "steps: got 0"),
+    ],
+    ids=str,
+)
+def test_compare_refuses_odd_flags(foresight_cli: Cli, bundle: Path, flags: tuple[Any, ...], message: str) -> None:
+    assert_refused(foresight_cli("compare", bundle, *flags), 2, message)
+
+
 # Bundles
 
 
@@ -527,7 +632,7 @@ def test_a_traceback_only_with_debug(foresight_cli: Cli, tmp_path: Path) -> None
     assert "Traceback" in debugged.err and debugged.err.splitlines()[-1].startswith("error: ")
 
 
-@pytest.mark.parametrize("command", [[], ["export"], ["run"], ["build"], ["inspect"], ["verify"], ["env"]])
+@pytest.mark.parametrize("command", [[], ["export"], ["run"], ["build"], ["compare"], ["inspect"], ["verify"], ["env"]])
 def test_help_is_given_on_stdout(foresight_cli: Cli, command: list[str]) -> None:
     outcome = foresight_cli(*command, "--help")
     assert (outcome.code, outcome.err) == (0, "") and "Usage: foresight" in outcome.out
