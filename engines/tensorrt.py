@@ -207,6 +207,7 @@ class TensorRTBackend:
         self.cuda_graphs = cuda_graphs
         self.lock = threading.Lock()
         self.messages = use(self.name)
+        self._gpu = gpu_facts(arrays.device)
         self._target = find_target(self.name, device)
         self._compiled: Compiled | None = None
         self._engines: WeakSet[TensorRTEngine] = WeakSet()
@@ -252,7 +253,7 @@ class TensorRTBackend:
             "backend": self.name,
             "version": str(trt.__version__),
             "device": self.arrays.device,
-            **gpu_facts(self.arrays.device),
+            **self._gpu,
             "cuda_graphs": "yes" if self.cuda_graphs else "no",
         }
 
@@ -260,7 +261,7 @@ class TensorRTBackend:
         """Make the scratch as large as the largest engine that is there needs."""
         needed = max((engine.scratch_bytes for engine in self._engines), default=0)
         if needed != self.scratch.nbytes:
-            self.scratch = None  # give the old one back first
+            self.scratch = self.arrays.empty((0,), "uint8")  # give the old one back first
             self.scratch = self.arrays.empty((needed,), "uint8")
 
     def _context(self, engine: trt.ICudaEngine) -> trt.IExecutionContext:

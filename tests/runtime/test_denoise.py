@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from foresight.engines.arrays import Arrays, Download, HostArray
 from foresight.engines.bundle import open_bundle
 from foresight.engines.manifest import Manifest
 from foresight.runtime.denoise import guide
@@ -181,6 +183,33 @@ def test_a_block_runs_exactly_where_the_trace_says_so(bundle: Path) -> None:
         if decision == "computed"
     ]
     assert [part for part in ran if is_block(part)] == expected
+
+
+def test_the_loop_waits_for_a_step_only_after_it_began_the_next(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a GPU has the end of one step and the beginning of the next to do while the host decides."""
+    pipeline, backend = watched_pipeline(bundle)
+    happened: list[str] = []
+    backend.before = lambda part, tensors: happened.append("block" if is_block(part) else part)
+    start = Arrays.start_download
+
+    @dataclass
+    class Watched:
+        download: Download
+
+        def wait(self) -> HostArray:
+            happened.append("wait")
+            return self.download.wait()
+
+    def start_download(self: Arrays, values: Any) -> Watched:
+        happened.append("start")
+        return Watched(start(self, values))
+
+    monkeypatch.setattr(Arrays, "start_download", start_download)
+    pipeline(PROMPT, steps=3, policy=NoReuse())
+    blocks = ["block"] * len(pipeline.manifest.blocks)
+    first = ["prologue", *blocks, "start", "epilogue"]
+    later = ["prologue", "wait", *blocks, "start", "epilogue"]
+    assert happened == ["text_encoder", "condition", *first, *later, *later, "wait", "vae_decoder"]
 
 
 def test_text_is_encoded_once_and_prologue_and_epilogue_run_every_step(bundle: Path) -> None:
