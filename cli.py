@@ -331,7 +331,10 @@ def compare(
         "bundle": str(opened.path),
         "backend": first.describe(),
         "against": second.describe(),
-        "differences": [asdict(difference) for difference in differences],
+        "differences": [
+            {name: None if value == math.inf else value for name, value in asdict(difference).items()}
+            for difference in differences
+        ],
         "beyond_tolerance": beyond,
     }
     lines = [f"{'part':14} {'kind':16} {'output':14} {'largest':>9} {'of scale':>9} {'tolerance':>9}"]

@@ -434,6 +434,7 @@ def test_verify_vouches_for_a_whole_bundle(foresight_cli: Cli, bundle: Path) -> 
         "bundle": str(bundle),
         "id": opened.id,
         "files": len(opened.manifest.files),
+        "engines": [],
         "intact": True,
     }
 
@@ -557,7 +558,7 @@ def test_exporting_again_finds_the_bundle_up_to_date(foresight_cli: Cli, checkpo
 INVALID_EXPORTS: dict[str, tuple[list[str], int, str]] = {
     "unknown model": (["--model", "sora"], 2, "model: got 'sora', expected one of"),
     "no model": ([], 2, "--model"),
-    "unknown dtype": (["--model", "latte", "--dtype", "bf16"], 2, "dtype: got 'bf16'"),
+    "unknown dtype": (["--model", "latte", "--dtype", "fp8"], 2, "dtype: got 'fp8'"),
     "height that does not fit": (["--model", "latte", "--height", "10"], 2, "height: got 10"),
     "frames that do not fit": (["--model", "latte", "--frames", "2"], 2, "frames: got 2"),
     "negative width": (["--model", "latte", "--width", "-8"], 2, "width: got -8"),
