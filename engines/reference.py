@@ -70,7 +70,11 @@ class ReferenceBackend:
         import onnx
         from onnx.reference import ReferenceEvaluator
 
-        invalid = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, *FAILURES)
+        invalid: tuple[type[Exception], ...] = (
+            onnx.checker.ValidationError,
+            onnx.shape_inference.InferenceError,
+            *FAILURES,
+        )
         try:
             onnx.checker.check_model(str(graph), full_check=True)
             model = onnx.load(graph, load_external_data=False)
@@ -141,9 +145,12 @@ def _take_weights(model: ModelProto, folder: Path) -> dict[str, HostArray]:
 
 
 def _widen(model: ModelProto) -> None:
-    """Let the graph's operators name fp32 wherever they name a type of 16 bits."""
+    """Let the graph name fp32 wherever it names a type of 16 bits."""
     from onnx import AttributeProto, TensorProto
 
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        if _is_narrow(value.type.tensor_type.elem_type):
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.type == AttributeProto.TENSOR:
