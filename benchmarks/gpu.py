@@ -34,7 +34,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -49,6 +49,9 @@ from foresight.engines.manifest import Manifest, Part
 from foresight.runtime.cache import Layout, create_cache
 from foresight.runtime.pipeline import load
 from foresight.runtime.trace import Trace
+
+if TYPE_CHECKING:  # diffusers may be missing here, and torch
+    from torch import Tensor, nn
 
 SIZES: dict[str, dict[str, Any]] = {
     "latte-1": LATTE_1,
@@ -233,41 +236,13 @@ def export_bundle(setup: Setup) -> None:
 
 
 def export_graph(setup: Setup) -> None:
-    """Export the transformer as one graph: the bundle's own blocks, one after the other, without their distances."""
+    """Export the transformer as one graph."""
     import torch
-    from diffusers import LatteTransformer3DModel
 
     from foresight.exporter.graph import graph_from_module, write_graph
-    from foresight.exporter.models.latte import Block, Epilogue, Prologue
 
     manifest = open_bundle(setup.bundle).manifest
-    dtype = getattr(torch, TORCH_NAMES[setup.dtype])
-    transformer = LatteTransformer3DModel.from_pretrained(setup.checkpoint, subfolder="transformer", torch_dtype=dtype)
-    torch.nn.Module.to(transformer, dtype)  # buffers too, past diffusers' own to()
-    pairs = zip(transformer.transformer_blocks, transformer.temporal_transformer_blocks, strict=True)
-
-    class Transformer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.prologue = Prologue(transformer)
-            positions = transformer.temp_pos_embed[:, :, None]
-            self.blocks = torch.nn.ModuleList(
-                block
-                for index, (spatial, temporal) in enumerate(pairs)
-                for block in (Block(spatial, False), Block(temporal, True, None if index else positions))
-            )
-            self.epilogue = Epilogue(transformer, manifest.shape.latents)
-
-        def forward(
-            self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, text_bias: torch.Tensor
-        ) -> torch.Tensor:
-            hidden, modulation, time = self.prologue(latents, timestep)
-            for block in self.blocks:
-                hidden, _ = block(hidden, modulation, hidden, *(() if block.temporal else (text, text_bias)))
-            return self.epilogue(hidden, time)  # type: ignore[no-any-return]
-
-    part, sizes = whole_part(manifest), request_sizes(manifest)
-    module = Transformer().eval()
+    part, sizes, module = whole_part(manifest), request_sizes(manifest), whole_module(setup, manifest)
     types = {spec.name: getattr(torch, TORCH_NAMES[spec.dtype]) for spec in part.inputs}
     graph = graph_from_module(
         module,
@@ -282,6 +257,40 @@ def export_graph(setup: Setup) -> None:
     partial.mkdir(parents=True)
     write_graph(graph, module.get_parameter, partial / setup.graph.name)
     os.rename(partial, folder)
+
+
+def whole_module(setup: Setup, manifest: Manifest) -> nn.Module:
+    """The modules that the bundle's parts were exported from, one after the other; distances are not asked for."""
+    import torch
+    from diffusers import LatteTransformer3DModel
+
+    from foresight.exporter.models.latte import Block, Epilogue, Prologue
+
+    dtype = getattr(torch, TORCH_NAMES[setup.dtype])
+    transformer = LatteTransformer3DModel.from_pretrained(setup.checkpoint, subfolder="transformer", torch_dtype=dtype)
+    torch.nn.Module.to(transformer, dtype)  # buffers too, past diffusers' own to()
+    positions = transformer.temp_pos_embed[:, :, None]
+    pairs = zip(transformer.transformer_blocks, transformer.temporal_transformer_blocks, strict=True)
+
+    class Transformer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prologue = Prologue(transformer)
+            self.blocks = torch.nn.ModuleList(
+                block
+                for index, (spatial, temporal) in enumerate(pairs)
+                for block in (Block(spatial, False), Block(temporal, True, None if index else positions))
+            )
+            self.epilogue = Epilogue(transformer, manifest.shape.latents)
+
+        def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, text_bias: Tensor) -> Tensor:
+            hidden, modulation, time = self.prologue(latents, timestep)
+            for block in self.blocks:
+                hidden, _ = block(hidden, modulation, hidden, *(() if block.temporal else (text, text_bias)))
+            output: Tensor = self.epilogue(hidden, time)
+            return output
+
+    return Transformer().eval()
 
 
 def whole_part(manifest: Manifest) -> Part:
