@@ -106,6 +106,11 @@ class Setup:
     bundle: Path
     graph: Path
 
+    @property
+    def threads(self) -> int | None:
+        """One on a CPU, which is for trying the script: threads that wait for each other suffer from company."""
+        return 1 if self.device == "cpu" else None
+
 
 class Unavailable(Exception):
     """Something cannot be made or run here, and the message says why."""
@@ -358,6 +363,8 @@ def torch_step(setup: Setup, compiled: bool) -> Step:
     import torch
     from diffusers import LatteTransformer3DModel
 
+    if setup.threads is not None:
+        torch.set_num_threads(setup.threads)
     dtype = getattr(torch, TORCH_NAMES[setup.dtype])
     model = LatteTransformer3DModel.from_pretrained(setup.checkpoint, subfolder="transformer", torch_dtype=dtype)
     model = model.eval().to(setup.device)
@@ -381,7 +388,7 @@ def blocks_step(setup: Setup, backend_name: str, cuda_graphs: bool) -> Step:
     """Prologue, blocks and epilogue of the bundle, as the runtime calls them."""
     opened = open_bundle(setup.bundle)
     manifest = opened.manifest
-    backend = create_backend(backend_name, setup.device, cuda_graphs=cuda_graphs)
+    backend = create_backend(backend_name, setup.device, setup.threads, cuda_graphs)
     parts = (manifest.prologue, *manifest.blocks, manifest.epilogue)
     prologue, *blocks, epilogue = [backend.load(opened, part) for part in parts]
     tensors = random_tensors(backend.arrays, manifest, parts)
@@ -404,7 +411,7 @@ def graph_step(setup: Setup, backend_name: str, cuda_graphs: bool) -> Step:
     """The whole transformer as one graph."""
     manifest = open_bundle(setup.bundle).manifest
     part = whole_part(manifest)
-    backend = create_backend(backend_name, setup.device, cuda_graphs=cuda_graphs)
+    backend = create_backend(backend_name, setup.device, setup.threads, cuda_graphs)
     engine = _load_whole(setup, backend, part)
     tensors = random_tensors(backend.arrays, manifest, (part,))
     return _warmed_up(_synchronised(backend.arrays, lambda: engine.run(tensors)))
@@ -458,7 +465,7 @@ def requests(setup: Setup, backend: str, cuda_graphs: bool, rounds: int, steps: 
     """Requests with and without reuse: efficiency, the host's time, and memory. Alone on the device, or nearly."""
     arrays = create_arrays(setup.device)
     before = _used_bytes(arrays)
-    pipeline = load(setup.bundle, backend=backend, device=setup.device, cuda_graphs=cuda_graphs)
+    pipeline = load(setup.bundle, backend=backend, device=setup.device, threads=setup.threads, cuda_graphs=cuda_graphs)
     loaded = _used_bytes(arrays)
     traces = take_turns(pipeline, policies_of("output"), rounds, steps)
     taken, trace = _used_bytes(arrays) - before, traces["none"][-1]

@@ -51,6 +51,7 @@ def edit_index(compiled: Compiled, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+@pytest.mark.rtx
 @pytest.mark.parametrize("dtype", ["half", "bf16"])
 def test_every_graph_of_the_demo_builds_with_attention_fused(
     dtype: str, request: pytest.FixtureRequest, tmp_path: Path
