@@ -66,6 +66,7 @@ def test_a_profile_spans_the_ranges_and_expects_one_guided_prompt(bundle: Path) 
     assert low[1:] == usual[1:] == high[1:]
 
 
+@pytest.mark.rtx
 def test_two_builds_of_one_block_give_the_same_plan(demo_half_bundle: Path) -> None:
     """But for a few bytes: the compiler leaves a count of its own in it that differs from build to build."""
     graph, profile = first_block(demo_half_bundle)
@@ -76,6 +77,7 @@ def test_two_builds_of_one_block_give_the_same_plan(demo_half_bundle: Path) -> N
     assert differing.sum() < 1e-3 * len(one.data)
 
 
+@pytest.mark.rtx
 def test_attention_is_fused_in_fp16_and_taken_apart_in_fp32(demo_half_bundle: Path, demo_bundle: Path) -> None:
     assert build_plan(RTX, *first_block(demo_half_bundle), BuildSettings()).fused_attention
     assert not build_plan(RTX, *first_block(demo_bundle), BuildSettings()).fused_attention
@@ -115,6 +117,7 @@ def test_an_input_that_the_manifest_does_not_name_is_refused(write: Write) -> No
         build_plan(RTX, relu(write), {}, BuildSettings())
 
 
+@pytest.mark.rtx
 def test_too_little_workspace_is_an_error_with_the_librarys_reason(demo_half_bundle: Path) -> None:
     with pytest.raises(
         EngineError, match=r"block\.000: tensorrt-rtx cannot build block\.000\.onnx: (?!the library gave)"
