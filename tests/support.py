@@ -105,22 +105,15 @@ class WatchedEngine:
 
 
 @dataclass
-class WatchedBackend:
-    """A real backend whose engines are watched; `before` may be exchanged at any time."""
+class BackendInFront:
+    """Stands in front of a real backend; those who derive from it say what is different about loading."""
 
     backend: Backend
-    before: Callable[[str, Mapping[str, Array]], object] = lambda part, tensors: None
-    name: str = "onnxruntime"
+    name: str = field(init=False)
     arrays: Arrays = field(init=False)
-    alive: WeakSet[WatchedEngine] = field(default_factory=WeakSet)  # the engines that are still there
 
     def __post_init__(self) -> None:
-        self.arrays = self.backend.arrays
-
-    def load(self, bundle: Bundle, part: Part) -> WatchedEngine:
-        engine = WatchedEngine(self.backend.load(bundle, part), part, self._tell)
-        self.alive.add(engine)
-        return engine
+        self.name, self.arrays = self.backend.name, self.backend.arrays
 
     def compiled(self, bundle: Bundle) -> Compiled | None:
         return self.backend.compiled(bundle)
@@ -130,6 +123,19 @@ class WatchedBackend:
 
     def describe(self) -> dict[str, str]:
         return self.backend.describe()
+
+
+@dataclass
+class WatchedBackend(BackendInFront):
+    """A real backend whose engines are watched; `before` may be exchanged at any time."""
+
+    before: Callable[[str, Mapping[str, Array]], object] = lambda part, tensors: None
+    alive: WeakSet[WatchedEngine] = field(default_factory=WeakSet)  # the engines that are still there
+
+    def load(self, bundle: Bundle, part: Part) -> WatchedEngine:
+        engine = WatchedEngine(self.backend.load(bundle, part), part, self._tell)
+        self.alive.add(engine)
+        return engine
 
     def _tell(self, name: str, tensors: Mapping[str, Array]) -> None:
         self.before(name, tensors)  # looked up now: it may have been exchanged since the engine was loaded

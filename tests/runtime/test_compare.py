@@ -14,44 +14,29 @@ import numpy as np
 import pytest
 from polygraphy.logger import G_LOGGER
 
-from foresight.engines.arrays import Array, Arrays
-from foresight.engines.backend import Backend, Engine
+from foresight.engines.arrays import Array
+from foresight.engines.backend import Engine
 from foresight.engines.bundle import Bundle, open_bundle
-from foresight.engines.compiled import Compiled
 from foresight.engines.errors import EngineError, InvalidRequest
 from foresight.engines.manifest import Part
 from foresight.engines.onnxruntime import OnnxRuntimeBackend
 from foresight.engines.reference import ReferenceBackend
 from foresight.exporter.export import Export, Request
 from foresight.runtime.compare import TOLERANCES, Difference, compare_backends
-from tests.support import WatchedBackend, copy_bundle, fail_at
+from tests.support import BackendInFront, WatchedBackend, copy_bundle, fail_at
 
 ALTERED = "block.002"
 
 
 @dataclass
-class Altered:
+class Altered(BackendInFront):
     """A real backend that loads from another bundle, or whose engines' outputs are altered."""
 
-    backend: Backend
     bundle: Bundle | None = None
     after: Callable[[Part, Mapping[str, Array]], object] = lambda part, tensors: None
-    name: str = "altered"
-
-    def __post_init__(self) -> None:
-        self.arrays: Arrays = self.backend.arrays
 
     def load(self, bundle: Bundle, part: Part) -> Engine:
         return AlteredEngine(self.backend.load(self.bundle or bundle, part), part, self.after)
-
-    def compiled(self, bundle: Bundle) -> Compiled | None:
-        return self.backend.compiled(bundle)
-
-    def trim(self) -> None:
-        self.backend.trim()
-
-    def describe(self) -> dict[str, str]:
-        return self.backend.describe()
 
 
 @dataclass
