@@ -108,7 +108,8 @@ class GpuArrays(Arrays):
         self.device = f"cuda:{index}"
         self.index = index
         self.xp = _cupy(index)
-        with self.xp.cuda.Device(index):
+        self._device = self.xp.cuda.Device(index)
+        with self._device:
             self.stream = self.xp.cuda.Stream(non_blocking=True)
         self._pool = self.xp.cuda.MemoryPool()
 
@@ -117,19 +118,19 @@ class GpuArrays(Arrays):
         """See Arrays.active."""
         cuda = self.xp.cuda
         try:
-            with cuda.Device(self.index), cuda.using_allocator(self._pool.malloc), self.stream:
+            with self._device, cuda.using_allocator(self._pool.malloc), self.stream:
                 try:
                     yield
                 finally:
                     self.stream.synchronize()
         except cuda.memory.OutOfMemoryError as error:
-            self._pool.free_all_blocks()
+            self.trim()
             free, total = self._memory()
             raise EngineError(
                 f"device {self.device}: out of memory, {one_line(error)}; {free // MEBI} of {total // MEBI} MiB are "
                 f"free; {_SMALLER}"
             ) from error
-        except cuda.runtime.CUDARuntimeError as error:
+        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:  # the latter where kernels start
             raise EngineError(f"device {self.device}: {one_line(error)}") from error
 
     def from_host(self, values: HostArray) -> Array:
@@ -159,19 +160,22 @@ class GpuArrays(Arrays):
 
     def free_bytes(self) -> int | None:
         """See Arrays.free_bytes."""
-        return self._memory()[0] + int(self._pool.free_bytes())
+        with self._device:  # a pool counts what it has of the device at hand
+            return self._memory()[0] + int(self._pool.free_bytes())
 
     def used_bytes(self) -> int | None:
         """See Arrays.used_bytes: the pool keeps what it once took, until it is trimmed."""
-        return int(self._pool.total_bytes())
+        with self._device:
+            return int(self._pool.total_bytes())
 
     def trim(self) -> None:
         """See Arrays.trim."""
-        self.stream.synchronize()
-        self._pool.free_all_blocks()
+        with self._device:
+            self.stream.synchronize()
+            self._pool.free_all_blocks()
 
     def _memory(self) -> tuple[int, int]:
-        with self.xp.cuda.Device(self.index):
+        with self._device:
             free, total = self.xp.cuda.runtime.memGetInfo()
         return int(free), int(total)
 
@@ -258,7 +262,8 @@ def _cupy(index: int) -> Any:
     try:
         import cupy  # type: ignore[import-not-found, unused-ignore]
 
-        cupy.cuda.Device(index).use()
+        with cupy.cuda.Device(index):  # the caller's device stays the one it was
+            cupy.cuda.runtime.memGetInfo()
     except ImportError as error:
         raise EngineError("device cuda: CuPy is not installed; install foresight-engines[cuda]") from error
     except cupy.cuda.runtime.CUDARuntimeError as error:

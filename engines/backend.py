@@ -27,7 +27,8 @@ class Engine(Protocol):
         `tensors` holds every input and every output of the graph by name, as C-contiguous arrays of the backend's
         device in the dtype and shape the manifest states; further names are ignored. Inputs are read, outputs are
         written in place; nothing is kept. An output may not share memory with an input. Safe from several threads.
-        On a GPU this only enqueues the work, inside `arrays.active()`. Raises EngineError.
+        On a GPU this only enqueues the work, inside `arrays.active()`; arrays at multiples of 256 bytes, as they are
+        allocated, spare plans a copy. Raises EngineError.
         """
 
 

@@ -93,8 +93,9 @@ def _build_missing(
 ) -> Iterator[tuple[str, CompiledPart]]:
     """Build what the index lacks, in the order in which workers finish."""
     missing = [part for part in bundle.manifest.parts if not _is_done(partial, index, part.name)]
-    # TensorRT-RTX asks a GPU about a cache that it is given, and builds without one.
-    cache = partial / TIMING_CACHE if index.backend == "tensorrt" else None
+    # TensorRT-RTX asks a GPU about a cache that it is given, and builds without one. Builds side by side would write
+    # over what the others found out.
+    cache = partial / TIMING_CACHE if index.backend == "tensorrt" and jobs == 1 else None
     with ThreadPoolExecutor(jobs) as pool:
         futures = {
             pool.submit(

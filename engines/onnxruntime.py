@@ -7,10 +7,11 @@ needs. The pool's size is therefore fixed by the first backend of the process. O
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,8 +60,8 @@ class OnnxRuntimeBackend:
         self._options = _session_options(optimize)
         self._provider: Any = "CPUExecutionProvider"
         if isinstance(self.arrays, GpuArrays):
+            self.arrays = _share_gpu(self.arrays)
             self._provider = ("CUDAExecutionProvider", _cuda_options(self.arrays))
-            _share_gpu_arena(self.arrays.index)
 
     def load(self, bundle: Bundle, part: Part) -> OnnxRuntimeEngine:
         """See Backend.load."""
@@ -172,7 +173,7 @@ class _Process:
 
     lock = threading.Lock()
     threads: int | None = None
-    gpus: ClassVar[set[int]] = set()
+    gpus: ClassVar[dict[int, GpuArrays]] = {}
 
 
 def _share_threads_and_arena(threads: int | None) -> int:
@@ -194,19 +195,31 @@ def _share_threads_and_arena(threads: int | None) -> int:
         return _Process.threads
 
 
-def _share_gpu_arena(index: int) -> None:
-    """Make the process's one arena on a GPU."""
+def _share_gpu(arrays: GpuArrays) -> GpuArrays:
+    """Make the process's one arena on a GPU; returns the arrays, and with them the stream, of all its sessions there.
+
+    A run gives scratch back before the GPU is done with it. The next that takes it must be in line behind it.
+    """
+    index = arrays.index
     with _Process.lock:
         if index in _Process.gpus:
-            return
+            return _Process.gpus[index]
+        with redirect_stdout(io.StringIO()):  # it prints what it does not find; the provider then says so as well
+            ort.preload_dlls()  # what pip installed of CUDA, where the provider does not look
         memory = native.OrtMemoryInfo(
             "Cuda", native.OrtAllocatorType.ORT_ARENA_ALLOCATOR, index, native.OrtMemType.DEFAULT
         )
         try:
-            native.create_and_register_allocator_v2("CUDAExecutionProvider", memory, {"device_id": str(index)}, None)
+            native.create_and_register_allocator_v2(
+                "CUDAExecutionProvider",
+                memory,
+                {"device_id": str(index)},
+                native.OrtArenaCfg({}),  # the defaults: None, as above for the CPU, crashes here
+            )
         except ORT_ERRORS as error:
             raise EngineError(
                 f"device cuda:{index}: ONNX Runtime cannot use it: {one_line(error)}; install onnxruntime-gpu for this "
                 "CUDA version, or use --device cpu"
             ) from error
-        _Process.gpus.add(index)
+        _Process.gpus[index] = arrays
+        return arrays

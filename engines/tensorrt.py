@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +25,7 @@ from .arrays import Array, GpuArrays, create_arrays, gpu_facts, numpy_dtype
 from .bundle import Bundle
 from .compiled import Compiled, find_compiled
 from .errors import BundleError, EngineError, InvalidRequest, one_line
-from .manifest import Part
+from .manifest import Part, TensorSpec
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -43,6 +44,7 @@ MODULES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt
 OLDEST = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
 # A cache with fixed slots gives a block four sets of addresses, see runtime/cache.py; two requests at a time fit.
 GRAPHS_PER_ENGINE = 8
+ALIGNMENT = 256  # of every address that a plan is given, see IExecutionContext::setTensorAddress
 NO_FUSED_KERNEL = "not supported by a dedicated kernel"
 _ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
 
@@ -261,7 +263,8 @@ class TensorRTBackend:
         """Make the scratch as large as the largest engine that is there needs."""
         needed = max((engine.scratch_bytes for engine in self._engines), default=0)
         if needed != self.scratch.nbytes:
-            self.scratch = self.arrays.empty((0,), "uint8")  # give the old one back first
+            self.scratch = self.arrays.empty((0,), "uint8")
+            self.arrays.trim()  # give the old one back first, past the pool: plans take their memory from the device
             self.scratch = self.arrays.empty((needed,), "uint8")
 
     def _context(self, engine: trt.ICudaEngine) -> trt.IExecutionContext:
@@ -286,7 +289,7 @@ class TensorRTRTXBackend(TensorRTBackend):
 
 
 class TensorRTEngine:
-    """One plan and its context; inputs and outputs are bound by address, so nothing is copied."""
+    """One plan and its context. Inputs and outputs are bound by address; only what is not aligned is copied."""
 
     def __init__(
         self, backend: TensorRTBackend, engine: trt.ICudaEngine, context: trt.IExecutionContext, part: Part
@@ -299,13 +302,14 @@ class TensorRTEngine:
                 f"{', '.join(sorted(expected))}; build it again"
             )
         self.scratch_bytes = int(engine.device_memory_size_v2)
-        self._backend = backend
-        self._engine = engine  # a context does not keep its engine alive
+        # They go in this order: recordings before their context, that before its engine, all before the backend.
+        self._graphs: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self._context = context
+        self._engine = engine
+        self._backend = backend
         self._part = part
         self._shapes: tuple[Shape, ...] | None = None
         self._outputs: dict[str, Shape] = {}
-        self._graphs: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
     def run(self, tensors: Mapping[str, Array]) -> None:
         """See Engine.run."""
@@ -313,15 +317,22 @@ class TensorRTEngine:
             self._backend.messages.rows.clear()
             self._set_shapes(tensors)
             scratch = self._backend.scratch
-            addresses = [scratch.data.ptr]
-            for spec in (*self._part.inputs, *self._part.outputs):
-                array, dtype = tensors[spec.name], numpy_dtype(spec.dtype)
-                assert array.dtype == dtype, f"{self._part.name}: {spec.name} is {array.dtype}, not {dtype}"
-                addresses.append(self._backend.arrays.address(array))
+            specs = (*self._part.inputs, *self._part.outputs)
+            bound = {spec.name: self._aligned(tensors[spec.name], spec) for spec in specs}
+            addresses = (scratch.data.ptr, *map(self._backend.arrays.address, bound.values()))
             if self._backend.cuda_graphs:
-                self._replay(tuple(addresses), scratch)
+                self._replay(addresses, scratch)
             else:
                 self._enqueue(addresses, scratch, self._backend.arrays.stream)
+            for spec in self._part.outputs:
+                if bound[spec.name] is not tensors[spec.name]:
+                    tensors[spec.name][...] = bound[spec.name]
+
+    def _aligned(self, array: Array, spec: TensorSpec) -> Array:
+        """The array, or its copy: arrays are aligned where they are allocated, but a view may begin anywhere."""
+        dtype = numpy_dtype(spec.dtype)
+        assert array.dtype == dtype, f"{self._part.name}: {spec.name} is {array.dtype}, not {dtype}"
+        return array.copy() if self._backend.arrays.address(array) % ALIGNMENT else array
 
     def _set_shapes(self, tensors: Mapping[str, Array]) -> None:
         """Tell the context about shapes that differ from those of the last run; check those of the outputs."""
@@ -335,7 +346,13 @@ class TensorRTEngine:
                         f"{self._part.name}: {spec.name} is {shape}, for which its plan was not built: "
                         f"{self._backend.messages.errors()}"
                     )
-            if missing := self._context.infer_shapes():
+            try:
+                missing = self._context.infer_shapes()
+            except RuntimeError as error:
+                raise EngineError(
+                    f"{self._part.name}: its plan cannot work with {shapes}: {self._backend.messages.errors()}"
+                ) from error
+            if missing:
                 raise EngineError(f"{self._part.name}: the shapes of {', '.join(missing)} do not follow from {shapes}")
             self._outputs = {
                 spec.name: _shape(self._context.get_tensor_shape(spec.name)) for spec in self._part.outputs
@@ -362,8 +379,11 @@ class TensorRTEngine:
             recorder.begin_capture()
             try:
                 self._enqueue(addresses, scratch, recorder)
-            finally:
-                graph = recorder.end_capture()
+            except BaseException:
+                with suppress(RuntimeError):  # that nothing was recorded; why, is on its way already
+                    recorder.end_capture()
+                raise
+            graph = recorder.end_capture()
         if graph is None:
             self._enqueue(addresses, scratch, stream)
         else:
