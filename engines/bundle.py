@@ -21,7 +21,7 @@ from .consistency import contradictions
 from .errors import BundleError, IntegrityError, InvalidRequest
 from .manifest import FileRecord, Manifest
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 COMPILED = "engines"
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -56,9 +56,11 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         schema = msgspec.json.decode(raw, type=_SchemaOnly).schema
         if schema < 1:
             raise IntegrityError(f"bundle {folder}: manifest.json has schema {schema}, which never was; export again")
+        if schema < SCHEMA:
+            raise BundleError(f"bundle {folder}: has schema {schema}, this version reads {SCHEMA}; export again")
         if schema > SCHEMA:
             raise BundleError(
-                f"bundle {folder}: has schema {schema}, this version reads up to {SCHEMA}; upgrade foresight-engines, "
+                f"bundle {folder}: has schema {schema}, this version reads {SCHEMA}; upgrade foresight-engines, "
                 "or export again"
             )
         manifest = msgspec.json.decode(raw, type=Manifest)

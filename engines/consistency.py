@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from .manifest import Manifest, Part, TensorSpec, stream_bytes_per_row
+from .manifest import Manifest, Part, Stage, TensorSpec, chunk_sizes, stream_bytes_per_row
 
 
 def contradictions(manifest: Manifest) -> Iterator[str]:
@@ -37,9 +37,6 @@ def _in_ranges(manifest: Manifest) -> Iterator[str]:
 
 def _in_shape(manifest: Manifest) -> Iterator[str]:
     shape = manifest.shape
-    low, high = manifest.ranges.get("frames", (0, 0))
-    if not 1 <= low <= shape.decode_frames <= high:
-        yield f"decode_frames is {shape.decode_frames}, the decoder takes {low} to {high}"
     for name in ("height", "width", "frames", "max_batch"):
         if getattr(shape, name) < 1:
             yield f"{name} is {getattr(shape, name)}"
@@ -49,6 +46,8 @@ def _in_defaults(manifest: Manifest) -> Iterator[str]:
     defaults = manifest.defaults
     if not 1 <= defaults.steps <= manifest.sampler.max_steps:
         yield f"the default of {defaults.steps} steps is not in 1 to {manifest.sampler.max_steps}"
+    if manifest.text.null_caption and defaults.negative_prompt:
+        yield "it has a negative prompt and a null caption"
     if not (math.isfinite(defaults.guidance) and defaults.guidance >= 1):
         yield f"the default guidance is {defaults.guidance}"
     if defaults.fps < 1:
@@ -69,11 +68,12 @@ def _in_tensors(manifest: Manifest) -> Iterator[str]:
     wanted: dict[str, _Type] = {
         "text_states": (states.dtype, ("batch", "text", states.shape[2])),
         "text_mask": ("int64", ("batch", "text")),
+        "unconditional": ("int64", ("batch",)),
     }
     yield from _unmet(condition, wanted)
     latents: tuple[int | str, ...] = ("batch", *shape.latents)
-    yield from _unmet(prologue, {"latents": ("fp32", latents), "timestep": ("fp32", ("batch",))})
     fixed = _types(condition.outputs)
+    yield from _unmet(prologue, fixed | {"latents": ("fp32", latents), "timestep": ("fp32", ("batch",))})
     streams = {name: kind for name, kind in _types(prologue.outputs).items() if name in manifest.streams}
     fixed |= {name: kind for name, kind in _types(prologue.outputs).items() if name not in manifest.streams}
     if not manifest.streams or set(streams) != set(manifest.streams):
@@ -93,21 +93,51 @@ def _in_tensors(manifest: Manifest) -> Iterator[str]:
 
 
 def _in_decoder(manifest: Manifest) -> Iterator[str]:
-    """The decoder takes one video's latents, a few frames at a time, and makes frames (F, H, W, 3) of them."""
-    shape, decoder = manifest.shape, manifest.vae_decoder
-    sizes = {name: high for name, (_, high) in manifest.ranges.items()}
-    takes, makes = _types(decoder.inputs), _types(decoder.outputs)
-    if set(takes) != {"latents"} or set(makes) != {"frames"} or makes["frames"][0] != "uint8":
-        yield "vae_decoder: does not turn latents into frames"
-        return
-    dims = takes["latents"][1]
-    fits = len(dims) == len(shape.latents) and dims.count("frames") == 1
-    if not fits or any(
-        sizes.get(str(dim), dim) != size for dim, size in zip(dims, shape.latents, strict=True) if dim != "frames"
-    ):
-        yield f"vae_decoder: takes latents {dims}, but a video's are {shape.latents}"
-    if [sizes.get(str(dim), dim) for dim in makes["frames"][1][1:]] != [shape.height, shape.width, 3]:
-        yield f"vae_decoder: its frames are not {shape.height} x {shape.width}"
+    """Every stage takes what the one before it makes, chunk by chunk; the last makes frames (F, H, W, 3)."""
+    shape = manifest.shape
+    made: _Type = ("fp32", shape.latents)
+    for stage in manifest.decoder:
+        name = stage.first.name
+        if not all(part.inputs and part.outputs and part.outputs[0].shape for part in stage.parts):
+            yield f"{name}: takes or makes nothing"
+            return
+        if any(len(part.inputs[0].shape) != len(made[1]) for part in stage.parts):
+            yield f"{name}: takes {stage.first.inputs[0].shape}, but is given {made[1]}"
+            return
+        if not 0 <= stage.axis < len(made[1]) or not stage.chunks or sum(stage.chunks) != made[1][stage.axis]:
+            yield f"{name}: chunks of {stage.chunks} along axis {stage.axis} do not cover what it takes, {made[1]}"
+            return
+        yield from _in_states(stage)
+        frames = []
+        for part, length in stage.plan:
+            sizes = _largest(manifest) | chunk_sizes(part, stage.axis, length)
+            wanted = (*made[1][: stage.axis], length, *made[1][stage.axis + 1 :])
+            took, gave = part.inputs[0], part.outputs[0]
+            if took.dtype != made[0] or took.resolve(sizes) != wanted or not _in_range(manifest, part, stage, length):
+                yield f"{part.name}: takes {took.dtype} {took.shape}, but is given {made[0]} {wanted}"
+                return
+            frames.append((gave.dtype, gave.resolve(sizes)))
+        if len({(dtype, dims[1:]) for dtype, dims in frames}) != 1:
+            yield f"{name}: its chunks become frames of different shapes"
+        dtype, dims = frames[0]
+        made = (dtype, (sum(dims[0] for _, dims in frames), *dims[1:]))
+    if made != ("uint8", (shape.frames, shape.height, shape.width, 3)):
+        yield f"the decoder makes {made[0]} {made[1]}, not {shape.frames} frames of {shape.height} x {shape.width}"
+
+
+def _in_range(manifest: Manifest, part: Part, stage: Stage, length: int) -> bool:
+    sizes = chunk_sizes(part, stage.axis, length)
+    return all(low <= sizes.get(name, low) <= high for name, (low, high) in manifest.ranges.items())
+
+
+def _in_states(stage: Stage) -> Iterator[str]:
+    """What a chunk leaves behind is what the next one asks for."""
+    if len(stage.first.inputs) != 1:
+        yield f"{stage.first.name}: asks for what no chunk before the first has left"
+    left = {f"new_{name}": kind for name, kind in _types(stage.next.inputs[1:] if stage.next else ()).items()}
+    for part in stage.parts:
+        if _types(part.outputs[1:]) != left:
+            yield f"{part.name}: does not leave behind what the next chunk asks for"
 
 
 def _in_cache(manifest: Manifest) -> Iterator[str]:
@@ -122,6 +152,10 @@ def _in_cache(manifest: Manifest) -> Iterator[str]:
 
 
 _Type = tuple[str, tuple[int | str, ...]]
+
+
+def _largest(manifest: Manifest) -> dict[str, int]:
+    return {name: high for name, (_, high) in manifest.ranges.items()}
 
 
 def _types(specs: tuple[TensorSpec, ...]) -> dict[str, _Type]:

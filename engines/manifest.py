@@ -11,6 +11,7 @@ import msgspec
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "uint8": 1, "bool": 1}
 
 Dtype = Literal["fp32", "fp16", "bf16", "int64", "uint8", "bool"]
+Cleaning = Literal["none", "lower", "caption"]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -52,6 +53,32 @@ class Part(_Record, frozen=True, kw_only=True):
         return next(spec for spec in self.outputs if spec.name == name)
 
 
+class Stage(_Record, frozen=True, kw_only=True):
+    """One stage of the decoder: it turns one sequence of frames into another, a chunk at a time.
+
+    Chunks are cut from a part's first input along `axis`; `chunks` are their lengths, in order. What a chunk becomes
+    is the part's first output, whose first dimension counts frames. `first` runs on the first chunk; on all later ones
+    runs `next`, or `first` again where that is None. Every further output `new_x` of a chunk is the input `x` of the
+    chunk after it: what a causal convolution has to know of the frames before. The first stage is given a video's
+    latents, every other what the stage before it made; the last one makes frames (F, H, W, 3) uint8.
+    """
+
+    first: Part
+    next: Part | None
+    axis: int
+    chunks: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Its one or two graphs."""
+        return (self.first,) if self.next is None else (self.first, self.next)
+
+    @property
+    def plan(self) -> tuple[tuple[Part, int], ...]:
+        """Every chunk in order: the part that runs on it, and its length."""
+        return tuple((self.next if index and self.next else self.first, n) for index, n in enumerate(self.chunks))
+
+
 class Source(_Record, frozen=True, kw_only=True):
     """Where the weights came from: the checkpoint as it was named, and a hash over its files."""
 
@@ -62,7 +89,7 @@ class Source(_Record, frozen=True, kw_only=True):
 class Shape(_Record, frozen=True, kw_only=True):
     """What one request may ask for. Height and width are in pixels, `latents` is one video's latent shape.
 
-    `max_batch` counts prompts. `decode_frames` is how many frames the VAE decodes at a time.
+    `max_batch` counts prompts.
     """
 
     height: int
@@ -70,17 +97,26 @@ class Shape(_Record, frozen=True, kw_only=True):
     frames: int
     latents: tuple[int, ...]
     max_batch: int
-    decode_frames: int
 
 
 class Text(_Record, frozen=True, kw_only=True):
-    """How prompts become tokens: `max_tokens` includes the end token, which survives truncation."""
+    """How prompts become what the transformer reads.
+
+    `cleaning` comes first: none; `lower`, lower case without blanks around it; or `caption`, see runtime/caption.py.
+    `suffix` is then appended to a prompt that does not contain `suffix_unless`. `max_tokens` includes the end token,
+    which survives truncation. The transformer reads a prompt's own tokens, or with `padded` all of them, padding
+    included. The negative half reads a negative prompt, or with `null_caption` what the model learnt to read in place
+    of a caption; then a request cannot bring a negative prompt.
+    """
 
     tokenizer: str
     max_tokens: int
     pad_id: int
-    lowercase: bool
-    strip: bool
+    cleaning: Cleaning
+    suffix: str = ""
+    suffix_unless: str = ""
+    padded: bool = False
+    null_caption: bool = False
 
 
 class Sampler(_Record, frozen=True, kw_only=True):
@@ -114,7 +150,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     `ranges` gives the smallest and largest size of every named dimension; `batch` counts rows, and a prompt takes two
     with guidance. `streams` are the tensors that run through the blocks: a block reads `x` and `cached_x` and writes
     `new_x` for every stream `x`, and `distance`, the mean squared change per row. `blocks` are in execution order.
-    `guidance_order` says which half of a guided batch comes first.
+    `guidance_order` says which half of a guided batch comes first. `decoder` are the stages from latents to frames.
     """
 
     schema: int
@@ -133,7 +169,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     prologue: Part
     blocks: tuple[Part, ...]
     epilogue: Part
-    vae_decoder: Part
+    decoder: tuple[Stage, ...]
     text: Text
     sampler: Sampler
     defaults: Defaults
@@ -149,8 +185,15 @@ class Manifest(_Record, frozen=True, kw_only=True):
             self.prologue,
             *self.blocks,
             self.epilogue,
-            self.vae_decoder,
+            *(part for stage in self.decoder for part in stage.parts),
         )
+
+    @property
+    def step_tensors(self) -> tuple[TensorSpec, ...]:
+        """What every step writes anew, apart from the streams: inputs and outputs of prologue and epilogue."""
+        known = {*self.streams, *(spec.name for spec in self.condition.outputs)}
+        specs = (*self.prologue.inputs, *self.prologue.outputs, *self.epilogue.outputs)
+        return tuple(spec for spec in specs if spec.name not in known)
 
     def cache_bytes(self, rows: int) -> int:
         """Bytes of all cached block outputs of a request with that many rows."""
@@ -160,6 +203,12 @@ class Manifest(_Record, frozen=True, kw_only=True):
 def part_files(part: Part) -> tuple[str, str]:
     """The names of a part's files: the graph, and the weights it refers to."""
     return part.graph, f"{part.graph.removesuffix('.onnx')}.data"
+
+
+def chunk_sizes(part: Part, axis: int, length: int) -> dict[str, int]:
+    """The size of the named dimension that a chunk of `length` is cut along; empty where it has a fixed size."""
+    dim = part.inputs[0].shape[axis]
+    return {dim: length} if isinstance(dim, str) else {}
 
 
 def stream_bytes_per_row(block: Part, streams: Iterable[str], ranges: Mapping[str, tuple[int, int]]) -> int:

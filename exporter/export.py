@@ -36,6 +36,7 @@ from ..engines.manifest import (
     Part,
     Sampler,
     Source,
+    Stage,
     TensorSpec,
     part_files,
     stream_bytes_per_row,
@@ -141,6 +142,7 @@ class Export:
             log.info("bundle %s is up to date", self.output)
             return present
         _check_free(self.output)
+        self.split.check()
         partial = self.output.with_name(self.output.name + ".partial")
         try:
             state = self._resume(partial)
@@ -208,17 +210,10 @@ class Export:
 
     def _write_part(self, partial: Path, plan: PartPlan, graphs: dict[str, Graph]) -> tuple[Part, list[Path]]:
         if plan.kind not in graphs:
-            graphs[plan.kind] = _trace(plan, self.opset)
+            graphs[plan.kind] = graph_from_plan(plan, self.opset)
         assign_parameters(plan.module, lambda name: plan.parameter(self.checkpoint, name))
         files = write_graph(graphs[plan.kind], plan.module.get_parameter, partial / f"{plan.name}.onnx")
-        part = Part(
-            name=plan.name,
-            kind=plan.kind,
-            graph=files[0].name,
-            inputs=tuple(graph_input.spec for graph_input in plan.inputs),
-            outputs=plan.outputs,
-            max_difference=0.0,
-        )
+        part = part_from_plan(plan)
         difference = check_part(plan, part, files[0], TOLERANCES[self.request.dtype])
         assign_parameters(plan.module, lambda name: plan.module.get_parameter(name).to("meta"))
         return msgspec.structs.replace(part, max_difference=difference), files
@@ -253,7 +248,15 @@ class Export:
             prologue=part["prologue"],
             blocks=tuple(part[plan.name] for plan in split.blocks),
             epilogue=part["epilogue"],
-            vae_decoder=part["vae_decoder"],
+            decoder=tuple(
+                Stage(
+                    first=part[stage.first.name],
+                    next=None if stage.next is None else part[stage.next.name],
+                    axis=stage.axis,
+                    chunks=stage.chunks,
+                )
+                for stage in split.decoder
+            ),
             text=split.text,
             sampler=Sampler(table=SAMPLER, scheduler=type(split.scheduler()).__name__, max_steps=MAX_STEPS),
             defaults=self.row.defaults,
@@ -268,6 +271,38 @@ class Export:
     def _generator(self) -> dict[str, str]:
         libraries = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "onnx": onnx}
         return {name: str(library.__version__) for name, library in libraries.items()}
+
+
+def part_from_plan(plan: PartPlan) -> Part:
+    """What the manifest says of a part, but for the difference from eager that a check will find."""
+    return Part(
+        name=plan.name,
+        kind=plan.kind,
+        graph=f"{plan.name}.onnx",
+        inputs=tuple(graph_input.spec for graph_input in plan.inputs),
+        outputs=plan.outputs,
+        max_difference=0.0,
+    )
+
+
+def graph_from_plan(plan: PartPlan, opset: int) -> Graph:
+    """The graph of a part, traced with parameters that nobody touches and so take no memory. Raises ExportError.
+
+    torch.onnx keeps some of them for as long as the graph lives; of a mapped checkpoint that would be the whole file.
+    """
+    assign_parameters(plan.module, lambda name: torch.empty_like(plan.module.get_parameter(name), device="cpu"))
+    generator = torch.Generator().manual_seed(0)
+    sizes = plan.check_sizes[-1]
+    return graph_from_module(
+        plan.module,
+        inputs={i.spec.name: i.example(sizes, generator) for i in plan.inputs},
+        outputs=[spec.name for spec in plan.outputs],
+        dynamic={
+            i.spec.name: {axis: dim for axis, dim in enumerate(i.spec.shape) if isinstance(dim, str)}
+            for i in plan.inputs
+        },
+        opset=opset,
+    )
 
 
 def check_part(plan: PartPlan, part: Part, graph: Path, tolerance: float) -> float:
@@ -344,26 +379,6 @@ def _widened(spec: TensorSpec) -> TensorSpec:
 
 def _without_bf16(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-
-
-def _trace(plan: PartPlan, opset: int) -> Graph:
-    """The graph of a part, traced with parameters that nobody touches and so take no memory.
-
-    torch.onnx keeps some of them for as long as the graph lives; of a mapped checkpoint that would be the whole file.
-    """
-    assign_parameters(plan.module, lambda name: torch.empty_like(plan.module.get_parameter(name), device="cpu"))
-    generator = torch.Generator().manual_seed(0)
-    sizes = plan.check_sizes[-1]
-    return graph_from_module(
-        plan.module,
-        inputs={i.spec.name: i.example(sizes, generator) for i in plan.inputs},
-        outputs=[spec.name for spec in plan.outputs],
-        dynamic={
-            i.spec.name: {axis: dim for axis, dim in enumerate(i.spec.shape) if isinstance(dim, str)}
-            for i in plan.inputs
-        },
-        opset=opset,
-    )
 
 
 def _weight_bytes(plan: PartPlan) -> int:

@@ -202,7 +202,8 @@ def _optimise(model: ir.Model, parameters: set[str]) -> dict[str, Weight]:
         constants.pop(value.name)
         value.const_value = None
         model.graph.inputs.append(value)
-    onnxscript.optimizer.optimize(model)
+    with _quiet():
+        onnxscript.optimizer.optimize(model)
     weights = {}
     for value in demoted:
         assert value.name is not None

@@ -1,18 +1,21 @@
 """A diffusers scheduler becomes a table of coefficients.
 
-Every deterministic scheduler is linear: what it returns is a sum of the initial noise and of the model outputs so
-far, with coefficients that depend on the step alone. They are read off by running the scheduler once on basis
-vectors: element i of the "sample" is the coefficient of basis vector i, so a step's result *is* its row of
+Schedulers are linear: what they return is a sum of the initial noise, of the model outputs so far, and of noise that
+some of them add, with coefficients that depend on the step alone. They are read off by running the scheduler once on
+basis vectors: element i of the "sample" is the coefficient of basis vector i, so a step's result *is* its row of
 coefficients. Rows are then expressed by the last few samples and model outputs, as few of them as suffice:
 
-    x[t+1] = sum over i of a[i] x[t-i]  +  sum over i of b[i] m[t-i]
+    x[t+1] = sum over i of a[i] x[t-i]  +  sum over i of b[i] m[t-i]  +  c n[t]
 
-The table is checked against the scheduler itself on large random vectors; what is not linear (clipping,
-thresholding, added noise) shows there and is refused.
+Noise that a step adds is known, for the scheduler draws it from a generator of ours whose numbers can be drawn again.
+The table is checked against the scheduler itself on large random vectors; what is not linear (clipping, thresholding)
+shows there and is refused.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,25 +23,48 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from diffusers import __version__ as diffusers_version
+from diffusers import schedulers
 
 from ..engines.errors import CheckpointError
+from .checkpoint import Checkpoint
 
 MAX_STEPS = 100
 RECURRENCES = ((1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (3, 3), (3, 4))
 TOLERANCE = 1e-5
+MAX_DRAWS = 4  # of noise that one step may make
+SPARE = 8  # random elements beside the basis, so that even one step has more equations than coefficients
 
+_REMEDY = "switch clip_sample and thresholding off in scheduler_config.json, or use another scheduler"
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The table for one number of steps T, fp64: timesteps and input scales (T,), a (T, samples), b (T, outputs)."""
+    """The table for one number of steps T, fp64.
+
+    Timesteps, input scales and noise coefficients (T,), a (T, samples), b (T, outputs).
+    """
 
     timesteps: Floats
     input_scales: Floats
     sample_coefficients: Floats
     output_coefficients: Floats
+    noise_coefficients: Floats
     noise_scale: float
+
+
+@dataclass(frozen=True)
+class _Course:
+    """A scheduler's way from noise to the last sample: T + 1 samples; per step the output, input scale and noise.
+
+    `noise` is what the step drew last, zeros where it drew nothing.
+    """
+
+    samples: list[Floats]
+    outputs: list[Floats]
+    scales: Floats
+    noise: list[Floats]
 
 
 def steps_from_scheduler(scheduler: Any, steps: int) -> Steps:
@@ -47,23 +73,39 @@ def steps_from_scheduler(scheduler: Any, steps: int) -> Steps:
     Raises CheckpointError where the scheduler is not linear or needs a longer memory.
     """
     timesteps = _start(scheduler, steps)
-    basis = torch.eye(steps + 1, dtype=torch.float64)
-    rows, scales = _run(scheduler, timesteps, basis[0], list(basis[1:]))
+    more = torch.randn((steps + 1, SPARE), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = torch.cat([torch.eye(steps + 1, dtype=torch.float64), more], dim=1)
+    course = _run(scheduler, timesteps, basis[0], list(basis[1:]))
     for samples, outputs in RECURRENCES:
-        solved = _solve(rows, samples, outputs)
+        solved = _solve(course, samples, outputs)
         if solved is not None:
             break
     else:
-        raise CheckpointError(f"scheduler {type(scheduler).__name__}: no recurrence of at most 3 samples fits it")
+        raise CheckpointError(
+            f"scheduler {type(scheduler).__name__}: not linear in the last 3 samples and 4 model outputs; {_REMEDY}"
+        )
     table = Steps(
         timesteps=np.array([float(t) for t in timesteps]),
-        input_scales=scales,
+        input_scales=course.scales,
         sample_coefficients=solved[0],
         output_coefficients=solved[1],
+        noise_coefficients=solved[2],
         noise_scale=float(getattr(scheduler, "init_noise_sigma", 1.0)),
     )
     _check(scheduler, table)
     return table
+
+
+def scheduler_from_checkpoint(checkpoint: Checkpoint) -> Any:
+    """The scheduler that a diffusers checkpoint names, with its settings. Raises CheckpointError."""
+    config = checkpoint.config("scheduler", "scheduler_config.json")
+    name = checkpoint.component_class("scheduler")
+    scheduler = getattr(schedulers, name, None)
+    if scheduler is None:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name}: diffusers {diffusers_version} has no scheduler {name}; name one that it has"
+        )
+    return scheduler.from_config(config)
 
 
 def write_table(scheduler: Any, path: Path, max_steps: int = MAX_STEPS) -> None:
@@ -76,6 +118,7 @@ def write_table(scheduler: Any, path: Path, max_steps: int = MAX_STEPS) -> None:
         input_scales=np.concatenate([table.input_scales for table in tables]),
         sample_coefficients=_stack([table.sample_coefficients for table in tables]),
         output_coefficients=_stack([table.output_coefficients for table in tables]),
+        noise_coefficients=np.concatenate([table.noise_coefficients for table in tables]),
         noise_scales=np.array([table.noise_scale for table in tables]),
     )
 
@@ -91,7 +134,8 @@ def _start(scheduler: Any, steps: int) -> list[Any]:
         scheduler.set_timesteps(steps)
     except ValueError as error:
         raise CheckpointError(f"scheduler {type(scheduler).__name__}: refuses {steps} steps: {error}") from error
-    timesteps = list(scheduler.timesteps)
+    # trailing spacing in diffusers counts down in fractions, which for some numbers ends one step below the last
+    timesteps = [timestep for timestep in scheduler.timesteps if timestep >= 0]
     if len(timesteps) != steps:
         raise CheckpointError(
             f"scheduler {type(scheduler).__name__}: calls the model {len(timesteps)} times for {steps} steps; only "
@@ -100,55 +144,106 @@ def _start(scheduler: Any, steps: int) -> list[Any]:
     return timesteps
 
 
-def _run(
-    scheduler: Any, timesteps: list[Any], noise: torch.Tensor, outputs: list[torch.Tensor]
-) -> tuple[list[Floats], Floats]:
-    """All samples from the first to the last, and what each step multiplies the model's input by."""
+def _run(scheduler: Any, timesteps: list[Any], noise: torch.Tensor, outputs: list[torch.Tensor]) -> _Course:
     shape = (1, 1, 1, -1)  # some schedulers insist on (batch, channels, height, width)
     scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
+    step = _step_of(scheduler)
     sample = noise.clone().view(shape)
-    samples, scales = [noise.numpy()], []
-    for timestep, output in zip(timesteps, outputs, strict=True):
-        scales.append(float(scale(torch.ones(1, dtype=torch.float64), timestep)))
+    samples, scales, draws = [noise.numpy()], [], []
+    for index, output in enumerate(outputs):
+        scales.append(float(scale(torch.ones(1, dtype=torch.float64), timesteps[index])))
+        generator = torch.Generator().manual_seed(index)
         try:
-            sample = scheduler.step(output.view(shape), timestep, sample, return_dict=False)[0]
+            sample = step(output.view(shape), timesteps, index, sample, generator)
         except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
                 f"scheduler {type(scheduler).__name__}: its step cannot be read off ({reason}); use another scheduler"
             ) from error
         samples.append(sample.double().numpy().flatten())
-    return samples, np.array(scales)
+        draws.append(_drawn(generator, index, sample.shape))
+    return _Course(samples, [output.numpy() for output in outputs], np.array(scales), draws)
 
 
-def _solve(rows: list[Floats], samples: int, outputs: int) -> tuple[Floats, Floats] | None:
+_Step = Callable[[torch.Tensor, list[Any], int, torch.Tensor, torch.Generator], torch.Tensor]
+
+
+def _step_of(scheduler: Any) -> _Step:
+    """A scheduler's step as a function of output, all timesteps, the step's index, sample and generator."""
+    known = inspect.signature(scheduler.step).parameters
+    if "old_pred_original_sample" in known:
+        return _two_step(scheduler)
+
+    def step(
+        output: torch.Tensor, timesteps: list[Any], index: int, sample: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        extra = {"generator": generator} if "generator" in known else {}
+        result: torch.Tensor = scheduler.step(output, timesteps[index], sample, **extra, return_dict=False)[0]
+        return result
+
+    return step
+
+
+def _two_step(scheduler: Any) -> _Step:
+    """The step of CogVideoXDPMScheduler, which leaves it to its caller to remember the last clean sample."""
+    clean: list[torch.Tensor | None] = [None]
+
+    def step(
+        output: torch.Tensor, timesteps: list[Any], index: int, sample: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        before = timesteps[index - 1] if index else None
+        old = clean[0] if index else None
+        new: torch.Tensor
+        new, clean[0] = scheduler.step(
+            output, old, timesteps[index], before, sample, generator=generator, return_dict=False
+        )
+        return new
+
+    return step
+
+
+def _drawn(generator: torch.Generator, seed: int, shape: torch.Size) -> Floats:
+    """What was drawn last from a generator of that seed, zeros if nothing: the same draws lead to the same state."""
+    for dtype in (torch.float64, torch.float32):
+        again, drawn = torch.Generator().manual_seed(seed), torch.zeros(shape)
+        for _ in range(MAX_DRAWS):
+            if torch.equal(again.get_state(), generator.get_state()):
+                return drawn.double().numpy().flatten()
+            drawn = torch.randn(shape, generator=again, dtype=dtype)
+    raise CheckpointError("scheduler: draws noise in a way that cannot be followed; use another scheduler")
+
+
+def _solve(course: _Course, samples: int, outputs: int) -> tuple[Floats, Floats, Floats] | None:
+    rows = course.samples
     steps = len(rows) - 1
-    a, b = np.zeros((steps, samples)), np.zeros((steps, outputs))
+    a, b, c = np.zeros((steps, samples)), np.zeros((steps, outputs)), np.zeros(steps)
     for step in range(steps):
         past = [rows[step - i] for i in range(min(samples, step + 1))]
-        made = [np.eye(steps + 1)[step - i + 1] for i in range(min(outputs, step + 1))]
-        matrix = np.stack([*past, *made], axis=1)
+        made = [course.outputs[step - i] for i in range(min(outputs, step + 1))]
+        noise = [course.noise[step]] if course.noise[step].any() else []
+        matrix = np.stack([*past, *made, *noise], axis=1)
         solution = np.linalg.lstsq(matrix, rows[step + 1], rcond=None)[0]
         if not np.abs(matrix @ solution - rows[step + 1]).max() <= TOLERANCE * np.abs(rows[step + 1]).max():
             return None
-        a[step, : len(past)], b[step, : len(made)] = solution[: len(past)], solution[len(past) :]
-    return a, b
+        a[step, : len(past)], b[step, : len(made)] = solution[: len(past)], solution[len(past) :][: len(made)]
+        if noise and np.abs(solution[-1] * noise[0]).max() > TOLERANCE * np.abs(rows[step + 1]).max():
+            c[step] = solution[-1]  # else it is rounding: most last steps multiply what they draw by 0
+    return a, b, c
 
 
 def _check(scheduler: Any, table: Steps) -> None:
     steps = len(table.timesteps)
     generator = torch.Generator().manual_seed(steps)
     draws = 30 * torch.randn((steps + 1, 64), dtype=torch.float64, generator=generator)
-    timesteps = _start(scheduler, steps)
-    expected, _ = _run(scheduler, timesteps, draws[0], list(draws[1:]))
+    course = _run(scheduler, _start(scheduler, steps), draws[0], list(draws[1:]))
     got = [draws[0].numpy()]
     for step in range(steps):
         past = sum(c * got[step - i] for i, c in enumerate(table.sample_coefficients[step]) if i <= step)
         made = sum(c * draws[1 + step - i].numpy() for i, c in enumerate(table.output_coefficients[step]) if i <= step)
-        got.append(past + made)
-        if not np.abs(got[-1] - expected[step + 1]).max() <= TOLERANCE * np.abs(expected[step + 1]).max():
+        got.append(past + made + table.noise_coefficients[step] * course.noise[step])
+        expected = course.samples[step + 1]
+        if not np.abs(got[-1] - expected).max() <= TOLERANCE * np.abs(expected).max():
             raise CheckpointError(
-                f"scheduler {type(scheduler).__name__}: step {step} of {steps} is not linear in the sample and "
-                "the model outputs; switch clip_sample and thresholding off in scheduler_config.json, or use "
-                "another scheduler"
+                f"scheduler {type(scheduler).__name__}: step {step} of {steps} is not linear in the sample and the "
+                f"model outputs; {_REMEDY}"
             )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..engines.compiled import Compiled
-from ..engines.manifest import DTYPE_BYTES, Manifest, Part, TensorSpec, part_files
+from ..engines.manifest import DTYPE_BYTES, Manifest, Part, TensorSpec, chunk_sizes, part_files
 from .cache import Layout
 
 # fp32 arrays of the latents' size that the sampler has at hand besides the samples and outputs its table asks for:
@@ -98,13 +98,6 @@ def plan_memory(
     sizes = {name: largest for name, (_, largest) in manifest.ranges.items()} | {"batch": rows}
     latents = 4 * prompts * math.prod(manifest.shape.latents)
     condition = _bytes(manifest.condition.outputs, sizes)
-    step = [
-        spec
-        for spec in (*manifest.prologue.inputs, *manifest.prologue.outputs, *manifest.epilogue.outputs)
-        if spec.name not in manifest.streams
-    ]
-    decoder = manifest.vae_decoder
-    piece = sizes | {"batch": 1, "frames": manifest.shape.decode_frames}
     video = 3 * manifest.shape.frames * manifest.shape.height * manifest.shape.width
     denoise = (manifest.prologue, *manifest.blocks, manifest.epilogue)
     return MemoryPlan(
@@ -118,14 +111,31 @@ def plan_memory(
             + condition,
             compiled,
         ),
-        denoise=_phase(manifest, denoise, cache + condition + _bytes(step, sizes) + SAMPLER_ARRAYS * latents, compiled),
+        denoise=_phase(
+            manifest,
+            denoise,
+            cache + condition + _bytes(manifest.step_tensors, sizes) + SAMPLER_ARRAYS * latents,
+            compiled,
+        ),
         decode=_phase(
             manifest,
-            (decoder,),
-            latents + _bytes([*decoder.inputs, *decoder.outputs], piece) + prompts * video,
+            [part for stage in manifest.decoder for part in stage.parts],
+            latents + prompts * video + _decoding(manifest, sizes),
             compiled,
         ),
     )
+
+
+def _decoding(manifest: Manifest, sizes: dict[str, int]) -> int:
+    """Bytes of the stage that takes most: a chunk with all it is given and leaves, and the sequence from before."""
+    most = given = 0
+    for stage in manifest.decoder:
+        plan = [(part, sizes | chunk_sizes(part, stage.axis, length)) for part, length in stage.plan]
+        chunk = max(_bytes([*part.inputs, *part.outputs], sizes) for part, sizes in plan)
+        made = 0 if stage is manifest.decoder[-1] else sum(_bytes(part.outputs[:1], sizes) for part, sizes in plan)
+        most = max(most, given + chunk + 2 * made)  # the chunks, and the sequence they are joined to
+        given = made
+    return most
 
 
 def _phase(manifest: Manifest, parts: Sequence[Part], arrays: int, compiled: Compiled | None) -> Phase:

@@ -19,13 +19,16 @@ from ..engines.manifest import Part
 from .arguments import check_guidance, check_policy, check_prompts, check_seeds, check_text
 from .budget import Profile, choose_cached
 from .cache import Layout, create_cache
+from .decode import decode, run_part
 from .denoise import CancelToken, OnStep, Request, Transformer, denoise
 from .memory import MemoryPlan, plan_memory
 from .policies import Policy, policy_settings
-from .sampler import Sampler, Schedule, load_table
+from .sampler import Noise, Sampler, Schedule, load_table
 from .text import Tokenizer
 from .trace import Trace
 from .video import Video
+
+APART = 64  # fp32 numbers from one block's distances to the next one's: engines want addresses 256 bytes apart
 
 
 class VideoPipeline:
@@ -131,9 +134,7 @@ class VideoPipeline:
             policy=policy_settings(policy),
             backend=self.backend.describe(),
             prompts=prompts,
-            negative_prompt=check_text(
-                "negative_prompt", defaults.negative_prompt if negative_prompt is None else negative_prompt, True
-            ),
+            negative_prompt=self._check_negative(negative_prompt),
             steps_requested=schedule.steps,
             guidance=check_guidance(defaults.guidance if guidance is None else guidance),
             seeds=seeds,
@@ -143,15 +144,17 @@ class VideoPipeline:
         arrays = self.backend.arrays
         with self._turn, arrays.active():
             try:
-                noise = self._noise(latents, seeds)
+                noise = Noise(seeds, self.manifest.shape.latents, arrays)
+                initial = self._initial(latents, noise)
                 self._check_memory(policy, trace, sum(cached))
                 with _timed(trace, "text_ms"):
                     condition = self._encode(trace)
                 with _timed(trace, "denoise_ms"):
-                    request = self._request(condition, schedule.begin(noise), schedule, policy, cached, trace)
+                    sampler = schedule.begin(initial, noise.draw)
+                    request = self._request(condition, sampler, schedule, policy, cached, trace)
                     request.on_step, request.cancel = on_step, cancel
                     final = self._denoise(request)
-                    del request, condition
+                    del initial, sampler, request, condition
                 with _timed(trace, "decode_ms"):
                     frames = self._decode(final, to_host)
                 if to_host:
@@ -210,6 +213,16 @@ class VideoPipeline:
             )
         return prompts
 
+    def _check_negative(self, negative_prompt: str | None) -> str:
+        default = self.manifest.defaults.negative_prompt
+        text = check_text("negative_prompt", default if negative_prompt is None else negative_prompt, True)
+        if self.manifest.text.null_caption and text:
+            raise InvalidRequest(
+                f"negative_prompt: got {text[:40]!r}, expected none: this model reads a learnt null caption instead; "
+                "leave it out"
+            )
+        return text
+
     def _request(
         self,
         condition: dict[str, Array],
@@ -232,8 +245,8 @@ class VideoPipeline:
             cache=cache,
             decider=policy.begin(schedule.steps, blocks),
             drop_dead=policy.cache == "output",
-            tensors=condition | self._step_tensors(rows),
-            distances=arrays.empty((blocks, rows), "fp32"),
+            tensors=self._step_tensors(rows) | condition,
+            distances=arrays.empty((blocks, -(-rows // APART) * APART), "fp32")[:, :rows],
             guidance=trace.guidance,
             halves=halves,
             trace=trace,
@@ -258,19 +271,17 @@ class VideoPipeline:
             self.backend.arrays.synchronize()
             engines.clear()
 
-    def _noise(self, latents: Array | None, seeds: tuple[int, ...]) -> Array:
-        """Initial noise (prompts, *latent shape) fp32 on the device."""
-        shape = self.manifest.shape.latents
+    def _initial(self, latents: Array | None, noise: Noise) -> Array:
+        """Initial noise (prompts, *latent shape) fp32 on the device: the first that is drawn, or the caller's."""
+        drawn = noise.draw()
         if latents is None:
-            draws = [np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds]
-            return self.backend.arrays.from_host(np.stack(draws))
+            return drawn
         given = self._array(latents)
-        if given.shape == shape and len(seeds) == 1:
+        if given.shape == drawn.shape[1:] and len(drawn) == 1:
             given = given[None]
-        if given.shape != (len(seeds), *shape) or given.dtype != np.float32:
+        if given.shape != drawn.shape or given.dtype != np.float32:
             raise InvalidRequest(
-                f"latents: got {given.dtype} {given.shape}, expected float32 {(len(seeds), *shape)}, as this "
-                "bundle was exported"
+                f"latents: got {given.dtype} {given.shape}, expected float32 {drawn.shape}, as this bundle was exported"
             )
         if not bool(self.backend.arrays.xp.isfinite(given).all()):
             raise InvalidRequest("latents: got values that are not finite, expected normal noise")
@@ -289,72 +300,64 @@ class VideoPipeline:
     def _encode(self, trace: Trace) -> dict[str, Array]:
         """The inputs that no step changes: the condition part's outputs, in the order of the guided batch.
 
-        A prompt and its negative are both cut to the prompt's length, as diffusers does for one prompt; in a batch
-        each is masked to its own length, so that no prompt sees another's padding.
+        Unless the model reads padding too, a prompt and its negative are both cut to the prompt's length, as their
+        pipelines do for one prompt; in a batch each is masked to its own length, so that no prompt sees another's
+        padding. The part is told which rows are the negative half, as a model may put its null caption there.
         """
-        arrays, xp, prompts = self.backend.arrays, self.backend.arrays.xp, trace.prompts
-        halves = [list(prompts)]
-        if _halves(trace.guidance) == 2:
-            halves.insert(
-                0 if self.manifest.guidance_order == "negative_first" else 1, [trace.negative_prompt] * len(prompts)
-            )
-        texts = [text for half in halves for text in half]
+        arrays, xp, settings, prompts = self.backend.arrays, self.backend.arrays.xp, self.manifest.text, trace.prompts
+        negatives = prompts if settings.null_caption else (trace.negative_prompt,) * len(prompts)
+        halves = [(prompts, 0), (negatives, 1)][: _halves(trace.guidance)]
+        if self.manifest.guidance_order == "negative_first":
+            halves.reverse()
+        texts = [text for half, _ in halves for text in half]
         distinct = list(dict.fromkeys(texts))
         tokens = self._tokenizer.encode(distinct)
         trace.truncated_prompts = tuple(text for text in prompts if tokens.truncated[distinct.index(text)])
         lengths = np.array([tokens.lengths[distinct.index(prompt)] for prompt in prompts] * len(halves))
+        if settings.padded:
+            lengths[:] = settings.max_tokens
         longest = int(lengths.max())
         text_encoder, condition = self.manifest.text_encoder, self.manifest.condition
         with self._loaded(text_encoder, condition) as engines:
-            states = self._run(
+            states = run_part(
                 engines[0],
                 text_encoder,
+                arrays,
                 {"input_ids": arrays.from_host(tokens.ids), "attention_mask": arrays.from_host(tokens.mask)},
                 {"batch": len(distinct)},
             )["text_states"]
             order = arrays.from_host(np.array([distinct.index(text) for text in texts]))
             mask = (np.arange(longest)[None] < lengths[:, None]).astype(np.int64)
-            return self._run(
+            unconditional = np.repeat([int(negative) for _, negative in halves], len(prompts)).astype(np.int64)
+            return run_part(
                 engines[1],
                 condition,
-                {"text_states": xp.ascontiguousarray(states[order, :longest]), "text_mask": arrays.from_host(mask)},
-                {"batch": len(texts), "text": longest},
+                arrays,
+                {
+                    "text_states": xp.ascontiguousarray(states[order, :longest]),
+                    "text_mask": arrays.from_host(mask),
+                    "unconditional": arrays.from_host(unconditional),
+                },
+                self._sizes(batch=len(texts), text=longest),
             )
 
     def _step_tensors(self, rows: int) -> dict[str, Array]:
-        """The inputs and outputs of prologue and epilogue, apart from the stream."""
+        """The inputs and outputs of prologue and epilogue, apart from the stream and from what no step changes."""
         sizes = {name: largest for name, (_, largest) in self.manifest.ranges.items()} | {"batch": rows}
-        specs = [*self.manifest.prologue.inputs, *self.manifest.prologue.outputs, *self.manifest.epilogue.outputs]
         return {
-            spec.name: self.backend.arrays.empty(spec.resolve(sizes), spec.dtype)
-            for spec in specs
-            if spec.name not in self.manifest.streams
+            spec.name: self.backend.arrays.empty(spec.resolve(sizes), spec.dtype) for spec in self.manifest.step_tensors
         }
+
+    def _sizes(self, **known: int) -> dict[str, int]:
+        """Every named dimension, at its largest where it is not known."""
+        return {name: largest for name, (_, largest) in self.manifest.ranges.items()} | known
 
     def _decode(self, latents: Array, to_host: bool) -> list[Array]:
         """Each video's latents to frames (F, H, W, 3) uint8."""
-        with self._loaded(self.manifest.vae_decoder) as engines:
-            return [self._decode_video(engines[0], video, to_host) for video in latents]
-
-    def _decode_video(self, decoder: Engine, latents: Array, to_host: bool) -> Array:
-        """A few frames at a time."""
-        arrays, part = self.backend.arrays, self.manifest.vae_decoder
-        axis = part.input("latents").shape.index("frames")
-        chunk, length = self.manifest.shape.decode_frames, latents.shape[axis]
-        sizes = {name: largest for name, (_, largest) in self.manifest.ranges.items()}
-        frames = []
-        for first in range(0, length, chunk):
-            piece = latents[(slice(None),) * axis + (slice(first, first + chunk),)]
-            inputs = {"latents": arrays.xp.ascontiguousarray(piece)}
-            result = self._run(decoder, part, inputs, sizes | {"frames": piece.shape[axis]})
-            frames.append(arrays.to_host(result["frames"]) if to_host else result["frames"])
-        return (np if to_host else arrays.xp).concatenate(frames)
-
-    def _run(self, engine: Engine, part: Part, inputs: dict[str, Array], sizes: dict[str, int]) -> dict[str, Array]:
-        """Run a part whose outputs nobody has allocated yet; returns them."""
-        outputs = {spec.name: self.backend.arrays.empty(spec.resolve(sizes), spec.dtype) for spec in part.outputs}
-        engine.run({**inputs, **outputs})
-        return outputs
+        parts = [part for stage in self.manifest.decoder for part in stage.parts]
+        with self._loaded(*parts) as loaded:
+            engines = {part.name: engine for part, engine in zip(parts, loaded, strict=True)}
+            return [decode(self.manifest, engines, self.backend.arrays, video, to_host) for video in latents]
 
 
 def load(

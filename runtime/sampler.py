@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..engines.arrays import Array, HostArray
+from ..engines.arrays import Array, Arrays, HostArray
 from ..engines.errors import IntegrityError, InvalidRequest
 
-COLUMNS = ("timesteps", "input_scales", "sample_coefficients", "output_coefficients", "noise_scales")
+VECTORS = ("timesteps", "input_scales", "noise_coefficients")
+MATRICES = ("sample_coefficients", "output_coefficients")
+COLUMNS = (*VECTORS, *MATRICES, "noise_scales")
+
+
+class Noise:
+    """The random numbers of one request, standard normal, from one generator per prompt.
+
+    The first draw is what denoising begins with; samplers that add noise draw more of them, step by step.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], arrays: Arrays) -> None:
+        self._generators = [np.random.default_rng(seed) for seed in seeds]
+        self._shape = shape
+        self._arrays = arrays
+
+    def draw(self) -> Array:
+        """The next (prompts, *shape) fp32, on the device."""
+        rows = [generator.standard_normal(self._shape, dtype=np.float32) for generator in self._generators]
+        return self._arrays.from_host(np.stack(rows))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """One number of steps T: timesteps and input scales (T,), coefficients a (T, n) and b (T, m); all fp64.
+    """One number of steps T: timesteps, input scales, c (T,), coefficients a (T, n) and b (T, m); all fp64.
 
-    x[t+1] = sum of a[t, i] x[t-i] over i, plus sum of b[t, i] m[t-i], with x the samples and m the model outputs.
+    x[t+1] = sum of a[t, i] x[t-i] over i, plus sum of b[t, i] m[t-i], plus c[t] n[t], with x the samples, m the model
+    outputs and n standard normal noise, drawn only where c[t] is not 0.
     """
 
     timesteps: HostArray
     input_scales: HostArray
+    noise_coefficients: HostArray
     sample_coefficients: HostArray
     output_coefficients: HostArray
     noise_scale: float
@@ -33,16 +55,20 @@ class Schedule:
         """The number of steps."""
         return len(self.timesteps)
 
-    def begin(self, latents: Array) -> Sampler:
-        """The sampler of one request; `latents` is its standard normal noise, which is left as it is."""
-        return Sampler(self, latents * np.float32(self.noise_scale))
+    def begin(self, latents: Array, draw: Callable[[], Array]) -> Sampler:
+        """The sampler of one request; `latents` is its standard normal noise, which is left as it is.
+
+        `draw` makes further noise of that shape, in steps that add some.
+        """
+        return Sampler(self, latents * np.float32(self.noise_scale), draw)
 
 
 class Sampler:
     """The samples of one request. `latents` is the newest, fp32."""
 
-    def __init__(self, schedule: Schedule, latents: Array) -> None:
+    def __init__(self, schedule: Schedule, latents: Array, draw: Callable[[], Array]) -> None:
         self._schedule = schedule
+        self._draw = draw
         self._samples: list[Array] = [latents]
         self._outputs: list[Array] = []
 
@@ -61,6 +87,9 @@ class Sampler:
         a, b = self._schedule.sample_coefficients[step], self._schedule.output_coefficients[step]
         self._outputs = [model_output, *self._outputs][: len(b)]
         terms = [*zip(a, self._samples, strict=False), *zip(b, self._outputs, strict=False)]
+        noise = self._schedule.noise_coefficients[step]
+        if noise:
+            terms.append((noise, self._draw()))
         new: Any = 0
         for coefficient, values in terms:
             if coefficient:
@@ -80,7 +109,7 @@ class SamplerTable:
         if not isinstance(steps, (int, np.integer)) or not 1 <= steps <= self.max_steps:
             raise InvalidRequest(f"steps: got {steps}, expected 1 to {self.max_steps}, which the bundle has tables for")
         first = steps * (steps - 1) // 2
-        rows = {name: self._columns[name][first : first + steps] for name in COLUMNS[:-1]}
+        rows = {name: self._columns[name][first : first + steps] for name in (*VECTORS, *MATRICES)}
         return Schedule(**rows, noise_scale=float(self._columns["noise_scales"][steps - 1]))
 
 
@@ -93,7 +122,7 @@ def load_table(path: Path, max_steps: int) -> SamplerTable:
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise IntegrityError(f"{path}: is not a sampler table ({error}); export again") from error
     rows = max_steps * (max_steps + 1) // 2
-    shapes = dict.fromkeys(COLUMNS[:2], (rows,)) | {"noise_scales": (max_steps,)}
+    shapes = dict.fromkeys(VECTORS, (rows,)) | {"noise_scales": (max_steps,)}
     for name, column in columns.items():
         fits = column.shape == shapes[name] if name in shapes else column.ndim == 2 and len(column) == rows
         if column.dtype != np.float64 or not fits:

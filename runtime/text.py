@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as _Tokenizer
 from ..engines.arrays import HostArray
 from ..engines.errors import IntegrityError
 from ..engines.manifest import Text
+from .caption import clean_caption
 
 log = logging.getLogger("foresight")
 
@@ -40,7 +41,10 @@ class Tokenizer:
         self._settings = settings
 
     def encode(self, texts: Sequence[str]) -> Tokens:
-        """Tokens of each text, cut to the model's length as its own tokenizer does: the end token stays."""
+        """Tokens of each text, cut to the model's length as its own tokenizer does: the end token stays.
+
+        Raises InvalidRequest where a text cannot be cleaned, see runtime/caption.py.
+        """
         settings = self._settings
         ids = np.full((len(texts), settings.max_tokens), settings.pad_id, np.int64)
         mask = np.zeros_like(ids)
@@ -62,5 +66,9 @@ class Tokenizer:
         return Tokens(ids, mask, tuple(lengths), tuple(truncated))
 
     def _normalize(self, text: str) -> str:
-        text = text.lower() if self._settings.lowercase else text
-        return text.strip() if self._settings.strip else text
+        settings = self._settings
+        if settings.suffix and settings.suffix_unless not in text:
+            text += settings.suffix
+        if settings.cleaning == "caption":
+            return clean_caption(text)
+        return text.lower().strip() if settings.cleaning == "lower" else text

@@ -22,18 +22,27 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "bool": torch.bool,
 }
 
+MASKED = -10000.0  # as diffusers biases masked keys; exp() of it is 0 in every dtype used here
+
 Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to export: sizes left at None are the checkpoint's own."""
+    """What to export: sizes left at None are the checkpoint's own.
+
+    Models with tables of sizes take their rows' names instead: `resolution` ("240p"), `aspect` ("9:16", height to
+    width) and `duration` ("2s").
+    """
 
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     height: int | None = None
     width: int | None = None
     frames: int | None = None
     max_batch: int = 4
+    resolution: str | None = None
+    aspect: str | None = None
+    duration: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp32", "fp16", "bf16"):
@@ -43,10 +52,36 @@ class Request:
             if value is not None and value < 1:
                 raise InvalidRequest(f"{name}: got {value}, expected 1 or more")
 
+    def refuse_presets(self, family: str) -> None:
+        """For families without tables of sizes. Raises InvalidRequest."""
+        for name in ("resolution", "aspect", "duration"):
+            if getattr(self, name) is not None:
+                raise InvalidRequest(
+                    f"{name}: got {getattr(self, name)!r}, but {family} has no table of sizes; give height, width and "
+                    "frames"
+                )
+
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Standard normal numbers, fp32."""
     return torch.randn(shape, generator=generator)
+
+
+def draw_mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Masks (B, S) int64 of texts of any length, 1 where there is a token."""
+    lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
+    return (torch.arange(shape[1])[None] < lengths).long()
+
+
+def draw_bias(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """What attention adds for such masks, (B, 1, 1, S)."""
+    mask = draw_mask((shape[0], shape[-1]), generator)
+    return ((1 - mask) * MASKED)[:, None, None]
+
+
+def draw_timestep(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Timesteps from 0 to 999."""
+    return torch.randint(1000, shape, generator=generator).float()
 
 
 @dataclass(frozen=True)
@@ -107,8 +142,26 @@ class PartPlan:
 
 
 @dataclass(frozen=True)
+class StagePlan:
+    """One stage of the decoder, as in engines.manifest.Stage."""
+
+    first: PartPlan
+    next: PartPlan | None
+    axis: int
+    chunks: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[PartPlan, ...]:
+        """Its one or two graphs."""
+        return (self.first,) if self.next is None else (self.first, self.next)
+
+
+@dataclass(frozen=True)
 class Split:
-    """A checkpoint taken apart. Parts as in engines.manifest.Manifest."""
+    """A checkpoint taken apart. Parts as in engines.manifest.Manifest.
+
+    `check` refuses weights that are not the ones expected, before the first of them is exported: CheckpointError.
+    """
 
     shape: Shape
     ranges: dict[str, tuple[int, int]]
@@ -119,22 +172,30 @@ class Split:
     prologue: PartPlan
     blocks: tuple[PartPlan, ...]
     epilogue: PartPlan
-    vae_decoder: PartPlan
+    decoder: tuple[StagePlan, ...]
     text: Text
     tokenizer: Callable[[], str]
     scheduler: Callable[[], Any]
+    check: Callable[[], None] = lambda: None
 
     @property
     def parts(self) -> Iterator[PartPlan]:
         """All parts in execution order."""
         yield from (self.text_encoder, self.condition, self.prologue)
         yield from self.blocks
-        yield from (self.epilogue, self.vae_decoder)
+        yield self.epilogue
+        for stage in self.decoder:
+            yield from stage.parts
 
 
 def float_spec(name: str, dtype: Dtype, *shape: int | str) -> TensorSpec:
     """A TensorSpec in one line."""
     return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
+def chunks_of(length: int, chunk: int) -> tuple[int, ...]:
+    """`length` in pieces of `chunk`, the last one what is left."""
+    return tuple(min(chunk, length - first) for first in range(0, length, chunk))
 
 
 def assign_parameters(module: nn.Module, value: Callable[[str], Tensor]) -> None:

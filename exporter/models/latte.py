@@ -9,26 +9,37 @@ so that prompts of different length share a batch without attending to it.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, LatteTransformer3DModel
-from diffusers import __version__ as diffusers_version
-from diffusers import schedulers as diffusers_schedulers
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from ...engines.errors import CheckpointError, InvalidRequest
 from ...engines.manifest import Dtype, Shape, TensorSpec, Text
 from ..checkpoint import Checkpoint
-from .base import TORCH_DTYPES, Input, PartPlan, Request, Split, float_spec, mean_squared_change
+from ..sampler import scheduler_from_checkpoint
+from .base import (
+    MASKED,
+    TORCH_DTYPES,
+    Input,
+    PartPlan,
+    Request,
+    Split,
+    StagePlan,
+    chunks_of,
+    draw_bias,
+    draw_mask,
+    draw_timestep,
+    float_spec,
+    mean_squared_change,
+)
+from .t5 import TOKENIZER, load_encoder, text_encoder_plan, tokenizer_json
 
 MAX_TOKENS = 120  # LattePipeline.encode_prompt pads every prompt to this
-MASKED = -10000.0  # as diffusers biases masked keys; exp() of it is 0 in every dtype used here
 DECODE_PIXELS = 512 * 512  # of frames that the VAE decodes at a time
 
 
@@ -120,17 +131,6 @@ def cross_attention(attn: Attention, hidden: Tensor, text: Tensor, text_bias: Te
     return attn.to_out[0](states.transpose(1, 2).reshape(rows, frames, tokens, -1))  # type: ignore[no-any-return]
 
 
-class TextEncoder(nn.Module):
-    """T5: input_ids and attention_mask (B, S) int64 -> text_states (B, S, C)."""
-
-    def __init__(self, encoder: T5EncoderModel) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.encoder(input_ids, attention_mask).last_hidden_state  # type: ignore[no-any-return]
-
-
 class Condition(nn.Module):
     """What no step changes: text_states (B, S, C), text_mask (B, S) int64 -> text (B, S, D), text_bias (B, 1, 1, S)."""
 
@@ -207,55 +207,47 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
         "vae": "AutoencoderKL",
     }
     checkpoint.require_pipeline("LattePipeline", components)
+    request.refuse_presets("Latte")
     dtype = TORCH_DTYPES[request.dtype]
     with init_empty_weights(include_buffers=False):
         transformer = LatteTransformer3DModel.from_config(checkpoint.config("transformer")).eval()
-        encoder = T5EncoderModel(T5Config.from_dict(checkpoint.config("text_encoder"))).eval()
         vae = AutoencoderKL.from_config(checkpoint.config("vae")).eval()
-    encoder.set_input_embeddings(encoder.shared)  # one tensor under two names
-    for module in (transformer, encoder, vae):
+    for module in (transformer, vae):
         nn.Module.to(module, dtype)  # past diffusers' own to(), which advises on loading with from_pretrained
-    keep_in_fp32(encoder)
+    encoder = load_encoder(checkpoint, request.dtype)
     _check_config(checkpoint, transformer)
     shape = _shape(transformer, vae, request)
     specs = _Specs(transformer, shape, request.dtype)
+    chunk = max(1, min(shape.frames, DECODE_PIXELS // (shape.height * shape.width)))
     return Split(
         shape=shape,
-        ranges=_ranges(shape, specs.tokens),
+        ranges=_ranges(shape, specs.tokens, chunk),
         streams=("hidden",),
         guidance_order="negative_first",
-        text_encoder=_text_encoder(encoder, request.dtype),
+        text_encoder=text_encoder_plan(encoder, request.dtype, MAX_TOKENS),
         condition=_condition(transformer, encoder.config.d_model, request.dtype),
         prologue=_prologue(transformer, specs),
         blocks=_blocks(transformer, specs),
         epilogue=_epilogue(transformer, specs),
-        vae_decoder=_vae_decoder(vae, shape),
-        text=Text(tokenizer="tokenizer.json", max_tokens=MAX_TOKENS, pad_id=0, lowercase=True, strip=True),
-        tokenizer=lambda: _tokenizer_json(checkpoint),
-        scheduler=lambda: _scheduler(checkpoint),
+        decoder=(StagePlan(_vae_decoder(vae, shape), None, axis=1, chunks=chunks_of(shape.frames, chunk)),),
+        text=Text(tokenizer=TOKENIZER, max_tokens=MAX_TOKENS, pad_id=0, cleaning="lower"),
+        tokenizer=lambda: tokenizer_json(checkpoint),
+        scheduler=lambda: scheduler_from_checkpoint(checkpoint),
     )
 
 
-def _ranges(shape: Shape, tokens: int) -> dict[str, tuple[int, int]]:
+def _ranges(shape: Shape, tokens: int, chunk: int) -> dict[str, tuple[int, int]]:
     _, _, height, width = shape.latents
     return {
         "batch": (1, 2 * shape.max_batch),
         "text": (1, MAX_TOKENS),
         "tokens": (tokens, tokens),
-        "frames": (1, shape.decode_frames),
+        "frames": (1, chunk),
         "latent_height": (height, height),
         "latent_width": (width, width),
         "height": (shape.height, shape.height),
         "width": (shape.width, shape.width),
     }
-
-
-def keep_in_fp32(encoder: T5EncoderModel) -> None:
-    """Keep the layers in fp32 that transformers keeps there: T5's second feed-forward matrix overflows fp16."""
-    if encoder.dtype == torch.float16:
-        for name, module in encoder.named_modules():
-            if name.rpartition(".")[2] in (encoder._keep_in_fp32_modules or ()):
-                module.float()
 
 
 class _Specs:
@@ -267,7 +259,7 @@ class _Specs:
         dim = config.num_attention_heads * config.attention_head_dim
         tokens = (height // config.patch_size) * (width // config.patch_size)
         self.latents = Input(float_spec("latents", "fp32", "batch", channels, frames, height, width))
-        self.timestep = Input(float_spec("timestep", "fp32", "batch"), _draw_timestep)
+        self.timestep = Input(float_spec("timestep", "fp32", "batch"), draw_timestep)
         self.hidden = Input(float_spec("hidden", dtype, "batch", frames, "tokens", dim))
         self.cached = Input(float_spec("cached_hidden", dtype, "batch", frames, "tokens", dim))
         self.new = float_spec("new_hidden", dtype, "batch", frames, "tokens", dim)
@@ -275,32 +267,10 @@ class _Specs:
         self.modulation = Input(float_spec("modulation", dtype, "batch", 6, dim))
         self.time = Input(float_spec("time", dtype, "batch", dim))
         self.text = Input(float_spec("text", dtype, "batch", "text", dim))
-        self.text_bias = Input(float_spec("text_bias", dtype, "batch", 1, 1, "text"), _draw_bias)
+        self.text_bias = Input(float_spec("text_bias", dtype, "batch", 1, 1, "text"), draw_bias)
         self.distance = float_spec("distance", "fp32", "batch")
         self.model_output = float_spec("model_output", "fp32", "batch", channels, frames, height, width)
         self.shape = shape
-
-
-def _text_encoder(encoder: T5EncoderModel, dtype: Dtype) -> PartPlan:
-    module = TextEncoder(encoder)
-    vocabulary = int(encoder.config.vocab_size)
-    ids = Input(
-        TensorSpec(name="input_ids", dtype="int64", shape=("batch", MAX_TOKENS)),
-        lambda shape, generator: torch.randint(vocabulary, shape, generator=generator),
-    )
-    mask = Input(TensorSpec(name="attention_mask", dtype="int64", shape=("batch", MAX_TOKENS)), _draw_mask)
-    return PartPlan(
-        name="text_encoder",
-        kind="text_encoder",
-        module=module,
-        component="text_encoder",
-        prefixes={"encoder.": ""},
-        inputs=(ids, mask),
-        outputs=(float_spec("text_states", dtype, "batch", MAX_TOKENS, encoder.config.d_model),),
-        reference=module.forward,
-        check_sizes=({"batch": 1}, {"batch": 2}),
-        aliases=(("shared.weight", "encoder.embed_tokens.weight"),),
-    )
 
 
 def _condition(transformer: LatteTransformer3DModel, width: int, dtype: Dtype) -> PartPlan:
@@ -314,7 +284,7 @@ def _condition(transformer: LatteTransformer3DModel, width: int, dtype: Dtype) -
         prefixes={"": ""},
         inputs=(
             Input(float_spec("text_states", dtype, "batch", "text", width)),
-            Input(TensorSpec(name="text_mask", dtype="int64", shape=("batch", "text")), _draw_mask),
+            Input(TensorSpec(name="text_mask", dtype="int64", shape=("batch", "text")), draw_mask),
         ),
         outputs=(
             float_spec("text", dtype, "batch", "text", dim),
@@ -432,41 +402,4 @@ def _shape(transformer: LatteTransformer3DModel, vae: AutoencoderKL, request: Re
         frames=frames,
         latents=(config.in_channels, frames, height // scale, width // scale),
         max_batch=request.max_batch,
-        decode_frames=max(1, min(frames, DECODE_PIXELS // (height * width))),
     )
-
-
-def _tokenizer_json(checkpoint: Checkpoint) -> str:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
-        return tokenizer.backend_tokenizer.to_str()  # type: ignore[no-any-return]
-    except Exception as error:  # the libraries raise bare Exception, among much else
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name}: its tokenizer cannot be read ({reason}); download it again"
-        ) from error
-
-
-def _scheduler(checkpoint: Checkpoint) -> Any:
-    config = checkpoint.config("scheduler", "scheduler_config.json")
-    name = checkpoint.component_class("scheduler")
-    scheduler = getattr(diffusers_schedulers, name, None)
-    if scheduler is None:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name}: diffusers {diffusers_version} has no scheduler {name}; name one that it has"
-        )
-    return scheduler.from_config(config)
-
-
-def _draw_mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
-    return (torch.arange(shape[1])[None] < lengths).long()
-
-
-def _draw_bias(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    mask = _draw_mask((shape[0], shape[-1]), generator)
-    return ((1 - mask) * MASKED)[:, None, None]
-
-
-def _draw_timestep(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randint(1000, shape, generator=generator).float()

@@ -78,7 +78,7 @@ def test_the_id_changes_with_the_manifest(copied: Path) -> None:
 
 def test_records_cannot_be_changed(bundle: Path) -> None:
     with pytest.raises(AttributeError):
-        open_bundle(bundle).manifest.schema = 2  # type: ignore[misc]
+        open_bundle(bundle).manifest.schema = 3  # type: ignore[misc]
 
 
 def test_parts_come_in_the_order_in_which_a_request_runs_them(bundle: Path) -> None:
@@ -360,12 +360,12 @@ def test_a_graph_that_is_none_is_one_of_our_errors(copied: Path, content: bytes)
         b'{"schema": true}',
         b'{"schema": 1e400}',
         b'{"schema": 1' + b"0" * 5000 + b"}",
-        b'{"schema": 1}',
-        b'{"schema": 1, "model": "\xff"}',
-        b'{"schema": 1, "mod\xffel": "latte"}',
-        b'{"schema": 1, "model": "\\ud800"}',
-        b'{"schema": 1, "model": ' + b"[" * 100_000,
-        b'{"schema": 1, "nested": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"schema": 2}',
+        b'{"schema": 2, "model": "\xff"}',
+        b'{"schema": 2, "mod\xffel": "latte"}',
+        b'{"schema": 2, "model": "\\ud800"}',
+        b'{"schema": 2, "model": ' + b"[" * 100_000,
+        b'{"schema": 2, "nested": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b"\x80\x04N.",
     ],
     ids=lambda raw: repr(raw[:30]),
@@ -376,9 +376,15 @@ def test_a_manifest_that_is_none_is_an_integrity_error(tmp_path: Path, raw: byte
         open_bundle(tmp_path)
 
 
+def test_an_older_schema_needs_another_export(copied: Path) -> None:
+    edit_manifest(copied, lambda manifest: manifest.update(schema=1))
+    with pytest.raises(BundleError, match="has schema 1, this version reads .*; export again"):
+        open_bundle(copied)
+
+
 def test_a_newer_schema_needs_a_newer_version(copied: Path) -> None:
     edit_manifest(copied, lambda manifest: manifest.update(schema=SCHEMA + 1, invention={"from": "the future"}))
-    with pytest.raises(BundleError, match=rf"has schema {SCHEMA + 1}, this version reads up to {SCHEMA}; upgrade"):
+    with pytest.raises(BundleError, match=rf"has schema {SCHEMA + 1}, this version reads {SCHEMA}; upgrade"):
         open_bundle(copied)
 
 
@@ -480,7 +486,17 @@ CONTRADICTIONS: dict[str, Callable[[Json], Any]] = {
     "latents of two shapes": lambda manifest: manifest["shape"].update(latents=[4, 3, 8, 9]),
     "latents of no shape": lambda manifest: manifest["shape"].update(latents=[]),
     "frames of another height": lambda manifest: manifest["shape"].update(height=99),
-    "no frames to decode at a time": lambda manifest: manifest["shape"].update(decode_frames=0),
+    "no decoder": lambda manifest: manifest.update(decoder=[]),
+    "no frames to decode at a time": lambda manifest: manifest["decoder"][0].update(chunks=[0, 3]),
+    "more frames at a time than the decoder takes": lambda manifest: manifest["ranges"].update(frames=[1, 2]),
+    "fewer frames than a video has": lambda manifest: manifest["decoder"][0].update(chunks=[2]),
+    "frames along no axis": lambda manifest: manifest["decoder"][0].update(axis=4),
+    "a decoder after the last": lambda manifest: manifest["decoder"].append(manifest["decoder"][0]),
+    "a later chunk of another kind": lambda manifest: manifest["decoder"][0].update(next=manifest["epilogue"]),
+    "a negative prompt beside a null caption": lambda manifest: (
+        manifest["text"].update(null_caption=True),
+        manifest["defaults"].update(negative_prompt="ugly"),
+    ),
     "no prompts in a batch": lambda manifest: manifest["shape"].update(max_batch=0),
     "a batch larger than its range": lambda manifest: manifest["shape"].update(max_batch=99),
     "no tokens": lambda manifest: manifest["text"].update(max_tokens=0),

@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import EngineError, InvalidRequest
-from foresight.engines.manifest import Part
 from foresight.engines.tensorrt import INSTALL, BuildSettings, Profile, build_plan, find_target, profile_of, use
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has wheels for Linux x86-64 only")
@@ -211,6 +210,6 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_parts_that_have_no_batch_have_a_profile_too(demo_bundle: Path) -> None:
     manifest = open_bundle(demo_bundle).manifest
-    part: Part = manifest.vae_decoder
-    low, _, high = profile_of(part, manifest.ranges)["latents"]
-    assert low[1] == 1 and high[1] == manifest.shape.decode_frames
+    stage = manifest.decoder[0]
+    low, _, high = profile_of(stage.first, manifest.ranges)["latents"]
+    assert low[stage.axis] == 1 and high[stage.axis] == max(stage.chunks)

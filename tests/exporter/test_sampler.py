@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -75,12 +77,16 @@ LINEAR: dict[str, Make] = {
     "flow matching": FlowMatchEulerDiscreteScheduler,
     "UniPC": partial(UniPCMultistepScheduler, **BETAS),
 }
+NOISY: dict[str, Make] = {
+    "CogVideoX DPM": partial(CogVideoXDPMScheduler, **COGVIDEOX),
+    "CogVideoX DPM of the 5b": partial(CogVideoXDPMScheduler, **COGVIDEOX | {"snr_shift_scale": 1.0}),
+    "DDPM": partial(DDPMScheduler, **BETAS, clip_sample=False),
+    "ancestral Euler": partial(EulerAncestralDiscreteScheduler, **BETAS),
+    "SDE-DPM-Solver++": dpm(algorithm_type="sde-dpmsolver++"),
+}
 REFUSED: dict[str, Make] = {
     "clip_sample": ddim(clip_sample=True),
     "thresholding": ddim(thresholding=True),
-    "DDPM adds noise": partial(DDPMScheduler, **BETAS, clip_sample=False),
-    "ancestral Euler adds noise": partial(EulerAncestralDiscreteScheduler, **BETAS),
-    "SDE-DPM-Solver++ adds noise": dpm(algorithm_type="sde-dpmsolver++"),
     "Heun calls the model twice": partial(HeunDiscreteScheduler, **BETAS),
 }
 # diffusers' own, with numpy 2
@@ -88,9 +94,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 
 def schedule_from(table: Steps) -> Schedule:
-    return Schedule(
-        table.timesteps, table.input_scales, table.sample_coefficients, table.output_coefficients, table.noise_scale
-    )
+    return Schedule(**asdict(table))
+
+
+def no_noise() -> Any:
+    raise AssertionError("this sampler adds no noise")
 
 
 def run_both(scheduler: Any, schedule: Schedule, seed: int) -> tuple[list[Any], list[Any]]:
@@ -99,7 +107,7 @@ def run_both(scheduler: Any, schedule: Schedule, seed: int) -> tuple[list[Any], 
     shape = (1, 4, 3, 5)
     noise = draw.standard_normal(shape).astype(np.float32)
     outputs = [draw.standard_normal(shape).astype(np.float32) for _ in range(schedule.steps)]
-    sampler = schedule.begin(noise)
+    sampler = schedule.begin(noise, no_noise)
     ours = []
     for step, output in enumerate(outputs):
         ours.append(sampler.model_input(step).copy())
@@ -122,6 +130,55 @@ def test_the_runtime_takes_the_steps_of_the_scheduler(name: str, steps: int, see
     ours, theirs = run_both(scheduler, schedule_from(steps_from_scheduler(scheduler, steps)), seed)
     for got, expected in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max() * steps**0.5)
+
+
+@pytest.mark.parametrize("name", NOISY)
+@given(steps=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=6, deadline=None, derandomize=True)
+def test_the_runtime_adds_the_noise_that_the_scheduler_adds(name: str, steps: int, seed: int) -> None:
+    """The scheduler draws from torch; the runtime is given the last that was drawn in a step."""
+    scheduler = NOISY[name]()
+    schedule = schedule_from(steps_from_scheduler(scheduler, steps))
+    scheduler.set_timesteps(steps)
+    draw, shape = np.random.default_rng(seed), (1, 4, 3, 5)
+    noise = draw.standard_normal(shape).astype(np.float32)
+    given_noise: list[Any] = []
+    sampler = schedule.begin(noise, lambda: given_noise[-1])
+    sample = torch.from_numpy(noise).double() * float(scheduler.init_noise_sigma)
+    clean, largest = None, 1.0
+    for step, timestep in enumerate(scheduler.timesteps[:steps]):
+        output = draw.standard_normal(shape).astype(np.float32)
+        generator, again = (torch.Generator().manual_seed(step) for _ in range(2))
+        double = torch.from_numpy(output).double()
+        if isinstance(scheduler, CogVideoXDPMScheduler):
+            before = scheduler.timesteps[step - 1] if step else None
+            draws = 1 if clean is None or timestep < 1000 // steps else 2
+            sample, clean = scheduler.step(
+                double, clean, timestep, before, sample, generator=generator, return_dict=False
+            )
+        else:
+            draws = 1
+            sample = scheduler.step(double, timestep, sample, generator=generator, return_dict=False)[0]
+        dtype = torch.float32 if name == "SDE-DPM-Solver++" else torch.float64
+        given_noise += [torch.randn(shape, generator=again, dtype=dtype).float().numpy() for _ in range(draws)]
+        sampler.advance(step, output)
+        largest = max(largest, float(sample.abs().max()))
+        np.testing.assert_allclose(sampler.latents, sample.numpy(), rtol=0, atol=2e-5 * largest * steps**0.5)
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_the_last_step_adds_no_noise(name: str) -> None:
+    coefficients = steps_from_scheduler(NOISY[name](), 10).noise_coefficients
+    assert coefficients[:-1].all() and not coefficients[-1]
+
+
+def test_a_timestep_below_the_last_is_left_out() -> None:
+    """The trailing spacing of diffusers makes 62 of them for 61 steps; the last is -1."""
+    scheduler = LINEAR["CogVideoX DDIM"]()
+    scheduler.set_timesteps(61)
+    assert len(scheduler.timesteps) == 62 and scheduler.timesteps[-1] == -1
+    table = steps_from_scheduler(scheduler, 61)
+    np.testing.assert_array_equal(table.timesteps, scheduler.timesteps[:61].double().numpy())
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -180,13 +237,13 @@ def test_a_bundle_has_tables_for_1_to_100_steps(bundle: Path, steps: int) -> Non
 def test_the_noise_a_request_begins_with_is_left_as_it_is() -> None:
     schedule = schedule_from(steps_from_scheduler(LINEAR["Euler"](), 3))
     noise = np.ones((1, 4), np.float32)
-    sampler = schedule.begin(noise)
+    sampler = schedule.begin(noise, no_noise)
     for step in range(3):
         sampler.advance(step, np.ones((1, 4), np.float32))
     assert (noise == 1).all()
 
 
 def test_samples_stay_in_single_precision() -> None:
-    sampler = schedule_from(steps_from_scheduler(LINEAR["Euler"](), 2)).begin(np.ones((1, 4), np.float32))
+    sampler = schedule_from(steps_from_scheduler(LINEAR["Euler"](), 2)).begin(np.ones((1, 4), np.float32), no_noise)
     sampler.advance(0, np.ones((1, 4), np.float32))
     assert sampler.latents.dtype == sampler.model_input(1).dtype == np.float32

@@ -91,8 +91,7 @@ def test_latents_are_left_as_they_are(pipeline: VideoPipeline) -> None:
 
 def test_frames_decoded_a_few_at_a_time_are_the_same(pipeline: VideoPipeline, bundle: Path, tmp_path: Path) -> None:
     def two_at_a_time(manifest: Json) -> None:
-        manifest["shape"]["decode_frames"] = 2
-        manifest["ranges"]["frames"] = [1, 2]
+        manifest["decoder"][0]["chunks"] = [2, 1]
 
     other, _ = watched_pipeline(edit_manifest(copy_bundle(bundle, tmp_path / "copied"), two_at_a_time))
     expected, got = (p("a dog", steps=2).frames for p in (pipeline, other))

@@ -1,0 +1,82 @@
+"""The text side that the families share: a T5 encoder and its tokenizer."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+from ...engines.errors import CheckpointError
+from ...engines.manifest import Dtype, TensorSpec
+from ..checkpoint import Checkpoint
+from .base import TORCH_DTYPES, Input, PartPlan, draw_mask, float_spec
+
+TOKENIZER = "tokenizer.json"
+
+
+class TextEncoder(nn.Module):
+    """T5: input_ids and attention_mask (B, S) int64 -> text_states (B, S, C).
+
+    Without a mask every token attends to the padding as well, as in pipelines that pass none.
+    """
+
+    def __init__(self, encoder: T5EncoderModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.encoder(input_ids, attention_mask).last_hidden_state  # type: ignore[no-any-return]
+
+
+def load_encoder(checkpoint: Checkpoint, dtype: Dtype) -> T5EncoderModel:
+    """The checkpoint's text encoder, its parameters on the meta device and without values."""
+    with init_empty_weights(include_buffers=False):
+        encoder = T5EncoderModel(T5Config.from_dict(checkpoint.config("text_encoder"))).eval()
+    encoder.set_input_embeddings(encoder.shared)  # one tensor under two names
+    nn.Module.to(encoder, TORCH_DTYPES[dtype])
+    keep_in_fp32(encoder)
+    return encoder
+
+
+def keep_in_fp32(encoder: T5EncoderModel) -> None:
+    """Keep the layers in fp32 that transformers keeps there: T5's second feed-forward matrix overflows fp16."""
+    if encoder.dtype == torch.float16:
+        for name, module in encoder.named_modules():
+            if name.rpartition(".")[2] in (encoder._keep_in_fp32_modules or ()):
+                module.float()
+
+
+def text_encoder_plan(encoder: T5EncoderModel, dtype: Dtype, max_tokens: int, masked: bool = True) -> PartPlan:
+    """The part `text_encoder` for prompts of `max_tokens`; unless `masked`, padding is attended to."""
+    module = TextEncoder(encoder)
+    vocabulary = int(encoder.config.vocab_size)
+    ids = Input(
+        TensorSpec(name="input_ids", dtype="int64", shape=("batch", max_tokens)),
+        lambda shape, generator: torch.randint(vocabulary, shape, generator=generator),
+    )
+    mask = Input(TensorSpec(name="attention_mask", dtype="int64", shape=("batch", max_tokens)), draw_mask)
+    return PartPlan(
+        name="text_encoder",
+        kind="text_encoder",
+        module=module,
+        component="text_encoder",
+        prefixes={"encoder.": ""},
+        inputs=(ids, mask) if masked else (ids,),
+        outputs=(float_spec("text_states", dtype, "batch", max_tokens, encoder.config.d_model),),
+        reference=module.forward,
+        check_sizes=({"batch": 1}, {"batch": 2}),
+        aliases=(("shared.weight", "encoder.embed_tokens.weight"),),
+    )
+
+
+def tokenizer_json(checkpoint: Checkpoint) -> str:
+    """The checkpoint's tokenizer in the one format that `tokenizers` reads. Raises CheckpointError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.component_folder("tokenizer"), local_files_only=True)
+        return tokenizer.backend_tokenizer.to_str()  # type: ignore[no-any-return]
+    except Exception as error:  # the libraries raise bare Exception, among much else
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name}: its tokenizer cannot be read ({reason}); download it again"
+        ) from error

@@ -1,0 +1,50 @@
+"""From latents to frames: the stages of a bundle's decoder, one after the other, each a chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ..engines.arrays import Array, Arrays
+from ..engines.backend import Engine
+from ..engines.manifest import Manifest, Part, Stage, chunk_sizes
+
+
+def decode(manifest: Manifest, engines: Mapping[str, Engine], arrays: Arrays, latents: Array, to_host: bool) -> Array:
+    """One video's latents to frames (F, H, W, 3) uint8; with `to_host` every chunk of them goes there when it is made.
+
+    `engines` are those of all the decoder's parts, by name. Raises EngineError.
+    """
+    frames = latents
+    for stage in manifest.decoder:
+        leaving = to_host and stage is manifest.decoder[-1]
+        chunks = _run_stage(manifest, stage, engines, arrays, frames)
+        made = [arrays.to_host(chunk) if leaving else chunk for chunk in chunks]
+        frames = (np if leaving else arrays.xp).concatenate(made)
+    return frames
+
+
+def run_part(
+    engine: Engine, part: Part, arrays: Arrays, inputs: Mapping[str, Array], sizes: Mapping[str, int]
+) -> dict[str, Array]:
+    """Run a part whose outputs nobody has allocated yet; returns them."""
+    outputs = {spec.name: arrays.empty(spec.resolve(sizes), spec.dtype) for spec in part.outputs}
+    engine.run({**inputs, **outputs})
+    return outputs
+
+
+def _run_stage(
+    manifest: Manifest, stage: Stage, engines: Mapping[str, Engine], arrays: Arrays, sequence: Array
+) -> Iterator[Array]:
+    """What each chunk of the sequence becomes; what one leaves behind is given to the next."""
+    largest = {name: high for name, (_, high) in manifest.ranges.items()}
+    first = 0
+    left: dict[str, Array] = {}
+    for part, length in stage.plan:
+        chunk = sequence[(slice(None),) * stage.axis + (slice(first, first + length),)]
+        first += length
+        inputs = {part.inputs[0].name: arrays.xp.ascontiguousarray(chunk), **left}
+        made = run_part(engines[part.name], part, arrays, inputs, largest | chunk_sizes(part, stage.axis, length))
+        left = {spec.name.removeprefix("new_"): made[spec.name] for spec in part.outputs[1:]}
+        yield made[part.outputs[0].name]
