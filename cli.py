@@ -80,7 +80,11 @@ def bundle_argument(command: Command) -> Command:
 
 
 @cli.command()
-@click.option("--model", required=True, help="latte, or latte-demo, whose checkpoint is in demo/.")
+@click.option(
+    "--model",
+    required=True,
+    help="latte, cogvideox-2b, cogvideox-5b or open-sora; latte-demo, cogvideox-demo or open-sora-demo: in demo/.",
+)
 @click.option("--checkpoint", help="A diffusers folder or a hub id instead of the model's own.")
 @click.option("--output", type=click.Path(path_type=Path), help="The bundle to write.  [default: bundles/MODEL]")
 @click.option(
@@ -89,6 +93,9 @@ def bundle_argument(command: Command) -> Command:
 @click.option("--height", type=int, help="Pixels.  [default: the checkpoint's]")
 @click.option("--width", type=int, help="Pixels.  [default: the checkpoint's]")
 @click.option("--frames", type=int, help="[default: the checkpoint's]")
+@click.option("--resolution", help="Open-Sora: 144p to 720p, instead of height and width.")
+@click.option("--aspect", help="Open-Sora: height to width, such as 9:16.  [default: 9:16]")
+@click.option("--duration", help="Open-Sora: 2s, 4s, 8s or 16s, instead of frames.")
 @click.option("--max-batch", type=int, default=4, show_default=True, help="Most prompts in one batch.")
 @click.option("--opset", type=click.IntRange(18, 23), default=23, show_default=True, help="ONNX operator set.")
 @click.option("--backend", help="Compile engines too: tensorrt or tensorrt-rtx; as `build` does.")
@@ -102,6 +109,9 @@ def export(
     height: int | None,
     width: int | None,
     frames: int | None,
+    resolution: str | None,
+    aspect: str | None,
+    duration: str | None,
     max_batch: int,
     opset: int,
     backend: str | None,
@@ -118,7 +128,7 @@ def export(
         raise ForesightError(f"export: {error.name} is not installed; install foresight-engines[export]") from error
     if backend is not None:
         _check_compiler(backend)
-    request = Request(dtype=dtype, height=height, width=width, frames=frames, max_batch=max_batch)
+    request = Request(dtype, height, width, frames, max_batch, resolution, aspect, duration)
     job = Export(model, request, checkpoint, output, opset)
     plan = job.plan()
     if dry_run:
@@ -127,7 +137,8 @@ def export(
     with _progress(len(plan.parts), "exporting") as advance:
         bundle = job.run(lambda done, total, name: advance(done, name))
     written = sum(record.bytes for record in bundle.manifest.files.values())
-    worst = max(bundle.manifest.parts, key=lambda part: part.max_difference if part.name != "vae_decoder" else 0)
+    in_grey_levels = {part.name for stage in bundle.manifest.decoder[-1:] for part in stage.parts}
+    worst = max(bundle.manifest.parts, key=lambda part: 0 if part.name in in_grey_levels else part.max_difference)
     summary = {
         "bundle": str(bundle.path),
         "id": bundle.id,

@@ -1,4 +1,4 @@
-"""Random Latte checkpoints of any size, in the folder layout of diffusers' LattePipeline.
+"""Random checkpoints of every family and of any size, in the layout that the real ones are published in.
 
 Good for measuring time and memory and for comparing outputs with diffusers; never for judging what reuse costs in
 quality, because random blocks hardly change the stream.
@@ -11,9 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, LatteTransformer3DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
+    DDIMScheduler,
+    LatteTransformer3DModel,
+    SchedulerMixin,
+)
+from safetensors.torch import save_file
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from foresight.exporter.models.open_sora.stdit3 import STDiT3, STDiT3Config
+from foresight.exporter.models.open_sora.vae import VideoVAE, VideoVAEConfig
+
+COGVIDEOX_SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+    "snr_shift_scale": 3.0,
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+}
 WORDS = ["a", "red", "blue", "circle", "square", "moving", "right", "left", "dog", "in", "the", "snow"]
 
 
@@ -30,29 +53,16 @@ def random_latte(
     scheduler: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write a random checkpoint and return its folder. `text` overrides the T5 configuration."""
+    """Write a random LattePipeline and return its folder. `text` overrides the T5 configuration."""
     torch.manual_seed(seed)
-    dim = heads * head_dim
-    t5 = T5Config(
-        **{
-            "vocab_size": 128,
-            "d_model": 32,
-            "d_kv": 8,
-            "num_heads": 4,
-            "d_ff": 64,
-            "num_layers": 2,
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
-        }
-        | (text or {})
-    )
+    t5 = _t5_config(text)
     transformer = LatteTransformer3DModel(
         num_attention_heads=heads,
         attention_head_dim=head_dim,
         in_channels=4,
         out_channels=8,
         num_layers=pairs,
-        cross_attention_dim=dim,
+        cross_attention_dim=heads * head_dim,
         attention_bias=True,
         sample_size=sample_size,
         patch_size=2,
@@ -66,9 +76,7 @@ def random_latte(
     )
     transformer.save_pretrained(folder / "transformer")
     del transformer
-    encoder = T5EncoderModel(t5)
-    encoder.save_pretrained(folder / "text_encoder")
-    del encoder
+    _write_text(folder, t5)
     vae = AutoencoderKL(
         block_out_channels=vae_channels,
         down_block_types=["DownEncoderBlock2D"] * len(vae_channels),
@@ -80,16 +88,160 @@ def random_latte(
     vae.save_pretrained(folder / "vae")
     config = {"clip_sample": False, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
     DDIMScheduler(**(config | (scheduler or {}))).save_pretrained(folder / "scheduler")
+    _write_index(folder, "LattePipeline", "LatteTransformer3DModel", "AutoencoderKL", "DDIMScheduler")
+    return folder
+
+
+def random_cogvideox(
+    folder: Path,
+    *,
+    rotary: bool = False,
+    heads: int = 2,
+    head_dim: int = 16,
+    layers: int = 2,
+    time_embed_dim: int = 16,
+    text_tokens: int = 12,
+    latents: tuple[int, int, int] = (3, 4, 6),
+    frames: int = 9,
+    text: dict[str, Any] | None = None,
+    vae: dict[str, Any] | None = None,
+    scheduler: type[SchedulerMixin] = CogVideoXDDIMScheduler,
+    scheduler_settings: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a random CogVideoXPipeline and return its folder.
+
+    `latents` are frames, height and width of `frames` frames. Without `rotary` it is like the 2b, with it like the 5b.
+    """
+    torch.manual_seed(seed)
+    t5 = _t5_config(text)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        in_channels=16,
+        out_channels=16,
+        time_embed_dim=time_embed_dim,
+        text_embed_dim=t5.d_model,
+        num_layers=layers,
+        sample_width=latents[2],
+        sample_height=latents[1],
+        sample_frames=frames,
+        max_text_seq_length=text_tokens,
+        spatial_interpolation_scale=1.875,
+        use_rotary_positional_embeddings=rotary,
+    )
+    transformer.save_pretrained(folder / "transformer")
+    del transformer
+    _write_text(folder, t5)
+    sizes: dict[str, Any] = {
+        "block_out_channels": (8, 8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "scaling_factor": 1.15258426,
+    } | (vae or {})
+    blocks = len(sizes["block_out_channels"])
+    AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * blocks, up_block_types=("CogVideoXUpBlock3D",) * blocks, **sizes
+    ).save_pretrained(folder / "vae")
+    scheduler(**COGVIDEOX_SCHEDULE | (scheduler_settings or {})).save_pretrained(folder / "scheduler")
+    _write_index(
+        folder, "CogVideoXPipeline", "CogVideoXTransformer3DModel", "AutoencoderKLCogVideoX", scheduler.__name__
+    )
+    return folder
+
+
+def random_open_sora(
+    folder: Path,
+    *,
+    heads: int = 2,
+    head_dim: int = 8,
+    pairs: int = 2,
+    patch: int = 2,
+    input_size: tuple[int, int, int] | None = (5, 4, 6),
+    text_tokens: int = 16,
+    text: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a random Open-Sora checkpoint and return its folder; `input_size` are frames, height, width of latents."""
+    torch.manual_seed(seed)
+    t5 = _t5_config(text)
+    transformer = {
+        "model_type": "STDiT3",
+        "hidden_size": heads * head_dim,
+        "num_heads": heads,
+        "depth": pairs,
+        "patch_size": [1, patch, patch],
+        "caption_channels": t5.d_model,
+        "model_max_length": text_tokens,
+        "input_sq_size": 32,
+        "input_size": list(input_size) if input_size else [None] * 3,
+    }
+    spatial = {
+        "block_out_channels": [8, 8],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+    }
+    vae = {
+        "model_type": "VideoAutoencoderPipeline",
+        "vae_2d": {"type": "VideoAutoencoderKL", "config": spatial},
+        "vae_temporal": {
+            "type": "VAE_Temporal",
+            "filters": 8,
+            "num_res_blocks": 1,
+            "channel_multipliers": [1, 2, 2, 4],
+            "temporal_downsample": [False, True, True],
+            "num_groups": 4,
+        },
+    }
+    model = STDiT3(STDiT3Config.from_json(transformer))
+    for name, parameter in model.named_parameters():
+        if name.endswith("scale_shift_table"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    for component, config, module in (
+        ("transformer", transformer, model),
+        ("vae", vae, VideoVAE(VideoVAEConfig.from_json(vae))),
+    ):
+        (folder / component).mkdir(parents=True)
+        (folder / component / "config.json").write_text(json.dumps(config, indent=1))
+        save_file(module.state_dict(), folder / component / "model.safetensors", metadata={"format": "pt"})
+    _write_text(folder, t5)
+    return folder
+
+
+def _t5_config(overrides: dict[str, Any] | None) -> T5Config:
+    return T5Config(
+        **{
+            "vocab_size": 128,
+            "d_model": 32,
+            "d_kv": 8,
+            "num_heads": 4,
+            "d_ff": 64,
+            "num_layers": 2,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        }
+        | (overrides or {})
+    )
+
+
+def _write_text(folder: Path, t5: T5Config) -> None:
+    """Text encoder and tokenizer."""
+    T5EncoderModel(t5).save_pretrained(folder / "text_encoder")
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -10.0)]
     pieces += [(f"▁{word}", -1.0) for word in WORDS] + [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
     T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer")
+
+
+def _write_index(folder: Path, pipeline: str, transformer: str, vae: str, scheduler: str) -> None:
     index = {
-        "_class_name": "LattePipeline",
+        "_class_name": pipeline,
         "tokenizer": ["transformers", "T5Tokenizer"],
         "text_encoder": ["transformers", "T5EncoderModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "transformer": ["diffusers", "LatteTransformer3DModel"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "vae": ["diffusers", vae],
+        "transformer": ["diffusers", transformer],
+        "scheduler": ["diffusers", scheduler],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-    return folder

@@ -1,9 +1,9 @@
 """Engines of real size from NVIDIA's own compiler, without a GPU: time, plan, scratch memory, and is attention fused?
 
-One block of each kind of Latte-1 (512 x 512 x 16) and of CogVideoX-2b (480 x 720 x 49; the block alone, as diffusers
-has it), weights random, one guided prompt: two rows. TensorRT-RTX builds each in a process of its own from opset 20,
-where attention is MatMul, Softmax, MatMul, and from opset 23, where it is one Attention. Scores are what attention
-takes when it is not fused; a plan whose scratch is far below that does not have them.
+One block of each kind of every model, at its published width and at the sizes it was made for, weights random, one
+guided prompt: two rows. TensorRT-RTX builds each in a process of its own from opset 20, where attention is MatMul,
+Softmax, MatMul, and from opset 23, where it is one Attention. Scores are what attention takes when it is not fused; a
+plan whose scratch is far below that does not have them.
 
     python -m benchmarks.engine_build --save
 """
@@ -18,95 +18,103 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+from torch import Tensor
 
-from benchmarks.checkpoints import random_latte
 from benchmarks.common import finish, table
+from benchmarks.published import PUBLISHED, write_published
 from foresight.engines.build import build_apart
-from foresight.engines.bundle import open_bundle
 from foresight.engines.tensorrt import BuildSettings, Profile, profile_of
-from foresight.exporter.export import Export
-from foresight.exporter.graph import graph_from_module, write_graph
-from foresight.exporter.models.base import TORCH_DTYPES, Request
+from foresight.exporter.checkpoint import Checkpoint
+from foresight.exporter.export import graph_from_plan, part_from_plan
+from foresight.exporter.graph import write_graph
+from foresight.exporter.models import find_model, split_checkpoint
+from foresight.exporter.models.base import PartPlan, Request, Split
 
 RTX = "tensorrt-rtx"
 ROWS = 2
-# Latte-1's transformer, but two pairs of its 28: all blocks of a kind are alike. The other parts are small.
-LATTE_1: dict[str, Any] = {"heads": 16, "head_dim": 72, "pairs": 2, "frames": 16, "sample_size": 64}
-COG_HEADS, COG_HEAD_DIM, COG_TIME, COG_TEXT = 30, 64, 512, 226
-COG_TOKENS = 13 * 30 * 45
 MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, by its name on the command line, and the sizes to build it for: those of the flags of `export`."""
+
+    title: str
+    model: str
+    sizes: dict[str, Any]
+
+
+CASES = (
+    Case("Latte-1", "latte", {}),
+    Case("CogVideoX-2b", "cogvideox-2b", {}),
+    Case("CogVideoX-5b", "cogvideox-5b", {}),
+    Case("Open-Sora 480p", "open-sora", {"resolution": "480p", "duration": "2s"}),
+    Case("Open-Sora 720p", "open-sora", {"resolution": "720p", "duration": "2s"}),
+)
 
 
 @dataclass(frozen=True)
 class Block:
     """A graph to build, and the bytes that the scores of its largest attention would take."""
 
-    model: str
     kind: str
     graph: Path
     profile: Profile
     score_bytes: int
 
 
-def latte_blocks(work: Path, dtype: Any, opset: int, sample_size: int = LATTE_1["sample_size"]) -> Iterator[Block]:
-    """Latte-1's three kinds of block; `sample_size` is the side of the latents."""
-    checkpoint, bundle = work / f"latte-{sample_size}", work / f"latte-{sample_size}-{dtype}-{opset}"
-    if not checkpoint.exists():
-        random_latte(checkpoint, **(LATTE_1 | {"sample_size": sample_size}), vae_channels=(8, 8, 8, 8))
-    opened = Export("latte", Request(dtype=dtype, max_batch=1), str(checkpoint), bundle, opset).run()
-    manifest = open_bundle(opened.path).manifest
-    frames, tokens = manifest.shape.frames, manifest.ranges["tokens"][1]
-    seen = set()
-    for part in manifest.blocks:
-        if part.kind not in seen:
-            seen.add(part.kind)
-            batch, length = (frames, tokens) if part.kind == "spatial" else (tokens, frames)
-            scores = 2 * ROWS * batch * LATTE_1["heads"] * length**2
-            yield Block("Latte-1", part.kind, opened.file(part.graph), profile_of(part, manifest.ranges), scores)
+def real_split(model: str, work: Path, **request: Any) -> Split:
+    """A real model taken apart by its published configuration alone."""
+    checkpoint = Checkpoint(model, write_published(model, work / model))
+    return split_checkpoint(find_model(model).family, checkpoint, Request(max_batch=ROWS // 2, **request))
 
 
-def cogvideox_blocks(work: Path, dtype: str, opset: int, count: int = 1) -> Iterator[Block]:
-    """Blocks of CogVideoX-2b, all of one kind, each with its own random weights; the last graph lies there."""
-    folder = work / f"cogvideox-{dtype}-{opset}"
-    folder.mkdir(parents=True)
-    dim = COG_HEADS * COG_HEAD_DIM
-    module = CogVideoXBlock(dim, COG_HEADS, COG_HEAD_DIM, COG_TIME, attention_bias=True).to(TORCH_DTYPES[dtype]).eval()
-    shapes: dict[str, tuple[int | str, ...]] = {
-        "hidden_states": ("batch", "tokens", dim),
-        "encoder_hidden_states": ("batch", COG_TEXT, dim),
-        "temb": ("batch", COG_TIME),
-    }
-    small, real = {"batch": ROWS, "tokens": 60}, {"batch": ROWS, "tokens": COG_TOKENS}
+def real_blocks(case: Case, work: Path, dtype: str, opset: int, count: int = 1) -> Iterator[Block]:
+    """`count` blocks of each kind, with random weights each; the graphs lie below `work`, one folder a kind.
 
-    def resolve(shape: tuple[int | str, ...], sizes: dict[str, int]) -> tuple[int, ...]:
-        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape)
-
-    graph = graph_from_module(
-        module,
-        {name: torch.randn(resolve(shape, small), dtype=TORCH_DTYPES[dtype]) for name, shape in shapes.items()},
-        ["new_hidden", "new_text"],
-        {name: {i: d for i, d in enumerate(shape) if isinstance(d, str)} for name, shape in shapes.items()},
-        opset,
-    )
-    profile = {name: (resolve(shape, real),) * 3 for name, shape in shapes.items()}
-    for seed in range(count):
-        torch.manual_seed(seed)
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-        path = folder / "block.onnx"
-        write_graph(graph, module.get_parameter, path)
-        yield Block("CogVideoX-2b", "block", path, profile, 2 * ROWS * COG_HEADS * (COG_TOKENS + COG_TEXT) ** 2)
+    A block's graph is overwritten by the next one of its kind.
+    """
+    split = real_split(case.model, work, dtype=dtype, **case.sizes)
+    heads = next(v for k, v in PUBLISHED[case.model]["transformer/config.json"].items() if k.endswith("_heads"))
+    for kind, plan in {plan.kind: plan for plan in reversed(split.blocks)}.items():
+        graph = graph_from_plan(plan, opset)
+        folder = work / f"{case.title}-{dtype}-{opset}-{kind}".replace(" ", "-")
+        folder.mkdir()
+        for seed in range(count):
+            write_graph(graph, _random(plan, seed), folder / "block.onnx")
+            profile = profile_of(part_from_plan(plan), split.ranges)
+            yield Block(kind, folder / "block.onnx", profile, _score_bytes(kind, profile, heads))
 
 
-def measure(work: Path, dtype: str, opset: int) -> list[dict[str, Any]]:
-    """Export and build all blocks of one dtype and opset."""
+def _random(plan: PartPlan, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(name: str) -> Tensor:
+        like = plan.module.get_parameter(name)
+        return (0.02 * torch.randn(like.shape, generator=generator)).to(like.dtype)
+
+    return weight
+
+
+def _score_bytes(kind: str, profile: Profile, heads: int) -> int:
+    """Of 16-bit scores: within frames, across them, or over the tokens of all of them and of the text."""
+    _, _, shape = profile["hidden"]
+    if len(shape) == 3:
+        rows, length = shape[0], shape[1] + profile["text"][2][1]
+    else:
+        rows, frames, tokens, _ = shape
+        rows, length = (rows * frames, tokens) if kind == "spatial" else (rows * tokens, frames)
+    return int(2 * rows * heads * length**2)
+
+
+def measure(case: Case, work: Path, dtype: str, opset: int) -> list[dict[str, Any]]:
+    """Export and build a model's blocks in one dtype and opset."""
     rows = []
-    for block in (*latte_blocks(work, dtype, opset), *cogvideox_blocks(work, dtype, opset)):
+    for block in real_blocks(case, work, dtype, opset):
         built = build_apart(RTX, block.graph, block.profile, BuildSettings())
         rows.append(
             {
-                "model": block.model,
+                "model": case.title,
                 "kind": block.kind,
                 "dtype": dtype,
                 "opset": opset,
@@ -129,7 +137,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = [
-            row for opset in options.opsets for dtype in options.dtypes for row in measure(Path(folder), dtype, opset)
+            row
+            for opset in options.opsets
+            for dtype in options.dtypes
+            for case in CASES
+            for row in measure(case, Path(folder), dtype, opset)
         ]
     print(table([list(row.values()) for row in rows], list(rows[0])))
     finish("engine_build", {"rows_of_a_request": ROWS, "blocks": rows}, options.save)

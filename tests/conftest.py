@@ -15,7 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: tests never t
 
 import pytest
 import torch
+from diffusers import CogVideoXDPMScheduler
 
+from benchmarks.checkpoints import random_cogvideox, random_open_sora
 from foresight.exporter.export import Export, Request
 from foresight.runtime.pipeline import VideoPipeline
 from tests.support import Outcome, load_pipeline, tiny_latte
@@ -94,6 +96,21 @@ def single_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def single_bundle(single_checkpoint: Path, bundles: Path) -> Path:
     """The bundle of `single_checkpoint`."""
     return Export("latte", Request(max_batch=1), str(single_checkpoint), bundles / "single").run().path
+
+
+@pytest.fixture(scope="session")
+def cogvideox_bundle(tmp_path_factory: pytest.TempPathFactory, bundles: Path) -> Path:
+    """Two streams, rotary positions, a sampler that adds noise, and 17 frames that are decoded in two chunks."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "cogvideox"
+    random_cogvideox(folder, rotary=True, layers=3, frames=17, scheduler=CogVideoXDPMScheduler)
+    return Export("cogvideox-5b", Request(), str(folder), bundles / "cogvideox").run().path
+
+
+@pytest.fixture(scope="session")
+def open_sora_bundle(tmp_path_factory: pytest.TempPathFactory, bundles: Path) -> Path:
+    """A null caption, and 34 frames that two stages of the decoder make."""
+    folder = random_open_sora(tmp_path_factory.mktemp("checkpoints") / "open-sora")
+    return Export("open-sora", Request(frames=34), str(folder), bundles / "open-sora").run().path
 
 
 @pytest.fixture(scope="session")

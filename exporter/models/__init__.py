@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,10 +17,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Model:
-    """A name users type: its family's module, the checkpoint exported unless another is given, a request's defaults."""
+    """A name users type: its family's module, the checkpoint exported unless another is given, a request's defaults.
+
+    The checkpoint is a folder, a hub id, or where each of its components is published, see find_checkpoint.
+    """
 
     family: str
-    checkpoint: str
+    checkpoint: str | Mapping[str, str]
     defaults: Defaults
 
 
@@ -36,6 +39,46 @@ REGISTRY = {
             fps=8,
         ),
     ),
+    "cogvideox-2b": Model(
+        family="cogvideox",
+        checkpoint="zai-org/CogVideoX-2b",
+        defaults=Defaults(
+            prompt="a panda playing a guitar by a stream in a bamboo forest",
+            negative_prompt="",
+            steps=50,
+            guidance=6.0,
+            fps=8,
+        ),
+    ),
+    "cogvideox-5b": Model(
+        family="cogvideox",
+        checkpoint="zai-org/CogVideoX-5b",
+        defaults=Defaults(
+            prompt="a panda playing a guitar by a stream in a bamboo forest",
+            negative_prompt="",
+            steps=50,
+            guidance=6.0,
+            fps=8,
+        ),
+    ),
+    "open-sora": Model(
+        family="open_sora",
+        # STDiT3 and its VAE are published apart, and their text encoder, T5-v1.1-XXL, only as a pickle; Latte-1 comes
+        # with the same one as safetensors
+        checkpoint={
+            "transformer": "hpcai-tech/OpenSora-STDiT-v3",
+            "vae": "hpcai-tech/OpenSora-VAE-v1.2",
+            "text_encoder": "maxin-cn/Latte-1/text_encoder",
+            "tokenizer": "maxin-cn/Latte-1/tokenizer",
+        },
+        defaults=Defaults(
+            prompt="a waterfall in a green forest, seen from above",
+            negative_prompt="",
+            steps=30,
+            guidance=7.0,
+            fps=24,
+        ),
+    ),
     "latte-demo": Model(
         family="latte",
         checkpoint=str(REPOSITORY / "demo" / "latte"),
@@ -45,6 +88,28 @@ REGISTRY = {
             steps=50,
             guidance=2.0,
             fps=8,
+        ),
+    ),
+    "cogvideox-demo": Model(
+        family="cogvideox",
+        checkpoint=str(REPOSITORY / "demo" / "cogvideox"),
+        defaults=Defaults(
+            prompt="a red circle moving right",
+            negative_prompt="",
+            steps=50,
+            guidance=2.0,
+            fps=8,
+        ),
+    ),
+    "open-sora-demo": Model(
+        family="open_sora",
+        checkpoint=str(REPOSITORY / "demo" / "open_sora"),
+        defaults=Defaults(
+            prompt="a red circle moving right",
+            negative_prompt="",
+            steps=30,
+            guidance=2.0,
+            fps=24,
         ),
     ),
 }

@@ -16,9 +16,10 @@ from foresight.engines.manifest import Manifest
 from foresight.runtime.denoise import guide
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import Foresight, NoReuse, Policy, Static
-from foresight.runtime.sampler import load_table
+from foresight.runtime.sampler import Noise, load_table
 from foresight.runtime.text import Tokenizer
-from tests.support import is_block, watched_pipeline
+from foresight.runtime.video import Video
+from tests.support import is_block, load_pipeline, watched_pipeline
 
 PROMPT, NEGATIVE, SEED = "a red circle moving right", "blue square", 3
 
@@ -45,11 +46,16 @@ class Plain:
         return dict(zip(names, session.run(names, wanted), strict=True))
 
     def condition(self, guided: bool) -> dict[str, Any]:
-        tokens = self.tokenizer.encode([NEGATIVE, PROMPT] if guided else [PROMPT])
-        length = tokens.lengths[-1]
+        settings = self.manifest.text
+        texts = [(PROMPT, 0), (PROMPT if settings.null_caption else NEGATIVE, 1)][: 1 + guided]
+        if self.manifest.guidance_order == "negative_first":
+            texts.reverse()
+        tokens = self.tokenizer.encode([text for text, _ in texts])
+        length = settings.max_tokens if settings.padded else self.tokenizer.encode([PROMPT]).lengths[0]
         states = self.run("text_encoder", input_ids=tokens.ids, attention_mask=tokens.mask)["text_states"]
-        mask = np.ones((len(tokens.ids), length), np.int64)
-        return self.run("condition", text_states=states[:, :length], text_mask=mask)
+        mask = np.ones((len(texts), length), np.int64)
+        unconditional = np.array([negative for _, negative in texts], np.int64)
+        return self.run("condition", text_states=states[:, :length], text_mask=mask, unconditional=unconditional)
 
     def latents(self, steps: int, guidance: float, policy: Policy) -> tuple[Any, list[str]]:
         """The final latents, and for every step one letter per block: C computed, r reused, d dead."""
@@ -57,8 +63,8 @@ class Plain:
         rows = 2 if guided else 1
         text = self.condition(guided)
         schedule = self.table.schedule(steps)
-        noise = np.random.default_rng(SEED).standard_normal(self.manifest.shape.latents, dtype=np.float32)
-        sampler = schedule.begin(noise[None])
+        noise = Noise((SEED,), self.manifest.shape.latents, Arrays())
+        sampler = schedule.begin(noise.draw(), noise.draw)
         blocks = [block.name for block in self.manifest.blocks]
         cached: dict[str, Any] = {}
         metrics: dict[str, float] = {}
@@ -68,24 +74,30 @@ class Plain:
             plan = self.plan(policy, step, steps, blocks, metrics, warmup)
             latents = np.repeat(sampler.model_input(step), rows, 0)
             timestep = np.full(rows, schedule.timesteps[step], np.float32)
-            start = self.run("prologue", latents=latents, timestep=timestep)
-            hidden = start["hidden"]
+            start = self.run("prologue", latents=latents, timestep=timestep, **text)
+            stream = {name: start[name] for name in self.manifest.streams}
             for name, decision in zip(blocks, plan, strict=True):
                 residual = policy.cache == "residual"
                 if decision == "r":
-                    hidden = hidden + cached[name] if residual else cached[name]
+                    stream = {x: stream[x] + cached[name][x] if residual else cached[name][x] for x in stream}
                     continue
                 known = name in cached
-                old = (hidden + cached[name] if residual else cached[name]) if known else hidden
-                result = self.run(name, **{**start, **text, "hidden": hidden, "cached_hidden": old})
+                old = (
+                    {x: stream[x] + cached[name][x] if residual else cached[name][x] for x in stream}
+                    if known
+                    else stream
+                )
+                given = {f"cached_{x}": values for x, values in old.items()}
+                result = self.run(name, **{**start, **text, **stream, **given})
+                new = {x: result[f"new_{x}"] for x in stream}
                 if decision == "C":
                     if known:
                         metrics[name] = float(result["distance"].mean(dtype=np.float64))
                         if step < self.warmup_steps(policy, steps):
                             warmup[name].append(metrics[name])
-                    cached[name] = result["new_hidden"] - hidden if residual else result["new_hidden"]
-                hidden = result["new_hidden"]
-            output = self.run("epilogue", hidden=hidden, time=start["time"])["model_output"]
+                    cached[name] = {x: new[x] - stream[x] for x in stream} if residual else new
+                stream = new
+            output = self.run("epilogue", **{**start, **text, **stream})["model_output"]
             sampler.advance(step, guide(output, guidance, rows, self.manifest.guidance_order))
             history.append("".join(plan))
         return sampler.latents, history
@@ -124,9 +136,29 @@ class Plain:
         return plan
 
 
+@pytest.fixture(scope="module", params=["bundle", "cogvideox_bundle", "open_sora_bundle"])
+def family(request: pytest.FixtureRequest) -> Path:
+    """A bundle of every family: one stream and two, a sampler that adds noise, a null caption."""
+    folder: Path = request.getfixturevalue(request.param)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def plain(bundle: Path) -> Plain:
-    return Plain(bundle)
+def loop(family: Path) -> VideoPipeline:
+    return load_pipeline(family)
+
+
+@pytest.fixture(scope="module")
+def plain(family: Path, loop: VideoPipeline) -> Plain:
+    """After the first backend, which makes the pool of threads that all sessions here share."""
+    return Plain(family)
+
+
+def make(pipeline: VideoPipeline, policy: Policy, guidance: float, steps: int) -> Video:
+    settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": SEED, "policy": policy}
+    if not pipeline.manifest.text.null_caption:
+        settings["negative_prompt"] = NEGATIVE
+    return pipeline(PROMPT, **settings)
 
 
 POLICIES: dict[str, Policy] = {
@@ -145,20 +177,25 @@ LETTERS = {"computed": "C", "reused": "r", "dead": "d"}
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_loop_gives_the_bytes_of_the_plain_one(
-    plain: Plain, pipeline: VideoPipeline, name: str, guidance: float
+    plain: Plain, loop: VideoPipeline, name: str, guidance: float
 ) -> None:
     policy, steps = POLICIES[name], 14
     expected, _ = plain.latents(steps, guidance, policy)
-    video = pipeline(PROMPT, negative_prompt=NEGATIVE, steps=steps, guidance=guidance, seed=SEED, policy=policy)
-    assert video.latents.tobytes() == expected[0].tobytes()
+    assert make(loop, policy, guidance, steps).latents.tobytes() == expected[0].tobytes()
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_loop_decides_as_the_plain_one(plain: Plain, pipeline: VideoPipeline, name: str) -> None:
+def test_the_loop_decides_as_the_plain_one(plain: Plain, loop: VideoPipeline, name: str) -> None:
     policy, steps = POLICIES[name], 14
     _, expected = plain.latents(steps, 4.0, policy)
-    video = pipeline(PROMPT, negative_prompt=NEGATIVE, steps=steps, guidance=4.0, seed=SEED, policy=policy)
+    video = make(loop, policy, 4.0, steps)
     assert ["".join(LETTERS[d] for d in step.decisions) for step in video.trace.steps] == expected
+
+
+def test_the_same_request_gives_the_same_bytes(loop: VideoPipeline) -> None:
+    first, again = (make(loop, Foresight(gamma=2), 4.0, 10) for _ in range(2))
+    assert first.latents.tobytes() == again.latents.tobytes()
+    assert first.frames.tobytes() == again.frames.tobytes()
 
 
 def test_without_reuse_both_caches_give_the_same_bytes(pipeline: VideoPipeline) -> None:
