@@ -1,10 +1,10 @@
-"""What Foresight skips on the demo model, and what that costs: cache mode x cycle x gamma.
+"""What Foresight skips on a demo model, and what that costs: cache mode x cycle x gamma.
 
 Every setting makes the same videos as the run without reuse, from the same seeds; PSNR and SSIM compare their frames.
 Speed-up is of the denoising phase, setting and baseline in turns, prompt by prompt. The prompts are the recorded
-pairs of demo/scores.json, trained and held-out combinations alike.
+pairs of demo/records/MODEL/scores.json, trained and held-out combinations alike.
 
-    python -m benchmarks.reuse_quality --bundle bundles/latte-demo --save
+    python -m benchmarks.reuse_quality --model latte --save
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from foresight.runtime.video import Video
 CACHES = ("output", "residual")
 CYCLES = ((1, 2), (2, 3), (3, 4))
 GAMMAS = (0.25, 0.5, 1.0, 2.0)
-SCORES = Path(__file__).parents[1] / "demo" / "scores.json"
+RECORDS = Path(__file__).parents[1] / "demo" / "records"
+MODELS = {"latte": "latte-demo", "cogvideox": "cogvideox-demo", "open_sora": "open-sora-demo"}
 
 Setting = tuple[str, tuple[int, int], float]
 
@@ -115,20 +116,24 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Measure, print a table, and end in one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, default=Path("bundles/latte-demo"))
+    parser.add_argument("--model", choices=MODELS, default="latte")
+    parser.add_argument("--bundle", type=Path, help="[default: bundles/latte-demo and so on]")
     parser.add_argument("--prompts", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/reuse_quality.json and .svg")
+    parser.add_argument("--steps", type=int, help="[default: the bundle's]")
+    parser.add_argument("--save", action="store_true", help="write results/reuse_quality_MODEL.json and .svg")
     options = parser.parse_args()
-    recorded = json.loads(SCORES.read_text(encoding="utf-8"))["rows"]
+    recorded = json.loads((RECORDS / options.model / "scores.json").read_text(encoding="utf-8"))["rows"]
     every = max(1, len(recorded) // options.prompts)
     pairs = [(row["prompt"], row["seed"]) for row in recorded[::every]][: options.prompts]
-    measured = sweep(load(options.bundle), pairs, options.steps)
+    pipeline = load(options.bundle or Path("bundles") / MODELS[options.model])
+    steps = options.steps or pipeline.manifest.defaults.steps
+    measured = sweep(pipeline, pairs, steps)
     rows = [summarise(setting, values) for setting, values in measured.items()]
     print(table([tuple(row.values()) for row in rows], tuple(rows[0])))
+    name = f"reuse_quality_{options.model}"
     if options.save:
-        draw(rows, RESULTS / "reuse_quality.svg")
-    finish("reuse_quality", {"prompts": len(pairs), "steps": options.steps, "rows": rows}, options.save)
+        draw(rows, RESULTS / f"{name}.svg")
+    finish(name, {"model": options.model, "prompts": len(pairs), "steps": steps, "rows": rows}, options.save)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Scores the demo checkpoint with the pipeline that diffusers ships: `python -m demo.evaluate`.
+"""Scores a demo checkpoint: `python -m demo.evaluate --model latte`.
 
-Every (prompt, seed) pair goes through `LattePipeline` on its own, at one fixed setting, and `demo.judge` reads the
-frames. Half of the pairs are combinations that no training video showed. The outcome is `scores.json`, with every
-pair's result, and `contact_sheet.png`, a picture of some of the videos.
+Every (prompt, seed) pair goes through the model on its own, at one fixed setting, and `demo.judge` reads the frames.
+Latte's and CogVideoX's videos are made by the pipelines that diffusers ships, Open-Sora's by the loop in
+`demo.models.open_sora`. Half of the pairs are combinations that no training video showed. The outcome is `scores.json`,
+with every pair's result, and `contact_sheet.png`, a picture of some of the videos.
 """
 
 from __future__ import annotations
@@ -20,24 +21,18 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import LattePipeline
 from PIL import Image, ImageDraw
 
 from demo import shapes
 from demo.judge import read, verdict
+from demo.model import ROOT, Model, Sampling
+from demo.models import MODELS
 
-HERE = Path(__file__).parent
 PAIRS = 100
 FIRST_SEED = 1000
-ENLARGE = 4
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of the pipeline's call."""
-
-    steps: int = 50
-    guidance: float = 2.0
+WIDEST = 2200
+MOST_FRAMES = 9
+"""Pixels of a contact sheet's width, and frames of a video in it; of longer videos it shows every second, third, …"""
 
 
 @dataclass(frozen=True)
@@ -52,30 +47,6 @@ def evaluation_pairs(count: int = PAIRS) -> list[Pair]:
     """Alternates trained and held-out combinations, going round each set; every pair has a seed of its own."""
     sets = shapes.trained(), shapes.held_out()
     return [Pair(sets[i % 2][i // 2 % len(sets[i % 2])], FIRST_SEED + i) for i in range(count)]
-
-
-def load_pipeline(folder: Path) -> LattePipeline:
-    """The pipeline of a checkpoint folder, float32 on the CPU, without progress bars."""
-    pipeline = LattePipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def generate(pipeline: LattePipeline, pair: Pair, sampling: Sampling) -> shapes.Video:
-    """Runs the pipeline for one pair; uint8 (8, 32, 32, 3)."""
-    frames = pipeline(
-        pair.combination.caption,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        video_length=shapes.FRAMES,
-        height=shapes.SIZE,
-        width=shapes.SIZE,
-        clean_caption=False,
-        generator=torch.Generator().manual_seed(pair.seed),
-        output_type="np",
-    ).frames[0]
-    video: shapes.Video = np.rint(frames * 255).astype(np.uint8)
-    return video
 
 
 def judged(pair: Pair, video: shapes.Video) -> dict[str, Any]:
@@ -97,15 +68,15 @@ def totals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def score(
-    folder: Path, sampling: Sampling, count: int, progress: Callable[[str], None]
+    model: Model, folder: Path, sampling: Sampling, count: int, progress: Callable[[str], None]
 ) -> tuple[dict[str, Any], list[tuple[Pair, shapes.Video]]]:
     """Generates and judges; returns the content of `scores.json`, and the videos."""
     torch.set_num_threads(1)
-    pipeline = load_pipeline(folder)
+    loaded = model.load(folder)
     videos, rows = [], []
     began = time.perf_counter()
     for pair in evaluation_pairs(count):
-        videos.append((pair, generate(pipeline, pair, sampling)))
+        videos.append((pair, model.generate(loaded, pair.combination.caption, pair.seed, sampling)))
         rows.append(judged(*videos[-1]))
         progress(f"{len(rows)}/{count} {totals(rows)}")
     scores = {
@@ -128,8 +99,11 @@ def score(
 
 def contact_sheet(videos: Sequence[tuple[Pair, shapes.Video]], columns: int = 2) -> Image.Image:
     """One strip of frames per video, enlarged without smoothing, its caption above; held-out ones are marked."""
-    tile, gap, text_height = shapes.SIZE * ENLARGE, 4, 18
-    width, height = shapes.FRAMES * (tile + gap) + 4 * gap, tile + text_height + 2 * gap
+    every = -(-len(videos[0][1]) // MOST_FRAMES)
+    frames, gap, text_height = len(videos[0][1][::every]), 4, 18
+    enlarge = max(1, min(4, (WIDEST // columns - 4 * gap) // frames // shapes.SIZE))
+    tile = shapes.SIZE * enlarge
+    width, height = frames * (tile + gap) + 4 * gap, tile + text_height + 2 * gap
     lines = -(-len(videos) // columns)
     sheet = Image.new("RGB", (columns * width, lines * height), (40, 40, 40))
     draw = ImageDraw.Draw(sheet)
@@ -139,7 +113,7 @@ def contact_sheet(videos: Sequence[tuple[Pair, shapes.Video]], columns: int = 2)
         new = pair.combination in excluded
         label = f"{pair.combination.caption}   (seed {pair.seed}{', combination never trained on' if new else ''})"
         draw.text((left, top + 2), label, fill=(255, 190, 90) if new else (230, 230, 230))
-        for j, frame in enumerate(video):
+        for j, frame in enumerate(video[::every]):
             enlarged = Image.fromarray(frame).resize((tile, tile), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (left + j * (tile + gap), top + text_height))
     return sheet
@@ -160,46 +134,52 @@ def scores_table(scores: dict[str, Any], training: dict[str, Any]) -> str:
         part = scores[key]
         lines.append(f"| {part['pairs']} ({title}) | " + " | ".join(str(part[name]) for name in names) + " |")
     sampling, vae, denoiser = scores["sampling"], training["vae"], training["denoiser"]
+    processes = training["settings"]["processes"]
     how = (
         f"Sampling: {sampling['steps']} steps, guidance {sampling['guidance']}. Training: {vae['seconds'] / 60:.0f} "
         f"minutes for the autoencoder ({vae['psnr_db']:.1f} dB), then {denoiser['samples']:,} samples in "
-        f"{denoiser['seconds'] / 60:.0f} minutes for text encoder and transformer "
-        f"({denoiser['samples_per_second']:.0f} samples a second), in {training['settings']['processes']} processes."
+        f"{denoiser['seconds'] / 60:.0f} minutes for the transformer "
+        f"({denoiser['samples_per_second']:.0f} samples a second), in {processes} process{'es' * (processes > 1)}."
     )
     return "\n".join([*lines, "", how])
 
 
-def write_table(readme: Path, table: str) -> None:
-    """Puts a table between the two comments that mark its place."""
-    before, start, rest = readme.read_text().partition("<!-- scores: written by `python -m demo.evaluate` -->\n")
+def write_table(readme: Path, name: str, table: str) -> None:
+    """Puts a model's table between the two comments that mark its place."""
+    opening = f"<!-- scores: written by `python -m demo.evaluate --model {name}` -->\n"
+    before, start, rest = readme.read_text().partition(opening)
     _, end, after = rest.partition("<!-- end of scores -->")
     if not start or not end:
-        raise ValueError(f"{readme} has no place for the scores: the two comments that mark it are missing")
+        raise ValueError(f"{readme} has no place for the scores of {name}: the comments that mark it are missing")
     readme.write_text(f"{before}{start}\n{table}\n\n{end}{after}")
 
 
 def main() -> None:
-    """Scores the checkpoint; scoring the shipped one also updates the README's table."""
+    """Scores a checkpoint; scoring a shipped one also updates the README's table."""
+    choice = argparse.ArgumentParser(add_help=False)
+    choice.add_argument("--model", choices=MODELS, default="latte", help="which demo model")
+    model = MODELS[choice.parse_known_args()[0].model]
     parser = argparse.ArgumentParser(
         prog="python -m demo.evaluate",
-        description="Scores the demo checkpoint with diffusers' LattePipeline.",
+        description="Scores a demo checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        parents=[choice],
     )
-    parser.add_argument("--checkpoint", type=Path, default=HERE / "latte", help="folder to load")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder for scores.json and contact_sheet.png")
-    parser.add_argument("--steps", type=int, default=Sampling.steps, help="denoising steps")
-    parser.add_argument("--guidance", type=float, default=Sampling.guidance, help="classifier-free guidance scale")
+    parser.add_argument("--checkpoint", type=Path, default=model.checkpoint, help="folder to load")
+    parser.add_argument("--output", type=Path, default=model.records, help="folder for scores.json and the picture")
+    parser.add_argument("--steps", type=int, default=model.sampling.steps, help="denoising steps")
+    parser.add_argument("--guidance", type=float, default=model.sampling.guidance, help="guidance scale")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="how many (prompt, seed) pairs")
-    arguments = parser.parse_args()
-    sampling = Sampling(arguments.steps, arguments.guidance)
-    scores, videos = score(arguments.checkpoint, sampling, arguments.pairs, lambda line: print(line, flush=True))
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    write_scores(arguments.output / "scores.json", scores)
+    options = parser.parse_args()
+    sampling = Sampling(options.steps, options.guidance)
+    scores, videos = score(model, options.checkpoint, sampling, options.pairs, lambda line: print(line, flush=True))
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_scores(options.output / "scores.json", scores)
     shown = [video for first in range(0, 80, 10) for video in videos[first : first + 2]]
-    contact_sheet(shown).save(arguments.output / "contact_sheet.png", optimize=True)
-    if arguments.output == HERE:
-        training = json.loads((HERE / "training.json").read_text())
-        write_table(HERE / "README.md", scores_table(scores, training))
+    contact_sheet(shown).quantize(256).save(options.output / "contact_sheet.png", optimize=True)
+    if options.output == model.records:
+        training = json.loads((model.records / "training.json").read_text())
+        write_table(ROOT / "README.md", model.name, scores_table(scores, training))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ class FlatAdamW:
 
     Args:
         modules: converted to `dtype` and re-pointed at the working vector. Do not move or cast them afterwards.
+            Parameters that ask for no gradient stay as they are.
         dtype: of the working weights; gradients have it too, until they are summed over processes in float32.
         average_decay: decay of the moving average of the master weights, reached gradually from 0.
     """
 
     def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype, average_decay: float = 0.995) -> None:
-        self._parameters = [parameter for module in modules for parameter in module.parameters()]
+        self._parameters = _trained(modules)
         self._master = torch.cat([parameter.detach().float().flatten() for parameter in self._parameters])
         if dist.is_initialized():
             dist.broadcast(self._master, 0)
@@ -69,11 +70,10 @@ class FlatAdamW:
     def copy_average_to(self, modules: Sequence[nn.Module]) -> None:
         """Writes the averaged weights into float32 modules of the same structure, given in the same order."""
         offset = 0
-        for module in modules:
-            for parameter in module.parameters():
-                end = offset + parameter.numel()
-                parameter.copy_(self._average[offset:end].view_as(parameter))
-                offset = end
+        for parameter in _trained(modules):
+            end = offset + parameter.numel()
+            parameter.copy_(self._average[offset:end].view_as(parameter))
+            offset = end
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on later as if never interrupted."""
@@ -92,3 +92,7 @@ class FlatAdamW:
         self._adamw.load_state_dict(state["adamw"])
         self.steps = state["steps"]
         self._working.copy_(self._master)
+
+
+def _trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]

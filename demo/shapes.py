@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 FRAMES = 8
+"""Of a video when no number is asked for."""
 SIZE = 32
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (230, 40, 40),
@@ -123,15 +124,18 @@ def _extent(shape: str, area: float) -> tuple[Array, Array]:
     return np.full(2, reach), np.full(2, reach)
 
 
-def placement(combination: Combination, rng: np.random.Generator) -> Placement:
-    """Draws size, speed and starting point so that the whole shape stays inside the picture in every frame."""
+def placement(combination: Combination, rng: np.random.Generator, frames: int = FRAMES) -> Placement:
+    """Draws size, speed and starting point so that the whole shape stays inside the picture in every frame.
+
+    The draw does not depend on the number of frames, so longer videos show the same motion in finer steps.
+    """
     area = float(rng.uniform(*AREA_RANGE))
     travel = float(rng.uniform(*TRAVEL_RANGE)) * np.array(DIRECTIONS[combination.direction], dtype=np.float64)
     before, after = _extent(combination.shape, area)
     lowest = before + np.maximum(-travel, 0)
     highest = SIZE - after - np.maximum(travel, 0)
     start = rng.uniform(lowest, highest)
-    centres = start + np.linspace(0, 1, FRAMES)[:, None] * travel
+    centres = start + np.linspace(0, 1, frames)[:, None] * travel
     return Placement(area, centres)
 
 
@@ -142,19 +146,20 @@ def render(combination: Combination, where: Placement) -> Video:
     return np.rint(alpha[..., None] * colour).astype(np.uint8)
 
 
-def make_video(combination: Combination, seed: int | tuple[int, ...]) -> Video:
-    """One video of a combination, uint8 (8, 32, 32, 3); the seed decides size, speed and place."""
-    return render(combination, placement(combination, np.random.default_rng(seed)))
+def make_video(combination: Combination, seed: int | tuple[int, ...], frames: int = FRAMES) -> Video:
+    """One video of a combination, uint8 (frames, 32, 32, 3); the seed decides size, speed and place."""
+    return render(combination, placement(combination, np.random.default_rng(seed), frames))
 
 
-def make_dataset(count: int, seed: int, first: int = 0) -> tuple[Video, npt.NDArray[np.int64]]:
+def make_dataset(count: int, seed: int, first: int = 0, frames: int = FRAMES) -> tuple[Video, npt.NDArray[np.int64]]:
     """Videos `first` to `first + count` of the training set of a seed, which has no end.
 
     Returns:
-        Videos uint8 (count, 8, 32, 32, 3), and for each the index of its combination in `trained()`, int64 (count,).
+        Videos uint8 (count, frames, 32, 32, 3), and for each the index of its combination in `trained()`, int64
+        (count,).
     """
     choices = trained()
     indices = range(first, first + count)
     labels = np.array([index % len(choices) for index in indices], dtype=np.int64)
-    videos = np.stack([make_video(choices[index % len(choices)], (seed, index)) for index in indices])
+    videos = np.stack([make_video(choices[index % len(choices)], (seed, index), frames) for index in indices])
     return videos, labels

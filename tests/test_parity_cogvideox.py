@@ -13,12 +13,13 @@ from diffusers.schedulers import scheduling_dpm_cogvideox
 
 from benchmarks.checkpoints import random_cogvideox
 from foresight.engines.arrays import Arrays
+from foresight.engines.errors import InvalidRequest
 from foresight.exporter.export import Export, Request
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import NoReuse
 from foresight.runtime.sampler import Noise
 from tests.support import load_pipeline
-from tests.test_parity import assert_same, draw
+from tests.test_parity import REPOSITORY, assert_same, draw
 
 PROMPT = "a red circle moving right"
 # like the 2b; like the 5b, other sizes than the checkpoint was made for; the 5b's own scheduler, which adds noise
@@ -124,3 +125,19 @@ def test_a_video_is_the_one_diffusers_makes(model: tuple[CogVideoXPipeline, Vide
         policy=NoReuse(),
     )
     assert_same(video, *expected)
+
+
+def test_the_shipped_checkpoint_makes_the_video_that_diffusers_makes(bundles: Path) -> None:
+    ours = load_pipeline(Export("cogvideox-demo", Request(), output=bundles / "cogvideox-demo").run().path)
+    reference = CogVideoXPipeline.from_pretrained(REPOSITORY / "demo" / "cogvideox")
+    reference.set_progress_bar_config(disable=True)
+    latents = draw(ours.manifest.shape.latents)
+    settings: dict[str, Any] = {"guidance_scale": 2.0, "num_inference_steps": 10}
+    expected = run_reference(reference, ours.manifest.shape, latents, PROMPT, **settings)
+    assert_same(ours(PROMPT, steps=10, guidance=2.0, latents=latents, policy=NoReuse()), *expected)
+
+
+def test_frames_that_the_vae_cannot_make_are_refused_with_those_it_can(tmp_path: Path) -> None:
+    folder = random_cogvideox(tmp_path / "cogvideox")
+    with pytest.raises(InvalidRequest, match=r"frames: got 13, which .*; choose 9 or 16"):
+        Export("cogvideox-2b", Request(frames=13), str(folder))

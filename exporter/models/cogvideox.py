@@ -206,7 +206,7 @@ def rotary_tables(transformer: CogVideoXTransformer3DModel, latents: tuple[int, 
 
 
 def sincos_table(transformer: CogVideoXTransformer3DModel, latents: tuple[int, ...]) -> Tensor:
-    """Every token's position embedding, (N, D) fp32, as CogVideoXPatchEmbed makes it for any size."""
+    """Every token's position embedding, (N, D) fp64, as CogVideoXPatchEmbed makes it for any size."""
     config = transformer.config
     frames, _, height, width = latents
     table: Tensor = get_3d_sincos_pos_embed(

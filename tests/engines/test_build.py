@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,6 +25,8 @@ from foresight.engines.compiled import (
 )
 from foresight.engines.errors import BundleError, EngineError, IntegrityError, InvalidRequest
 from foresight.engines.tensorrt import BuildSettings, find_target
+from foresight.exporter.export import Export, Request
+from foresight.exporter.models import REGISTRY
 from tests.support import copy_bundle, edit_manifest
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has wheels for Linux x86-64 only")
@@ -52,12 +55,10 @@ def edit_index(compiled: Compiled, **fields: object) -> None:
 
 
 @pytest.mark.rtx
-@pytest.mark.parametrize("dtype", ["half", "bf16"])
-def test_every_graph_of_the_demo_builds_with_attention_fused(
-    dtype: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    source = request.getfixturevalue(f"demo_{dtype}_bundle")
-    bundle = open_bundle(copy_bundle(source, tmp_path / "bundle"))
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("model", [name for name in REGISTRY if name.endswith("-demo")])
+def test_every_graph_of_the_demos_builds_with_attention_fused(model: str, dtype: Any, tmp_path: Path) -> None:
+    bundle = Export(model, Request(dtype=dtype), output=tmp_path / "bundle").run()
     compiled = build_engines(bundle, RTX, jobs=2)
     assert set(compiled.index.parts) == {part.name for part in bundle.manifest.parts}
     for name, part in compiled.index.parts.items():

@@ -1,7 +1,7 @@
 """A compact forward pass of `LatteTransformer3DModel` for training on CPUs.
 
-It computes what the diffusers module computes, with that module's own weights; `demo.train` checks the two against
-each other before it starts. It is faster because it
+It computes what the diffusers module computes, with that module's own weights; training checks the two against each
+other before it starts. It is faster because it
 
 - stays in patch space, where noise, loss and network meet without unfolding and folding pictures;
 - keeps hidden states as (batch, frames, tokens, channels), so modulation is per sample and never repeated;
