@@ -15,11 +15,18 @@ from .manifest import Manifest, Part, Stage, TensorSpec, chunk_sizes, stream_byt
 
 def contradictions(manifest: Manifest) -> Iterator[str]:
     """Every place where the manifest contradicts itself, in words; nothing for a sound one."""
+    yield from _in_names(manifest)
     yield from _in_ranges(manifest)
     yield from _in_shape(manifest)
     yield from _in_defaults(manifest)
     yield from _in_tensors(manifest)
     yield from _in_cache(manifest)
+
+
+def _in_names(manifest: Manifest) -> Iterator[str]:
+    names = [part.name for part in manifest.parts]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"two parts are called {name}"
 
 
 def _in_ranges(manifest: Manifest) -> Iterator[str]:
@@ -142,7 +149,7 @@ def _in_states(stage: Stage) -> Iterator[str]:
 
 def _in_cache(manifest: Manifest) -> Iterator[str]:
     names = [block.name for block in manifest.blocks]
-    if not names or len(set(names)) != len(names) or set(names) != set(manifest.cache_bytes_per_row):
+    if not names or set(names) != set(manifest.cache_bytes_per_row):
         yield "its blocks are not those it lists cache memory for"
         return
     for block in manifest.blocks:

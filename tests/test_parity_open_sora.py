@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
-from benchmarks.checkpoints import random_open_sora
+from benchmarks.checkpoints import random_latte, random_open_sora
 from foresight.engines.errors import CheckpointError, InvalidRequest
 from foresight.exporter.export import Export, Request
 from foresight.exporter.models.open_sora.stdit3 import STDiT3, STDiT3Config
@@ -25,7 +25,7 @@ from foresight.exporter.models.open_sora.vae import VideoVAE, VideoVAEConfig
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import NoReuse
 from tests.support import load_pipeline
-from tests.test_parity import assert_same, draw
+from tests.test_parity import REPOSITORY, assert_same, draw
 
 PROMPT = "a red circle moving right"
 LIGHT: dict[str, Any] = {"text": {"num_layers": 1}}
@@ -158,6 +158,12 @@ def test_sizes_that_the_model_was_not_made_for_are_refused(tiny: Path, size: dic
         Export("open-sora", Request(**size), str(tiny))
 
 
+def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = random_latte(tmp_path / "latte", **LIGHT)
+    with pytest.raises(CheckpointError, match=r"transformer is a None, expected an STDiT3; choose the --model"):
+        Export("open-sora", Request(), str(folder))
+
+
 @pytest.mark.parametrize("component", ["transformer", "vae"])
 @pytest.mark.parametrize("damage", ["missing", "unknown"])
 def test_loading_is_strict(tiny: Path, tmp_path: Path, component: str, damage: str) -> None:
@@ -175,3 +181,12 @@ def test_loading_is_strict(tiny: Path, tmp_path: Path, component: str, damage: s
             Export("open-sora", Request(), str(tiny), tmp_path / "bundle").run()
     finally:
         save_file(original, file)
+
+
+def test_the_shipped_checkpoint_makes_the_video_that_the_eager_model_makes(bundles: Path) -> None:
+    ours = load_pipeline(Export("open-sora-demo", Request(), output=bundles / "open-sora-demo").run().path)
+    eager = EagerOpenSora(REPOSITORY / "demo" / "open_sora")
+    shape, noise = ours.manifest.shape, draw(ours.manifest.shape.latents)
+    video = ours(PROMPT, steps=10, guidance=2.0, latents=noise, policy=NoReuse())
+    size = (shape.height, shape.width, shape.frames)
+    assert_same(video, *eager(f"{PROMPT} aesthetic score: 6.5.", noise, size, 10, 2.0))

@@ -83,7 +83,8 @@ def transformer_config() -> dict[str, Any]:
         model_max_length=16,
         input_sq_size=shapes.SIZE,
     )
-    return {"model_type": "STDiT3", "qk_norm": True, "skip_y_embedder": False, **asdict(config)}
+    size = [LATENT_FRAMES, LATENT_SIZE, LATENT_SIZE]  # of the videos it is for: published models, for many, have null
+    return {"model_type": "STDiT3", "input_size": size, "qk_norm": True, "skip_y_embedder": False, **asdict(config)}
 
 
 def make_transformer() -> STDiT3:

@@ -65,6 +65,18 @@ def test_videos_are_uint8_rgb_frames_of_one_colour(combination: shapes.Combinati
     assert {tuple(frame.max(axis=(0, 1))) for frame in video} == {shapes.COLOURS[combination.colour]}
 
 
+@pytest.mark.parametrize("frames", [9, 17])
+def test_longer_videos_show_the_same_motion_in_finer_steps(frames: int) -> None:
+    combination = ALL[0]
+    short, long = shapes.make_video(combination, seed=5), shapes.make_video(combination, seed=5, frames=frames)
+    assert long.shape == (frames, *short.shape[1:])
+    np.testing.assert_array_equal(long[[0, -1]], short[[0, -1]])
+
+
+def test_the_training_set_has_as_many_frames_as_asked_for() -> None:
+    assert shapes.make_dataset(2, seed=3, frames=9)[0].shape == (2, 9, shapes.SIZE, shapes.SIZE, 3)
+
+
 @pytest.mark.parametrize("shape", shapes.SHAPES)
 @pytest.mark.parametrize("area", shapes.AREA_RANGE)
 def test_shapes_cover_the_area_asked_for(shape: str, area: float) -> None:

@@ -1,49 +1,78 @@
-"""Training computes what the shipped classes compute: forward pass, captions, optimiser and pictures are the same."""
+"""Training computes what the shipped classes compute: forward passes, captions, optimiser and pictures are the same."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from diffusers import LattePipeline
-from torch import nn
+import torch.distributed as dist
+from diffusers import AutoencoderKL, CogVideoXPipeline, LattePipeline
+from torch import Tensor, nn
 
-from demo import checkpoint, forward, shapes, train
+from demo import shapes, text, train, training
+from demo.model import ROOT
+from demo.models import MODELS, cogvideox, cogvideox_vae, latte, open_sora, open_sora_vae
+from demo.models import cogvideox_forward as cogvideox_patches
+from demo.models import latte_forward as latte_patches
 from demo.optimiser import FlatAdamW
 
-
-def test_the_compact_forward_is_the_forward_of_diffusers() -> None:
-    train.check_forward(checkpoint.make_transformer())
+RECIPES = [latte, cogvideox, open_sora]
 
 
-def test_the_check_of_the_forward_notices_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = forward.predict
-    monkeypatch.setattr(train, "predict", lambda *arguments: plain(*arguments) * 1.01)
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A group of one process, as training has it."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_compact_forward_is_the_forward_of_the_module(recipe: ModuleType) -> None:
+    recipe.check_forward(recipe.make_transformer())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_check_of_the_forward_notices_a_difference(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = recipe.predict
+    monkeypatch.setattr(recipe, "predict", lambda *arguments: plain(*arguments) * 1.01)
     with pytest.raises(AssertionError):
-        train.check_forward(checkpoint.make_transformer())
+        recipe.check_forward(recipe.make_transformer())
 
 
-def test_the_check_of_the_forward_leaves_the_weights_alone() -> None:
-    transformer = checkpoint.make_transformer()
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_check_of_the_forward_leaves_the_weights_alone(recipe: ModuleType) -> None:
+    transformer = recipe.make_transformer()
     before = copy.deepcopy(transformer.state_dict())
-    train.check_forward(transformer)
+    recipe.check_forward(transformer)
     assert all(torch.equal(value, before[name]) for name, value in transformer.state_dict().items())
 
 
 def test_patch_space_is_a_rearrangement() -> None:
     latents = torch.randn(2, 4, 8, 16, 16)
-    patches = forward.patches_from_latents(latents, patch=4)
+    patches = latte_patches.patches_from_latents(latents, patch=4)
     assert patches.shape == (2, 8, 16, 64)
-    assert torch.equal(forward.latents_from_patches(patches, patch=4), latents)
+    assert torch.equal(latte_patches.latents_from_patches(patches, patch=4), latents)
 
 
-def test_training_sees_the_embeddings_that_the_pipeline_uses() -> None:
-    tokenizer = checkpoint.make_tokenizer()
-    text_encoder = checkpoint.make_text_encoder(len(tokenizer)).eval()
-    pipeline = LattePipeline(tokenizer, text_encoder, checkpoint.make_vae(), checkpoint.make_transformer(), None)
-    ids, mask = train.caption_tokens()
+def test_the_patch_space_of_cogvideox_is_a_rearrangement() -> None:
+    latents = torch.randn(2, 5, 4, 16, 16)
+    patches = cogvideox_patches.patches_from_latents(latents, patch=4)
+    assert patches.shape == (2, 80, 64)
+    assert torch.equal(cogvideox_patches.latents_from_patches(patches, patch=4, frames=5), latents)
+
+
+def test_training_sees_the_embeddings_that_the_latte_pipeline_uses() -> None:
+    tokenizer = text.make_tokenizer()
+    text_encoder = text.make_text_encoder(len(tokenizer)).eval()
+    pipeline = LattePipeline(tokenizer, text_encoder, latte.make_vae(), latte.make_transformer(), None)
+    ids, mask = latte.caption_tokens()
     with torch.no_grad():
         seen = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         for i, combination in enumerate(shapes.trained()):
@@ -52,18 +81,100 @@ def test_training_sees_the_embeddings_that_the_pipeline_uses() -> None:
             torch.testing.assert_close(seen[-1], negative[0], atol=1e-5, rtol=1e-5)
 
 
+def test_training_sees_the_embeddings_that_the_cogvideox_pipeline_uses() -> None:
+    encoder = text.load_text_encoder()
+    pipeline = CogVideoXPipeline(text.load_tokenizer(), encoder, cogvideox_vae.make_vae(), None, None)
+    seen = cogvideox.caption_embeddings()
+    for i, combination in enumerate(shapes.trained()):
+        prompt, negative = pipeline.encode_prompt(combination.caption, max_sequence_length=cogvideox.TEXT_LENGTH)
+        torch.testing.assert_close(seen[i], prompt[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(seen[-1], negative[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_rotary_positions_are_those_of_the_cogvideox_pipeline() -> None:
+    transformer = cogvideox.make_transformer()
+    pipeline = CogVideoXPipeline(None, None, cogvideox_vae.make_vae(), transformer, cogvideox.make_scheduler())
+    expected = pipeline._prepare_rotary_positional_embeddings(shapes.SIZE, shapes.SIZE, 5, torch.device("cpu"))
+    for actual, wanted in zip(cogvideox_patches.rotary_embedding(transformer, 5), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_the_empty_open_sora_prompt_is_cut_to_the_length_of_the_others() -> None:
+    transformer = open_sora.make_transformer()
+    seen = open_sora.caption_embeddings(transformer)
+    assert torch.equal(seen[-1], transformer.y_embedder.y_embedding[: seen.shape[1]])
+
+
 def test_whitening_changes_latents_and_not_pictures() -> None:
     torch.manual_seed(0)
-    vae, videos = checkpoint.make_vae(), shapes.make_dataset(8, seed=0)[0]
-    pixels = train.pixels_from_videos(videos)
+    vae, videos = latte.make_vae(), shapes.make_dataset(8, seed=0)[0]
+    pixels = latte.frames_from_videos(videos)
     with torch.no_grad():
         before = vae.decode(vae.encode(pixels).latent_dist.mean).sample
-        train.whiten_latents(vae, videos)
+        latte.whiten_latents(vae, videos)
         latents = vae.encode(pixels).latent_dist.mean
         torch.testing.assert_close(vae.decode(latents).sample, before, atol=1e-4, rtol=1e-4)
+    assert_white(latents)
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-2
+
+
+def test_whitening_changes_video_latents_and_not_videos() -> None:
+    torch.manual_seed(0)
+    vae, videos = cogvideox_vae.make_vae(), shapes.make_dataset(4, seed=0, frames=9)[0]
+    pixels = training.pixels_from_videos(videos)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+        cogvideox_vae.whiten_latents(vae, videos)
+        latents = vae.encode(pixels).latent_dist.mean
+        torch.testing.assert_close(vae.decode(latents).sample, before, atol=1e-4, rtol=1e-4)
+    assert_white(latents)
+
+
+def assert_white(latents: Tensor) -> None:
     covariance = torch.cov(latents.transpose(0, 1).flatten(1))
     torch.testing.assert_close(covariance, torch.eye(4), atol=1e-2, rtol=0)
-    assert latents.mean((0, 2, 3)).abs().max() < 1e-2
+
+
+def test_a_still_video_starts_out_coded_as_its_frame() -> None:
+    image_vae, vae = AutoencoderKL.from_pretrained(cogvideox_vae.START), cogvideox_vae.make_vae()
+    cogvideox_vae.start_from_images(vae, image_vae)
+    frame = shapes.make_dataset(1, seed=0)[0][:, :1]
+    with torch.no_grad():
+        expected = image_vae.encode(latte.frames_from_videos(frame)).latent_dist.mean
+        actual = vae.encode(training.pixels_from_videos(frame.repeat(9, axis=1))).latent_dist.mean
+    torch.testing.assert_close(actual, expected.unsqueeze(2).expand_as(actual), atol=1e-3, rtol=1e-3)
+
+
+def test_the_factor_of_open_sora_is_taken_back() -> None:
+    image_vae, vae = AutoencoderKL.from_pretrained(open_sora_vae.START), open_sora_vae.make_vae()
+    frames = shapes.make_dataset(2, seed=0)[0][:, :1]
+    pixels = training.pixels_from_videos(frames)
+    with torch.no_grad():
+        expected = image_vae.encode(latte.frames_from_videos(frames)).latent_dist.mean
+        states = vae.spatial_vae.encode(pixels, sample=False)
+        torch.testing.assert_close(states[:, :, 0], expected, atol=1e-4, rtol=1e-4)
+        decoded = image_vae.decode(expected).sample
+        torch.testing.assert_close(vae.spatial_vae.decode(states)[:, :, 0], decoded, atol=1e-4, rtol=1e-4)
+
+
+def test_standardised_open_sora_latents_have_mean_0_and_the_deviation_asked_for() -> None:
+    torch.manual_seed(0)
+    vae, videos = open_sora_vae.make_vae(), shapes.make_dataset(4, seed=0, frames=17)[0]
+    open_sora_vae.standardise_latents(vae, videos)
+    with torch.no_grad():
+        latents = vae.encode(training.pixels_from_videos(videos), sample=False)
+    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(4), atol=1e-3, rtol=0)
+    deviation = torch.full((4,), open_sora_vae.LATENT_STD)
+    torch.testing.assert_close(latents.std((0, 2, 3, 4)), deviation, atol=1e-3, rtol=0)
+
+
+def test_an_open_sora_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
+    vae, transformer = open_sora_vae.make_vae(), open_sora.make_transformer()
+    open_sora.save_checkpoint(tmp_path / "checkpoint", vae, transformer)
+    loaded = open_sora.load_checkpoint(tmp_path / "checkpoint")
+    for module, other in ((vae, loaded.vae), (transformer, loaded.transformer)):
+        weights = other.state_dict()
+        assert all(torch.equal(weight, weights[name]) for name, weight in module.state_dict().items())
 
 
 def test_the_flat_optimiser_is_adamw() -> None:
@@ -104,48 +215,145 @@ def test_a_continued_optimiser_takes_the_steps_of_an_unbroken_one() -> None:
     assert continued.steps == unbroken.steps == 2
 
 
-@pytest.mark.parametrize("mean_share", [0.0, 0.2])
-def test_noise_follows_the_scheduler(mean_share: float) -> None:
-    alphas = checkpoint.make_scheduler().alphas_cumprod
-    clean = torch.zeros(4000, 1, 1, 1)
-    noisy, timesteps, weight = train.noisy_batch(clean, alphas, train.generator_for(1), mean_share)
+def test_frozen_parameters_are_neither_trained_nor_averaged() -> None:
+    transformer = open_sora.make_transformer()
+    before = transformer.y_embedder.y_embedding.clone()
+    optimiser = FlatAdamW([transformer], torch.float32)
+    optimiser.step(0.1)
+    averaged = open_sora.make_transformer()
+    optimiser.copy_average_to([averaged])
+    for module in (transformer, averaged):
+        assert torch.equal(module.y_embedder.y_embedding, before)
+
+
+def batch_of_zeros(levels: training.NoiseLevels, count: int = 4000) -> training.Batch:
+    generator = training.generator_for(1)
+    drawn, clean = levels.draw(count, generator), torch.zeros(count, 1, 1)
+    noise = torch.randn(clean.shape, generator=generator)
+    nothing = torch.zeros(count, dtype=torch.int64)
+    return training.Batch(clean, clean, noise, drawn, drawn >= levels.mean_from, nothing)
+
+
+def test_the_noise_of_latte_follows_its_scheduler() -> None:
+    alphas = latte.make_scheduler().alphas_cumprod
+    noisy, timesteps, weight = latte.noisy_latents(batch_of_zeros(latte.LEVELS), alphas)
     spread = (noisy.flatten() / (1 - alphas[timesteps]).sqrt()).std().item()
     assert spread == pytest.approx(1, abs=0.05)
     assert timesteps.min() >= 0 and timesteps.max() <= 999
     assert weight.max() <= 2
 
 
-def test_a_share_of_the_timesteps_is_drawn_where_means_are_targets() -> None:
-    alphas, clean = checkpoint.make_scheduler().alphas_cumprod, torch.zeros(4000, 1, 1, 1)
+def test_latents_and_velocities_of_cogvideox_are_those_of_its_scheduler() -> None:
+    scheduler, batch = cogvideox.make_scheduler(), batch_of_zeros(cogvideox.LEVELS)
+    clean = torch.randn(batch.clean.shape, generator=training.generator_for(2))
+    batch = batch._replace(clean=clean, target=clean)
+    noisy, velocity, timesteps, weight = cogvideox.noisy_latents(batch, scheduler.alphas_cumprod.float())
+    expected = scheduler.add_noise(batch.clean, batch.noise, timesteps)
+    torch.testing.assert_close(noisy, expected, atol=1e-5, rtol=1e-5)
+    expected = scheduler.get_velocity(batch.clean, batch.noise, timesteps)
+    torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=1e-5)
+    assert weight.min() > 0 and weight.max() <= 1
+
+
+def test_the_velocity_of_open_sora_leads_from_noise_to_clean_latents() -> None:
+    batch = batch_of_zeros(open_sora.LEVELS)
+    batch = batch._replace(clean=torch.ones_like(batch.clean), target=torch.ones_like(batch.clean))
+    noisy, velocity, times, _ = open_sora.noisy_latents(batch)
+    torch.testing.assert_close(noisy + times.view(-1, 1, 1) * velocity, batch.clean, atol=1e-5, rtol=1e-5)
+
+
+def test_the_latents_of_open_sora_are_as_noisy_as_the_level_says_of_latents_of_variance_1() -> None:
+    batch = batch_of_zeros(open_sora.LEVELS)
+    _, _, times, weight = open_sora.noisy_latents(batch)
+    hidden, wanted = times / (1 - times) / open_sora_vae.LATENT_STD, batch.levels / (1 - batch.levels)
+    torch.testing.assert_close(hidden, wanted, atol=1e-5, rtol=1e-3)
+    implied = weight * (open_sora_vae.LATENT_STD / times).square()
+    assert (implied.min().item(), implied.max().item()) == pytest.approx((1, 2), abs=1e-3)
+
+
+def test_open_sora_samples_from_noise_down_to_nothing() -> None:
+    times = open_sora.flow_times(30)
+    assert times[0] == 1
+    assert times == sorted(times, reverse=True)
+    assert sum(way for _, way in open_sora.intervals(times)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_share_of_the_levels_is_drawn_where_means_are_targets(recipe: ModuleType) -> None:
     shares = []
     for mean_share in (0.0, 0.2):
-        _, timesteps, _ = train.noisy_batch(clean, alphas, train.generator_for(1), mean_share)
-        shares.append((timesteps >= train.MEAN_FROM).float().mean().item())
+        levels = replace(recipe.LEVELS, mean_share=mean_share)
+        drawn = levels.draw(4000, training.generator_for(1))
+        assert drawn.min() >= 0 and drawn.max() <= 1
+        shares.append((drawn >= levels.mean_from).float().mean().item())
     assert shares[1] - shares[0] == pytest.approx(0.2, abs=0.03)
 
 
+def test_latte_has_means_as_targets_only_after_the_time_set() -> None:
+    settings = replace(latte.SETTINGS, mean_targets_after=240, batch=24)
+    drawn = [latte.levels_after(settings, step).draw(4000, training.generator_for(1)) for step in (9, 10)]
+    shares = [(levels >= latte.LEVELS.mean_from).float().mean().item() for levels in drawn]
+    assert shares[1] - shares[0] == pytest.approx(latte.MEAN_SHARE, abs=0.03)
+    assert latte.levels_after(settings, 9).mean_from == float("inf")
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_tells_directions_apart_counts_more_where_means_are_targets() -> None:
+    labels = torch.arange(72) % 36
+    examples = training.TrainingSet(torch.randn(72, 5, 16), labels)
+    levels = training.NoiseLevels(centre=0.0, spread=1.0, mean_from=0.9, mean_share=0.5)
+    batch = examples.draw(replace(cogvideox.SETTINGS, batch=40), levels, training.generator_for(2))
+    along = examples.contrasts[0].view(1, 5, 16).expand(40, -1, -1)
+    errors = examples.errors(along, batch) * along[0].numel()
+    torch.testing.assert_close(errors, 1 + training.CONTRAST_WEIGHT * batch.averaged.float())
+
+
+@pytest.mark.usefixtures("alone")
+def test_targets_are_the_latents_or_the_means_of_their_captions() -> None:
+    clean, labels = torch.randn(72, 5), torch.arange(72) % 36
+    examples = training.TrainingSet(clean, labels)
+    settings = replace(cogvideox.SETTINGS, batch=200, caption_dropout=0.3)
+    batch = examples.draw(settings, training.NoiseLevels(0.0, 1.0, 0.8, 0.3), training.generator_for(2))
+    means = torch.stack([*((clean[:36] + clean[36:]) / 2), clean.mean(0)])
+    torch.testing.assert_close(batch.target[batch.averaged], means[batch.captions[batch.averaged]])
+    assert torch.equal(batch.target[~batch.averaged], batch.clean[~batch.averaged])
+    assert 0 < batch.averaged.sum() < 200
+    assert (batch.captions == 36).float().mean().item() == pytest.approx(0.3, abs=0.1)
+
+
 def test_random_numbers_depend_on_the_key_only() -> None:
-    draws = [torch.rand(3, generator=train.generator_for(*key)) for key in [(0, 2, 5, 1), (0, 2, 5, 1), (0, 2, 6, 1)]]
+    draws = [
+        torch.rand(3, generator=training.generator_for(*key)) for key in [(0, 2, 5, 1), (0, 2, 5, 1), (0, 2, 6, 1)]
+    ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
 
 def test_shares_must_be_equal() -> None:
     with pytest.raises(ValueError, match="multiple of processes"):
-        train.Settings(batch=25, processes=2)
+        replace(latte.SETTINGS, batch=25, processes=2)
 
 
 def test_every_process_must_see_every_combination() -> None:
     with pytest.raises(ValueError, match="at least 72"):
-        train.Settings(videos=70, processes=2)
+        replace(latte.SETTINGS, videos=70, processes=2)
 
 
-def test_the_command_line_has_the_defaults_of_the_settings() -> None:
-    assert train.parse_settings([]) == train.Settings()
+@pytest.mark.parametrize("name", MODELS)
+def test_the_command_line_has_the_defaults_of_the_model(name: str) -> None:
+    assert train.parse_arguments(["--model", name]) == (MODELS[name], MODELS[name].settings)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_keep_apart_what_they_write(name: str) -> None:
+    model = MODELS[name]
+    assert model.settings.output == model.checkpoint == ROOT / name
+    assert model.settings.records == model.records
+    assert model.settings.work.name == name
 
 
 def test_the_cosine_falls_from_one_to_zero() -> None:
-    values = [train.cosine(progress) for progress in np.linspace(-1, 1, 9)]
+    values = [training.cosine(progress) for progress in np.linspace(-1, 1, 9)]
     assert values[0] == values[4] == 1
     assert values == sorted(values, reverse=True)
     assert values[-1] == pytest.approx(0)

@@ -493,6 +493,9 @@ CONTRADICTIONS: dict[str, Callable[[Json], Any]] = {
     "frames along no axis": lambda manifest: manifest["decoder"][0].update(axis=4),
     "a decoder after the last": lambda manifest: manifest["decoder"].append(manifest["decoder"][0]),
     "a later chunk of another kind": lambda manifest: manifest["decoder"][0].update(next=manifest["epilogue"]),
+    "a stage of the decoder named as a part before it": lambda manifest: manifest["decoder"][0]["first"].update(
+        name="epilogue"
+    ),
     "a negative prompt beside a null caption": lambda manifest: (
         manifest["text"].update(null_caption=True),
         manifest["defaults"].update(negative_prompt="ugly"),

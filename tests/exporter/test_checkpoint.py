@@ -12,15 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import LatteTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from benchmarks.checkpoints import random_open_sora
 from foresight.engines.errors import CheckpointError, InvalidRequest
 from foresight.exporter.checkpoint import Checkpoint, find_checkpoint
 from foresight.exporter.export import Export, Request
-from foresight.exporter.models import split_checkpoint
+from foresight.exporter.models import REGISTRY, split_checkpoint
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 ENCODER = "text_encoder/model.safetensors"
@@ -340,3 +342,26 @@ def test_a_hub_id_that_is_not_to_be_had_is_a_checkpoint_error(name: str, tmp_pat
         [sys.executable, "-c", program, name], capture_output=True, text=True, env=environment, check=False
     )
     assert "neither a folder nor to be had from the hub" in done.stdout, done.stderr
+
+
+def cached_on_the_hub(cache: Path, source: Path, place: str) -> None:
+    """Put a folder where the hub's own library keeps what it has downloaded of `place`, owner/name or more."""
+    owner, name, *inner = place.split("/", 2)
+    repository = cache / f"models--{owner}--{name}"
+    shutil.copytree(source, repository / "snapshots" / ("0" * 40) / "/".join(inner), dirs_exist_ok=True)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+
+
+def test_components_that_are_published_apart_make_one_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = random_open_sora(tmp_path / "whole", text={"num_layers": 1})
+    places = REGISTRY["open-sora"].checkpoint
+    assert not isinstance(places, str)
+    for component, place in places.items():
+        cached_on_the_hub(tmp_path / "cache", folder / component, place)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    found = find_checkpoint(places)
+    assert found.sha256 == Checkpoint("whole", folder).sha256
+    assert Export("open-sora", Request(frames=17, height=8, width=12), output=tmp_path / "bundle").plan().blocks == 4

@@ -44,6 +44,11 @@ OLD_ATTENTION = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out
 
 def split(checkpoint: Checkpoint, request: Request) -> Split:
     """Take an Open-Sora 1.2 checkpoint apart. Raises CheckpointError, InvalidRequest."""
+    kind = checkpoint.config("transformer").get("model_type")
+    if kind != "STDiT3":
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name}: transformer is a {kind}, expected an STDiT3; choose the --model it is"
+        )
     dtype = TORCH_DTYPES[request.dtype]
     with init_empty_weights(include_buffers=False):
         transformer = STDiT3(STDiT3Config.from_json(checkpoint.config("transformer"))).eval()
