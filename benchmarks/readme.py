@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the recorded results, between `<!-- name -->` and `<!-- end -->` markers.
+"""Writes the tables of our pages from the recorded results, between `<!-- name -->` and `<!-- end -->` markers.
 
 python -m benchmarks.readme
 """
@@ -14,28 +14,32 @@ from typing import Any
 from benchmarks.common import table
 
 REPOSITORY = Path(__file__).parents[1]
-README = REPOSITORY / "README.md"
 GIB = 2**30
 
+Draw = Callable[..., str]
 
-def render(text: str) -> str:
-    """`text` with every marked section replaced by its table."""
-    for name, (file, draw) in SECTIONS.items():
-        result = json.loads((REPOSITORY / file).read_text(encoding="utf-8"))
+
+def render(page: str) -> str:
+    """A page of ours, by its path in the repository, with every marked section replaced by its table."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    for name, (draw, files) in PAGES[page].items():
+        results = [json.loads((REPOSITORY / file).read_text(encoding="utf-8")) for file in files]
         section = re.search(rf"<!-- {name} -->\n.*?<!-- end -->", text, re.DOTALL)
-        assert section is not None, f"README.md has no section {name}"
-        text = f"{text[: section.start()]}<!-- {name} -->\n{draw(result)}\n<!-- end -->{text[section.end() :]}"
+        assert section is not None, f"{page} has no section {name}"
+        text = f"{text[: section.start()]}<!-- {name} -->\n{draw(*results)}\n<!-- end -->{text[section.end() :]}"
     return text
 
 
-def demo_scores(result: dict[str, Any]) -> str:
-    """How often the demo model does what the prompt says, by the judge of demo/judge.py."""
+def demo_scores(*results: dict[str, Any]) -> str:
+    """How often the demo models do what the prompt says, by the judge of demo/judge.py."""
     names = ("pairs", "colour", "shape", "direction", "intact")
+    keys = (("trained", "totals_trained"), ("held out", "totals_held_out"))
     rows = [
-        (title, *(result[key][name] for name in names))
-        for title, key in (("trained", "totals_trained"), ("held out", "totals_held_out"), ("all", "totals"))
+        (title, kind, *(result[key][name] for name in names))
+        for title, result in zip(TITLES.values(), results, strict=True)
+        for kind, key in keys
     ]
-    return table(rows, ("combinations", *names))
+    return table(rows, ("demo model", "combinations", *names))
 
 
 def step_time(result: dict[str, Any]) -> str:
@@ -84,20 +88,37 @@ def skipping(result: dict[str, Any]) -> str:
 
 
 def reuse_quality(result: dict[str, Any]) -> str:
-    """Every setting on the demo model."""
+    """Every setting on one demo model."""
     rows = [
-        (
-            row["cache"],
-            row["cycle"],
-            row["gamma"],
-            f"{row['skipped_percent']:.1f} %",
-            f"{row['psnr_db']:.1f}" if row["psnr_db"] is not None else "identical",
-            f"{row['ssim']:.4f}",
-            f"{row['speedup']:.2f}x",
-        )
+        (row["cache"], row["cycle"], row["gamma"], *_reuse(row), _decibels(row["worst_psnr_db"]))
         for row in result["rows"]
     ]
-    return table(rows, ("cache", "cycle", "gamma", "calls skipped", "PSNR, dB", "SSIM", "speed-up"))
+    header = ("cache", "cycle", "gamma", "calls skipped", "PSNR, dB", "SSIM", "speed-up", "worst PSNR, dB")
+    return f"{result['prompts']} prompts, {result['steps']} steps; {_machine(result)}{table(rows, header)}"
+
+
+def reuse_summary(*results: dict[str, Any]) -> str:
+    """The default gamma on all demo models."""
+    rows = [
+        (title, row["cache"], row["cycle"], *_reuse(row))
+        for title, result in zip(TITLES.values(), results, strict=True)
+        for row in result["rows"]
+        if row["gamma"] == SUMMARY_GAMMA and row["cycle"] in SUMMARY_CYCLES
+    ]
+    return table(rows, ("demo model", "cache", "cycle", "calls skipped", "PSNR, dB", "SSIM", "speed-up"))
+
+
+def _reuse(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{row['skipped_percent']:.1f} %",
+        _decibels(row["psnr_db"]),
+        f"{row['ssim']:.4f}",
+        f"{row['speedup']:.2f}x",
+    )
+
+
+def _decibels(psnr_db: float | None) -> str:
+    return "identical" if psnr_db is None else f"{psnr_db:.1f}"
 
 
 def startup(result: dict[str, Any]) -> str:
@@ -145,21 +166,32 @@ def _machine(result: dict[str, Any]) -> str:
     return f"{machine['processor']}, {machine['cores']} cores; {versions}.\n\n"
 
 
-SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "demo scores": ("demo/scores.json", demo_scores),
-    "step time": ("benchmarks/results/step_time.json", step_time),
-    "real size": ("benchmarks/results/real_size.json", real_size),
-    "skipping": ("benchmarks/results/skipping.json", skipping),
-    "reuse quality": ("benchmarks/results/reuse_quality.json", reuse_quality),
-    "cache budget": ("benchmarks/results/cache_budget.json", cache_budget),
-    "engine build": ("benchmarks/results/engine_build.json", engine_build),
-    "startup": ("benchmarks/results/startup.json", startup),
+# The demo models, by the names of their records.
+TITLES = {"latte": "Latte", "cogvideox": "CogVideoX", "open_sora": "Open-Sora"}
+SUMMARY_GAMMA = 0.5
+SUMMARY_CYCLES = ("N1R2", "N2R3")
+RESULTS = "benchmarks/results"
+_REUSE = {model: f"{RESULTS}/reuse_quality_{model}.json" for model in TITLES}
+# page -> section -> how to draw it, and from what
+PAGES: dict[str, dict[str, tuple[Draw, tuple[str, ...]]]] = {
+    "README.md": {
+        "demo scores": (demo_scores, tuple(f"demo/records/{model}/scores.json" for model in TITLES)),
+        "step time": (step_time, (f"{RESULTS}/step_time.json",)),
+        "real size": (real_size, (f"{RESULTS}/real_size.json",)),
+        "skipping": (skipping, (f"{RESULTS}/skipping.json",)),
+        "reuse summary": (reuse_summary, tuple(_REUSE.values())),
+        "cache budget": (cache_budget, (f"{RESULTS}/cache_budget.json",)),
+        "engine build": (engine_build, (f"{RESULTS}/engine_build.json",)),
+        "startup": (startup, (f"{RESULTS}/startup.json",)),
+    },
+    "docs/reuse.md": {f"reuse quality {model}": (reuse_quality, (file,)) for model, file in _REUSE.items()},
 }
 
 
 def main() -> None:
-    """Rewrite README.md in place."""
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrite the pages in place."""
+    for page in PAGES:
+        (REPOSITORY / page).write_text(render(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

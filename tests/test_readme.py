@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import render
+from benchmarks.readme import PAGES, render
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -50,5 +50,6 @@ def test_embedding_example_runs(folder: Path) -> None:
     assert (folder / "circle.mp4").is_file()
 
 
-def test_tables_are_the_recorded_results() -> None:
-    assert render(README) == README, "run: python -m benchmarks.readme"
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_the_recorded_results(page: str) -> None:
+    assert render(page) == (REPOSITORY / page).read_text(encoding="utf-8"), "run: python -m benchmarks.readme"
