@@ -53,8 +53,10 @@ format: $(READY) ## format the code, and fix what can be fixed safely
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-demo-train: $(READY) ## train the demo checkpoint from nothing; can be interrupted, and goes on when called again
-	$(BIN)/python -m demo.train
+demo-train: $(READY) ## train the demo checkpoints from nothing; can be interrupted, and goes on when called again
+	$(BIN)/python -m demo.train --model latte
+	$(BIN)/python -m demo.train --model cogvideox
+	$(BIN)/python -m demo.train --model open_sora
 
 clean: ## remove what the targets above made, except .venv, the trained checkpoint and other bundles
 	rm -rf $(DEMO) bundles/latte-demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
