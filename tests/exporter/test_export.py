@@ -22,6 +22,7 @@ from foresight.engines.bundle import MANIFEST, open_bundle, verify_files
 from foresight.engines.errors import InvalidRequest, OutputError
 from foresight.exporter import export as export_module
 from foresight.exporter.export import Export, Request
+from foresight.exporter.models import REGISTRY
 from tests.support import copy_bundle, edit_manifest, snapshot
 
 PARTS = [
@@ -378,5 +379,5 @@ def test_every_exported_bundle_is_intact(name: str, request: pytest.FixtureReque
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InvalidRequest, match="model: got 'sora', expected one of latte, latte-demo"):
+    with pytest.raises(InvalidRequest, match=f"model: got 'sora', expected one of {', '.join(REGISTRY)}"):
         Export("sora")
