@@ -183,6 +183,16 @@ def test_loading_is_strict(tiny: Path, tmp_path: Path, component: str, damage: s
         save_file(original, file)
 
 
+@pytest.mark.parametrize("name", ["rope.freqs", "y_embedder.y_proj.fc1.bias"])
+def test_a_weight_of_another_shape_is_refused(tmp_path: Path, name: str) -> None:
+    folder = random_open_sora(tmp_path / "checkpoint", **LIGHT)
+    file = folder / "transformer" / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {name: torch.zeros(3)}, file)
+    with pytest.raises(CheckpointError, match=name):
+        Export("open-sora", Request(), str(folder), tmp_path / "bundle").run()
+
+
 def test_the_shipped_checkpoint_makes_the_video_that_the_eager_model_makes(bundles: Path) -> None:
     ours = load_pipeline(Export("open-sora-demo", Request(), output=bundles / "open-sora-demo").run().path)
     eager = EagerOpenSora(REPOSITORY / "demo" / "open_sora")

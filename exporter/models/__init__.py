@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+import msgspec
+
 from ...engines.errors import CheckpointError, ForesightError, InvalidRequest
 from ...engines.manifest import Defaults
 from ..checkpoint import Checkpoint
@@ -27,6 +29,14 @@ class Model:
     defaults: Defaults
 
 
+COGVIDEOX = Defaults(
+    prompt="a panda playing a guitar by a stream in a bamboo forest",
+    negative_prompt="",
+    steps=50,
+    guidance=6.0,
+    fps=8,
+)
+DEMO = Defaults(prompt="a red circle moving right", negative_prompt="", steps=50, guidance=2.0, fps=8)
 REGISTRY = {
     "latte": Model(
         family="latte",
@@ -42,24 +52,12 @@ REGISTRY = {
     "cogvideox-2b": Model(
         family="cogvideox",
         checkpoint="zai-org/CogVideoX-2b",
-        defaults=Defaults(
-            prompt="a panda playing a guitar by a stream in a bamboo forest",
-            negative_prompt="",
-            steps=50,
-            guidance=6.0,
-            fps=8,
-        ),
+        defaults=COGVIDEOX,
     ),
     "cogvideox-5b": Model(
         family="cogvideox",
         checkpoint="zai-org/CogVideoX-5b",
-        defaults=Defaults(
-            prompt="a panda playing a guitar by a stream in a bamboo forest",
-            negative_prompt="",
-            steps=50,
-            guidance=6.0,
-            fps=8,
-        ),
+        defaults=COGVIDEOX,
     ),
     "open-sora": Model(
         family="open_sora",
@@ -82,35 +80,17 @@ REGISTRY = {
     "latte-demo": Model(
         family="latte",
         checkpoint=str(REPOSITORY / "demo" / "latte"),
-        defaults=Defaults(
-            prompt="a red circle moving right",
-            negative_prompt="",
-            steps=50,
-            guidance=2.0,
-            fps=8,
-        ),
+        defaults=DEMO,
     ),
     "cogvideox-demo": Model(
         family="cogvideox",
         checkpoint=str(REPOSITORY / "demo" / "cogvideox"),
-        defaults=Defaults(
-            prompt="a red circle moving right",
-            negative_prompt="",
-            steps=50,
-            guidance=2.0,
-            fps=8,
-        ),
+        defaults=DEMO,
     ),
     "open-sora-demo": Model(
         family="open_sora",
         checkpoint=str(REPOSITORY / "demo" / "open_sora"),
-        defaults=Defaults(
-            prompt="a red circle moving right",
-            negative_prompt="",
-            steps=30,
-            guidance=2.0,
-            fps=24,
-        ),
+        defaults=msgspec.structs.replace(DEMO, steps=30, fps=24),
     ),
 }
 

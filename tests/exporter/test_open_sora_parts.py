@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foresight.engines.errors import InvalidRequest
 from foresight.exporter.graph import graph_from_module
-from foresight.exporter.models.base import Request
+from foresight.exporter.models.base import MASKED, Request
 from foresight.exporter.models.open_sora import parts, presets, schedule, stdit3, vae
 from foresight.exporter.sampler import steps_from_scheduler
 from tests.exporter.open_sora import LATENTS, SMALL_VAE, TOLERANCE, pattern, small_transformer, small_vae
@@ -77,7 +77,7 @@ def test_the_text_is_finite_where_there_is_none() -> None:
     )
     assert text.isfinite().all()
     assert bias.shape == (4, 1, 1, 6)
-    assert bias[1].flatten().tolist() == [0, 0, 0, *[stdit3.MASKED] * 3]
+    assert bias[1].flatten().tolist() == [0, 0, 0, *[MASKED] * 3]
 
 
 def operators(part: torch.nn.Module, inputs: dict[str, Tensor], dynamic: dict[str, dict[int, str]]) -> set[str]:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....engines.errors import CheckpointError
+from ..base import MASKED
 
-MASKED = -10000.0  # the bias of masked keys; exp() of it is 0 in every dtype used here
 NORM_EPS = 1e-6
 FREQUENCIES = 256  # width of the sinusoids that timestep and fps are embedded by
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-
-from torch import Tensor, nn
+from collections.abc import Collection
 
 from ....engines.errors import CheckpointError
 
@@ -30,19 +28,6 @@ def check_names(
             f"{what}: weights {' and '.join(problems)}, expected the {len(known)} that its config.json makes; download "
             "it again, or give the checkpoint that this configuration belongs to"
         )
-
-
-def load_weights(what: str, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into a module that has exactly these. Raises CheckpointError."""
-    expected = module.state_dict()
-    check_names(what, expected, weights)
-    for name, weight in weights.items():
-        if weight.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{what}: {name} has shape {tuple(weight.shape)}, expected {tuple(expected[name].shape)} by its "
-                "config.json; download it again"
-            )
-    module.load_state_dict(weights)
 
 
 def _modern(name: str, known: set[str], aliases: Collection[tuple[str, str]]) -> str:
