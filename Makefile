@@ -5,6 +5,7 @@
 #             here needs on a CPU. PyTorch's own index has a CPU build of the same version:
 #                 make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   ARGS      more arguments for pytest: make test ARGS="-k sampler"
+#   MODELS    what to measure: make bench-gpu MODELS=cogvideox-5b
 
 PYTHONS := python3.11 python3.12 python3.10 python3
 EXTRAS := export,video,report,dev
@@ -12,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := out/demo
+MODELS := latte cogvideox-2b open-sora
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -41,8 +43,8 @@ test-rtx: $(READY) ## build engines of real size with TensorRT-RTX, without a GP
 test-gpu: $(READY) ## on a machine with an NVIDIA GPU: contract, parity and isolation on every backend there is
 	$(BIN)/python -m tests.gpu $(ARGS)
 
-bench-gpu: $(READY) ## on a machine with an NVIDIA GPU: measure Latte-1 at real size
-	$(BIN)/python -m benchmarks.gpu --save $(ARGS)
+bench-gpu: $(READY) ## on a machine with an NVIDIA GPU: measure models of real size, those in MODELS
+	for model in $(MODELS); do $(BIN)/python -m benchmarks.gpu --model $$model --save $(ARGS) || exit 1; done
 
 lint: $(READY) $(VENV)/stubs ## check style and types
 	$(BIN)/ruff check

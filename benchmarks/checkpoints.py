@@ -1,5 +1,6 @@
 """Random checkpoints of every family and of any size, in the layout that the real ones are published in.
 
+`transformer`, `text` (T5) and `vae` override what their config.json would have; so do those of benchmarks/published.py.
 Good for measuring time and memory and for comparing outputs with diffusers; never for judging what reuse costs in
 quality, because random blocks hardly change the stream.
 """
@@ -26,7 +27,9 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from foresight.exporter.models.open_sora.stdit3 import STDiT3, STDiT3Config
 from foresight.exporter.models.open_sora.vae import VideoVAE, VideoVAEConfig
 
-COGVIDEOX_SCHEDULE: dict[str, Any] = {
+Config = dict[str, Any]
+
+COGVIDEOX_SCHEDULE: Config = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -37,6 +40,8 @@ COGVIDEOX_SCHEDULE: dict[str, Any] = {
     "clip_sample": False,
     "set_alpha_to_one": True,
 }
+IMAGE_BLOCKS = ("DownEncoderBlock2D", "UpDecoderBlock2D")
+VIDEO_BLOCKS = ("CogVideoXDownBlock3D", "CogVideoXUpBlock3D")
 WORDS = ["a", "red", "blue", "circle", "square", "moving", "right", "left", "dog", "in", "the", "snow"]
 
 
@@ -48,46 +53,39 @@ def random_latte(
     pairs: int = 2,
     frames: int = 3,
     sample_size: int = 8,
-    text: dict[str, Any] | None = None,
-    vae_channels: tuple[int, ...] = (8, 16),
-    scheduler: dict[str, Any] | None = None,
+    transformer: Config | None = None,
+    text: Config | None = None,
+    vae: Config | None = None,
+    scheduler: Config | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write a random LattePipeline and return its folder. `text` overrides the T5 configuration."""
+    """Write a random LattePipeline and return its folder."""
     torch.manual_seed(seed)
     t5 = _t5_config(text)
-    transformer = LatteTransformer3DModel(
-        num_attention_heads=heads,
-        attention_head_dim=head_dim,
-        in_channels=4,
-        out_channels=8,
-        num_layers=pairs,
-        cross_attention_dim=heads * head_dim,
-        attention_bias=True,
-        sample_size=sample_size,
-        patch_size=2,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-        caption_channels=t5.d_model,
-        video_length=frames,
-    )
-    transformer.save_pretrained(folder / "transformer")
-    del transformer
+    config: Config = {
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": pairs,
+        "cross_attention_dim": heads * head_dim,
+        "attention_bias": True,
+        "sample_size": sample_size,
+        "patch_size": 2,
+        "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000,
+        "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "caption_channels": t5.d_model,
+        "video_length": frames,
+    }
+    LatteTransformer3DModel(**config | (transformer or {})).save_pretrained(folder / "transformer")
     _write_text(folder, t5)
-    vae = AutoencoderKL(
-        block_out_channels=vae_channels,
-        down_block_types=["DownEncoderBlock2D"] * len(vae_channels),
-        up_block_types=["UpDecoderBlock2D"] * len(vae_channels),
-        latent_channels=4,
-        norm_num_groups=4,
-        layers_per_block=1,
-    )
-    vae.save_pretrained(folder / "vae")
-    config = {"clip_sample": False, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-    DDIMScheduler(**(config | (scheduler or {}))).save_pretrained(folder / "scheduler")
+    sizes: Config = {"block_out_channels": (8, 16), "latent_channels": 4, "norm_num_groups": 4, "layers_per_block": 1}
+    AutoencoderKL(**_with_blocks(sizes | (vae or {}), *IMAGE_BLOCKS)).save_pretrained(folder / "vae")
+    schedule: Config = {"clip_sample": False, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    DDIMScheduler(**schedule | (scheduler or {})).save_pretrained(folder / "scheduler")
     _write_index(folder, "LattePipeline", "LatteTransformer3DModel", "AutoencoderKL", "DDIMScheduler")
     return folder
 
@@ -103,10 +101,11 @@ def random_cogvideox(
     text_tokens: int = 12,
     latents: tuple[int, int, int] = (3, 4, 6),
     frames: int = 9,
-    text: dict[str, Any] | None = None,
-    vae: dict[str, Any] | None = None,
+    transformer: Config | None = None,
+    text: Config | None = None,
+    vae: Config | None = None,
     scheduler: type[SchedulerMixin] = CogVideoXDDIMScheduler,
-    scheduler_settings: dict[str, Any] | None = None,
+    scheduler_settings: Config | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a random CogVideoXPipeline and return its folder.
@@ -115,34 +114,30 @@ def random_cogvideox(
     """
     torch.manual_seed(seed)
     t5 = _t5_config(text)
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=heads,
-        attention_head_dim=head_dim,
-        in_channels=16,
-        out_channels=16,
-        time_embed_dim=time_embed_dim,
-        text_embed_dim=t5.d_model,
-        num_layers=layers,
-        sample_width=latents[2],
-        sample_height=latents[1],
-        sample_frames=frames,
-        max_text_seq_length=text_tokens,
-        spatial_interpolation_scale=1.875,
-        use_rotary_positional_embeddings=rotary,
-    )
-    transformer.save_pretrained(folder / "transformer")
-    del transformer
+    config: Config = {
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "in_channels": 16,
+        "out_channels": 16,
+        "time_embed_dim": time_embed_dim,
+        "text_embed_dim": t5.d_model,
+        "num_layers": layers,
+        "sample_width": latents[2],
+        "sample_height": latents[1],
+        "sample_frames": frames,
+        "max_text_seq_length": text_tokens,
+        "spatial_interpolation_scale": 1.875,
+        "use_rotary_positional_embeddings": rotary,
+    }
+    CogVideoXTransformer3DModel(**config | (transformer or {})).save_pretrained(folder / "transformer")
     _write_text(folder, t5)
-    sizes: dict[str, Any] = {
+    sizes: Config = {
         "block_out_channels": (8, 8, 16),
         "layers_per_block": 1,
         "norm_num_groups": 4,
         "scaling_factor": 1.15258426,
-    } | (vae or {})
-    blocks = len(sizes["block_out_channels"])
-    AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * blocks, up_block_types=("CogVideoXUpBlock3D",) * blocks, **sizes
-    ).save_pretrained(folder / "vae")
+    }
+    AutoencoderKLCogVideoX(**_with_blocks(sizes | (vae or {}), *VIDEO_BLOCKS)).save_pretrained(folder / "vae")
     scheduler(**COGVIDEOX_SCHEDULE | (scheduler_settings or {})).save_pretrained(folder / "scheduler")
     _write_index(
         folder, "CogVideoXPipeline", "CogVideoXTransformer3DModel", "AutoencoderKLCogVideoX", scheduler.__name__
@@ -159,13 +154,15 @@ def random_open_sora(
     patch: int = 2,
     input_size: tuple[int, int, int] | None = (5, 4, 6),
     text_tokens: int = 16,
-    text: dict[str, Any] | None = None,
+    transformer: Config | None = None,
+    text: Config | None = None,
+    vae: Config | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a random Open-Sora checkpoint and return its folder; `input_size` are frames, height, width of latents."""
     torch.manual_seed(seed)
     t5 = _t5_config(text)
-    transformer = {
+    config: Config = {
         "model_type": "STDiT3",
         "hidden_size": heads * head_dim,
         "num_heads": heads,
@@ -175,18 +172,11 @@ def random_open_sora(
         "model_max_length": text_tokens,
         "input_sq_size": 32,
         "input_size": list(input_size) if input_size else [None] * 3,
-    }
-    spatial = {
-        "block_out_channels": [8, 8],
-        "down_block_types": ["DownEncoderBlock2D"] * 2,
-        "up_block_types": ["UpDecoderBlock2D"] * 2,
-        "layers_per_block": 1,
-        "latent_channels": 4,
-        "norm_num_groups": 4,
-    }
-    vae = {
+    } | (transformer or {})
+    sizes: Config = {"block_out_channels": [8, 8], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
+    vae = vae or {
         "model_type": "VideoAutoencoderPipeline",
-        "vae_2d": {"type": "VideoAutoencoderKL", "config": spatial},
+        "vae_2d": {"type": "VideoAutoencoderKL", "config": _with_blocks(sizes, *IMAGE_BLOCKS)},
         "vae_temporal": {
             "type": "VAE_Temporal",
             "filters": 8,
@@ -196,22 +186,28 @@ def random_open_sora(
             "num_groups": 4,
         },
     }
-    model = STDiT3(STDiT3Config.from_json(transformer))
+    model = STDiT3(STDiT3Config.from_json(config))
     for name, parameter in model.named_parameters():
         if name.endswith("scale_shift_table"):
             torch.nn.init.normal_(parameter, std=0.5)
-    for component, config, module in (
-        ("transformer", transformer, model),
+    for component, content, module in (
+        ("transformer", config, model),
         ("vae", vae, VideoVAE(VideoVAEConfig.from_json(vae))),
     ):
         (folder / component).mkdir(parents=True)
-        (folder / component / "config.json").write_text(json.dumps(config, indent=1))
+        (folder / component / "config.json").write_text(json.dumps(content, indent=1))
         save_file(module.state_dict(), folder / component / "model.safetensors", metadata={"format": "pt"})
     _write_text(folder, t5)
     return folder
 
 
-def _t5_config(overrides: dict[str, Any] | None) -> T5Config:
+def _with_blocks(sizes: Config, down: str, up: str) -> Config:
+    """An autoencoder's configuration with as many blocks each way as it has widths, unless it names them itself."""
+    count = len(sizes["block_out_channels"])
+    return {"down_block_types": [down] * count, "up_block_types": [up] * count} | sizes
+
+
+def _t5_config(overrides: Config | None) -> T5Config:
     return T5Config(
         **{
             "vocab_size": 128,

@@ -28,7 +28,7 @@ LATTE_1 = {
     "pairs": 28,
     "frames": 16,
     "sample_size": 64,
-    "vae_channels": (128, 256, 512, 512),
+    "vae": {"block_out_channels": (128, 256, 512, 512)},
 }
 T5_1B = {
     "text": {

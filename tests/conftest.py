@@ -25,7 +25,7 @@ from tests.support import Outcome, load_pipeline, tiny_latte
 torch.set_num_threads(1)  # for models this small more threads only wait for each other
 
 
-LIGHT: dict[str, Any] = {"text": {"num_layers": 1}, "vae_channels": (8,)}  # quick to export
+LIGHT: dict[str, Any] = {"text": {"num_layers": 1}, "vae": {"block_out_channels": (8,)}}  # quick to export
 
 
 @pytest.fixture(scope="session")
@@ -99,18 +99,28 @@ def single_bundle(single_checkpoint: Path, bundles: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cogvideox_bundle(tmp_path_factory: pytest.TempPathFactory, bundles: Path) -> Path:
+def cogvideox_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two streams, rotary positions, a sampler that adds noise, and 17 frames that are decoded in two chunks."""
     folder = tmp_path_factory.mktemp("checkpoints") / "cogvideox"
-    random_cogvideox(folder, rotary=True, layers=3, frames=17, scheduler=CogVideoXDPMScheduler)
-    return Export("cogvideox-5b", Request(), str(folder), bundles / "cogvideox").run().path
+    return random_cogvideox(folder, rotary=True, layers=3, frames=17, scheduler=CogVideoXDPMScheduler)
 
 
 @pytest.fixture(scope="session")
-def open_sora_bundle(tmp_path_factory: pytest.TempPathFactory, bundles: Path) -> Path:
-    """A null caption, and 34 frames that two stages of the decoder make."""
-    folder = random_open_sora(tmp_path_factory.mktemp("checkpoints") / "open-sora")
-    return Export("open-sora", Request(frames=34), str(folder), bundles / "open-sora").run().path
+def cogvideox_bundle(cogvideox_checkpoint: Path, bundles: Path) -> Path:
+    """The bundle of `cogvideox_checkpoint`."""
+    return Export("cogvideox-5b", Request(), str(cogvideox_checkpoint), bundles / "cogvideox").run().path
+
+
+@pytest.fixture(scope="session")
+def open_sora_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pairs of blocks, and a trained empty prompt."""
+    return random_open_sora(tmp_path_factory.mktemp("checkpoints") / "open-sora")
+
+
+@pytest.fixture(scope="session")
+def open_sora_bundle(open_sora_checkpoint: Path, bundles: Path) -> Path:
+    """The bundle of `open_sora_checkpoint`, for 34 frames, which two stages of the decoder make."""
+    return Export("open-sora", Request(frames=34), str(open_sora_checkpoint), bundles / "open-sora").run().path
 
 
 @pytest.fixture(scope="session")
