@@ -1,9 +1,11 @@
 """Runs the tests that mean something on a GPU, once for every backend that this machine can use it with.
 
-For each: the contract suite, parity with diffusers, isolation, and what only a GPU can show. Ends in one JSON line,
-and fails if no backend could be run, or any test failed.
+For each: the contract suite, the loop against a plain one, parity with diffusers, isolation, and what only a GPU can
+show. Ends in one JSON line, and fails if no backend could be run, or any test failed.
 
     python -m tests.gpu
+
+With tests/simulation/modules on PYTHONPATH, the GPU and TensorRT are simulated: see tests/simulation/gpu.py.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -24,6 +27,7 @@ from foresight.engines.errors import ForesightError
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 SUITES = (
     "tests/engines/test_backend_contract.py",
+    "tests/runtime/test_denoise.py",
     "tests/runtime/test_isolation.py",
     "tests/runtime/test_gpu.py",
     "tests/test_parity.py",
@@ -46,7 +50,7 @@ def main() -> None:
     sys.exit(0 if ran and all(result["failed"] == 0 < result["passed"] for result in ran) else 1)
 
 
-def run_suites(backend: str, arguments: list[str]) -> dict[str, Any]:
+def run_suites(backend: str, arguments: list[str], suites: Sequence[str] = SUITES) -> dict[str, Any]:
     """How many tests passed, failed and were skipped on one backend, or why it was not run."""
     tried = subprocess.run([sys.executable, "-c", TRY, backend], capture_output=True, text=True, check=False)
     if tried.returncode:
@@ -54,7 +58,7 @@ def run_suites(backend: str, arguments: list[str]) -> dict[str, Any]:
     environment = os.environ | {"FORESIGHT_TEST_BACKEND": backend, "FORESIGHT_TEST_DEVICE": "cuda"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "not slow or gpu", f"--junitxml={report}", *SUITES, *arguments]
+        command = [sys.executable, "-m", "pytest", "-m", "not slow or gpu", f"--junitxml={report}", *suites, *arguments]
         done = subprocess.run(command, env=environment, check=False)
         if not report.exists():
             return {"passed": 0, "failed": 1, "skipped": 0, "crashed": done.returncode}

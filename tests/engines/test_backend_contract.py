@@ -18,7 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from foresight.engines.backend import REGISTRY, Backend, Engine, create_backend
 from foresight.engines.errors import EngineError, ForesightError, InvalidRequest
 from foresight.engines.manifest import Dtype, Part, TensorSpec
-from tests.support import load_graph
+from foresight.engines.tensorrt import MODULES
+from tests.support import BACKEND, load_graph
 
 ONNX_TYPES = {
     "fp32": TensorProto.FLOAT,
@@ -34,9 +35,13 @@ WEIGHT = RNG.standard_normal((WIDTH, WIDTH)).astype(np.float32)
 BIAS = RNG.standard_normal(WIDTH).astype(np.float32)
 
 
+# A process works with one of the compiling libraries: where both are installed, with the one under test.
+NAMES = [name for name in REGISTRY if name not in MODULES or BACKEND not in MODULES or name == BACKEND]
+
+
 def find_usable() -> list[tuple[str, str]]:
     usable = []
-    for name in REGISTRY:
+    for name in NAMES:
         for device in ("cpu", "cuda"):
             try:
                 create_backend(name, device)
@@ -47,7 +52,7 @@ def find_usable() -> list[tuple[str, str]]:
 
 
 USABLE = find_usable()
-WITHOUT_CUDA = [name for name in REGISTRY if (name, "cuda") not in USABLE]
+WITHOUT_CUDA = [name for name in NAMES if (name, "cuda") not in USABLE]
 
 
 @pytest.fixture(params=USABLE, ids=["-".join(pair) for pair in USABLE])

@@ -227,7 +227,8 @@ def test_the_loop_waits_for_a_step_only_after_it_began_the_next(bundle: Path, mo
     pipeline, backend = watched_pipeline(bundle)
     happened: list[str] = []
     backend.before = lambda part, tensors: happened.append("block" if is_block(part) else part)
-    start = Arrays.start_download
+    kind = type(pipeline.backend.arrays)
+    start = kind.start_download
 
     @dataclass
     class Watched:
@@ -241,7 +242,7 @@ def test_the_loop_waits_for_a_step_only_after_it_began_the_next(bundle: Path, mo
         happened.append("start")
         return Watched(start(self, values))
 
-    monkeypatch.setattr(Arrays, "start_download", start_download)
+    monkeypatch.setattr(kind, "start_download", start_download)
     pipeline(PROMPT, steps=3, policy=NoReuse())
     blocks = ["block"] * len(pipeline.manifest.blocks)
     first = ["prologue", *blocks, "start", "epilogue"]
