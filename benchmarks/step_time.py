@@ -54,8 +54,8 @@ def torch_step(checkpoint: Path, threads: int, compiled: bool) -> Step:
 def engine_step(bundle: Path, threads: int, pool: str) -> Step:
     """One step of the bundle's engines.
 
-    `pool` is "shared" for the process's one pool, "own" for a pool per session, "own, none" for one that does not
-    spin while it waits.
+    `pool` is "own" for the backend's way, threads per session that sleep while they wait; "spinning" for threads per
+    session that do not; "shared" for one pool of the process, whose threads spin as well.
     """
     import onnxruntime as ort
 
@@ -63,14 +63,13 @@ def engine_step(bundle: Path, threads: int, pool: str) -> Step:
     from foresight.engines.bundle import open_bundle
     from foresight.runtime.cache import Layout, create_cache
 
-    if pool != "shared":
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if pool == "own" else "0")
-        backend_module._session_options = lambda optimize: options
-        backend_module._share_threads_and_arena = _share_nothing
-    opened = open_bundle(bundle)
     backend = backend_module.OnnxRuntimeBackend(threads=threads)
+    if pool == "shared":
+        ort.set_global_thread_pool_sizes(threads, 1)
+        backend._options.use_per_session_threads = False
+    if pool != "own":
+        backend._options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    opened = open_bundle(bundle)
     manifest = opened.manifest
     parts = (manifest.prologue, *manifest.blocks, manifest.epilogue)
     engines = {part.name: backend.load(opened, part) for part in parts}
@@ -92,12 +91,6 @@ def engine_step(bundle: Path, threads: int, pool: str) -> Step:
         engines["epilogue"].run({**tensors, **cache.stream})
 
     return step
-
-
-def _share_nothing(threads: int | None) -> int:
-    """In the place of the backend's own: sessions with a pool each have an arena each, too."""
-    assert threads is not None
-    return threads
 
 
 def serve(pipe: Connection, make: Callable[..., Step], arguments: tuple[Any, ...]) -> None:
@@ -238,13 +231,13 @@ def candidates_of(folder: Path, threads: int) -> Iterator[tuple[str, tuple[Calla
     for opset in (18, 20, 23):
         bundle = folder / f"opset-{opset}"
         Export("latte-demo", checkpoint=str(checkpoint), output=bundle, opset=opset).run()
-        yield f"ONNX Runtime, opset {opset}", (engine_step, (bundle, threads, "shared"))
+        yield f"ONNX Runtime, opset {opset}", (engine_step, (bundle, threads, "own"))
     fused = folder / "fused"
     if not fused.exists():
         fuse_attention(folder / "opset-23", fused)
-    yield "opset 23, MultiHeadAttention", (engine_step, (fused, threads, "shared"))
-    yield "opset 23, a pool per session", (engine_step, (folder / "opset-23", threads, "own"))
-    yield "opset 23, a pool per session, no spinning", (engine_step, (folder / "opset-23", threads, "own, none"))
+    yield "opset 23, MultiHeadAttention", (engine_step, (fused, threads, "own"))
+    yield "opset 23, threads that spin", (engine_step, (folder / "opset-23", threads, "spinning"))
+    yield "opset 23, one pool for all", (engine_step, (folder / "opset-23", threads, "shared"))
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """ONNX Runtime: the CPU, which is the embedded default, and NVIDIA GPUs through its CUDA provider.
 
-All sessions of a process share one pool of threads and one arena of memory. A bundle has dozens of sessions: a pool
-for each would mean hundreds of threads, and an arena for each would keep dozens of times the scratch that one block
-needs. The pool's size is therefore fixed by the first backend of the process. On a GPU they share its stream as well.
+All sessions of a process share one arena of memory: a bundle has dozens of them, and an arena for each would keep
+dozens of times the scratch that one block needs. Each has threads of its own, which sleep while it does not run. One
+pool for all would be fewer threads, but a process that has such a pool refuses every session that does not ask for it,
+and those of other libraries do not. On a GPU the sessions share its stream as well.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from .bundle import Bundle
 from .errors import EngineError, InvalidRequest, one_line
 from .manifest import Part
 
+MOST_THREADS = 16  # unless asked for more: every session has so many
+CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16, for which numpy has no type that bindings know
 
 # These share no base class but Exception.
@@ -41,9 +44,9 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 class OnnxRuntimeBackend:
     """Runs a bundle's ONNX graphs as they are.
 
-    `threads` is the number of threads a block may use (default: the cores this process may use). `optimize=False`
-    runs graphs without ONNX Runtime's own rewriting and repacking of weights, which starts faster and needs less
-    memory: meant for checking an export.
+    `threads` is the number of threads a block may use (default: the cores this process may use, up to 16); each engine
+    has as many, the caller's own among them. `optimize=False` runs graphs without ONNX Runtime's own rewriting and
+    repacking of weights, which starts faster and needs less memory: meant for checking an export.
     """
 
     name = "onnxruntime"
@@ -56,12 +59,14 @@ class OnnxRuntimeBackend:
         if cuda_graphs:
             raise InvalidRequest("cuda_graphs: got onnxruntime, expected tensorrt or tensorrt-rtx, which can replay")
         self.arrays = create_arrays(device)
-        self.threads = _share_threads_and_arena(threads)
-        self._options = _session_options(optimize)
+        self.threads = threads or min(available_cores(), MOST_THREADS)
         self._provider: Any = "CPUExecutionProvider"
+        _share_arena()
         if isinstance(self.arrays, GpuArrays):
+            self.threads = 1  # the device computes
             self.arrays = _share_gpu(self.arrays)
             self._provider = ("CUDAExecutionProvider", _cuda_options(self.arrays))
+        self._options = _session_options(self.threads, optimize)
 
     def load(self, bundle: Bundle, part: Part) -> OnnxRuntimeEngine:
         """See Backend.load."""
@@ -144,14 +149,20 @@ class OnnxRuntimeEngine:
             raise EngineError(f"{self._part.name}: ONNX Runtime failed: {one_line(error)}") from error
 
 
-def available_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cores(cgroup: Path = CGROUP_CPU) -> int:
+    """How many cores this process may use: those it is bound to, and no more than its container's share of time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, cgroup.read_text(encoding="utf-8").split())
+    except (OSError, ValueError):  # no container, or one without a limit, which says "max"
+        return cores
+    return max(1, min(cores, -(-quota // period)))
 
 
-def _session_options(optimize: bool) -> ort.SessionOptions:
+def _session_options(threads: int, optimize: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.use_per_session_threads = False
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others need the cores meanwhile
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = 3
     if not optimize:
@@ -169,30 +180,22 @@ def _cuda_options(arrays: GpuArrays) -> dict[str, str]:
 
 
 class _Process:
-    """What all sessions of this process share; `threads` is None until the first backend decides it."""
+    """What all sessions of this process share."""
 
     lock = threading.Lock()
-    threads: int | None = None
+    has_arena = False
     gpus: ClassVar[dict[int, GpuArrays]] = {}
 
 
-def _share_threads_and_arena(threads: int | None) -> int:
-    """Make the process's one pool and one arena, or confirm that the pool has the wanted size; returns its size."""
+def _share_arena() -> None:
+    """Make the process's one arena of host memory, if there is none yet."""
     with _Process.lock:
-        if _Process.threads is None:
-            wanted = threads or available_cores()
-            ort.set_global_thread_pool_sizes(wanted, 1)
+        if not _Process.has_arena:
             memory = native.OrtMemoryInfo(
                 "Cpu", native.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, native.OrtMemType.DEFAULT
             )
             native.create_and_register_allocator(memory, None)
-            _Process.threads = wanted
-        elif threads not in (None, _Process.threads):
-            raise InvalidRequest(
-                f"threads: got {threads}, but this process already runs with {_Process.threads}; "
-                "the pool is shared by all pipelines of a process, so set it once"
-            )
-        return _Process.threads
+            _Process.has_arena = True
 
 
 def _share_gpu(arrays: GpuArrays) -> GpuArrays:

@@ -374,9 +374,9 @@ def load(
     """Open a bundle, verify all its files, and load its engines.
 
     `device` None is the backend's own: the CPU for onnxruntime, else the first GPU. `threads` is for CPU backends
-    (None: the cores this process may use) and is one number per process. `low_memory` loads each phase's engines when a
-    request needs them. `cache_memory` is the most bytes for one request's stream and cache; what finds no room is not
-    cached, chosen by what an earlier request reused if `cache_profile`, its `trace.to_dict()`, is given.
+    (None: the cores this process may use, up to 16): each engine has as many. `low_memory` loads each phase's engines
+    when a request needs them. `cache_memory` is the most bytes for one request's stream and cache; what finds no room
+    is not cached, chosen by what an earlier request reused if `cache_profile`, its `trace.to_dict()`, is given.
     `cuda_graphs`, with TensorRT, records every block's kernels and replays them; the cache then takes twice the memory.
     Raises BundleError, IntegrityError, EngineError, InvalidRequest.
     """

@@ -1,4 +1,4 @@
-"""What is particular to the ONNX Runtime backend: its one pool of threads, and never a silent fallback."""
+"""What is particular to the ONNX Runtime backend: its threads, and never a silent fallback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import EngineError, InvalidRequest
-from foresight.engines.onnxruntime import OnnxRuntimeBackend
+from foresight.engines.onnxruntime import OnnxRuntimeBackend, available_cores
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
@@ -21,18 +21,32 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(bundle: Path, monkeypatc
         backend.load(opened, opened.manifest.epilogue)
 
 
-def test_the_pool_keeps_its_size_for_the_life_of_the_process() -> None:
-    first = OnnxRuntimeBackend()
-    with pytest.raises(InvalidRequest, match="threads: got"):
-        OnnxRuntimeBackend(threads=first.threads + 1)
+def test_other_sessions_in_the_process_are_left_alone(bundle: Path) -> None:
+    """Those of a library that knows nothing of this one: it makes sessions as everybody does, before and after."""
+    program = (
+        "import sys, pathlib, onnxruntime as ort, foresight; graph = str(pathlib.Path(sys.argv[1]) / 'prologue.onnx');"
+        "make = lambda: ort.InferenceSession(graph, providers=['CPUExecutionProvider']);"
+        "before = make(); foresight.load(sys.argv[1]); make(); print('both')"
+    )
+    command = [sys.executable, "-c", program, str(bundle)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "both\n"
 
 
-def test_the_pool_may_be_asked_for_again_in_the_size_it_has() -> None:
-    assert OnnxRuntimeBackend(threads=OnnxRuntimeBackend().threads).threads == OnnxRuntimeBackend().threads
+def test_backends_of_one_process_may_differ_in_threads() -> None:
+    assert [OnnxRuntimeBackend(threads=threads).threads for threads in (1, 3)] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("50000 100000", 1), ("100000 100000", 1), ("max 100000", None), ("6400000 100000", None)]
+)
+def test_a_containers_share_of_time_limits_the_threads(tmp_path: Path, quota: str, cores: int | None) -> None:
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    everything = available_cores(tmp_path / "none")
+    assert available_cores(tmp_path / "cpu.max") == (cores or everything)
 
 
 @pytest.mark.parametrize("threads", [0, -1])
-def test_a_pool_needs_a_thread(threads: int) -> None:
+def test_at_least_one_thread_is_needed(threads: int) -> None:
     with pytest.raises(InvalidRequest, match="threads"):
         OnnxRuntimeBackend(threads=threads)
 

@@ -32,10 +32,8 @@ class Plain:
         self.manifest: Manifest = opened.manifest
         self.tokenizer = Tokenizer(folder / "tokenizer.json", self.manifest.text)
         self.table = load_table(folder / "sampler.npz", self.manifest.sampler.max_steps)
-        options = ort.SessionOptions()
-        options.use_per_session_threads = False
         self.sessions = {
-            part.name: ort.InferenceSession(folder / part.graph, options, providers=["CPUExecutionProvider"])
+            part.name: ort.InferenceSession(folder / part.graph, providers=["CPUExecutionProvider"])
             for part in self.manifest.parts
         }
 
@@ -149,8 +147,7 @@ def loop(family: Path) -> VideoPipeline:
 
 
 @pytest.fixture(scope="module")
-def plain(family: Path, loop: VideoPipeline) -> Plain:
-    """After the first backend, which makes the pool of threads that all sessions here share."""
+def plain(family: Path) -> Plain:
     return Plain(family)
 
 

@@ -78,7 +78,9 @@ class Stream:
     def ask(self) -> int:
         """One more thing to do; returns its number."""
         if self.capture is not None:
-            raise CUDARuntimeError("cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing")
+            raise CUDARuntimeError(
+                "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing"
+            )
         self.asked += 1
         return self.asked
 
@@ -259,7 +261,7 @@ def using_allocator(allocator: Callable[[int], Memory]) -> Iterator[None]:
         _here.allocators.pop()
 
 
-class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
+class ndarray(NDArrayOperatorsMixin):
     """An array of the device."""
 
     def __init__(self, memory: Memory, values: np.ndarray[Any, Any]) -> None:
@@ -427,15 +429,15 @@ class _Runtime:
     """As cupy.cuda.runtime."""
 
     CUDARuntimeError = CUDARuntimeError
-    memGetInfo = staticmethod(memory_info)  # noqa: N815
+    memGetInfo = staticmethod(memory_info)
 
     @staticmethod
-    def getDeviceProperties(index: int) -> dict[str, Any]:  # noqa: N802
+    def getDeviceProperties(index: int) -> dict[str, Any]:
         """What is asked of them."""
         return {"name": b"simulated GPU", "major": 0, "minor": 0}
 
     @staticmethod
-    def runtimeGetVersion() -> int:  # noqa: N802
+    def runtimeGetVersion() -> int:
         """Of CUDA."""
         return 13000
 
@@ -460,7 +462,7 @@ class _Errors:
         self.__dict__.update(errors)
 
 
-class cuda:  # noqa: N801 - CuPy's name
+class cuda:
     """As cupy.cuda."""
 
     Device = Device
