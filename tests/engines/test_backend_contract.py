@@ -52,7 +52,8 @@ def find_usable() -> list[tuple[str, str]]:
 
 
 USABLE = find_usable()
-WITHOUT_CUDA = [name for name in NAMES if (name, "cuda") not in USABLE]
+HAS_GPU = any(device == "cuda" for _, device in USABLE)
+WITHOUT_CUDA = [name for name in (NAMES if HAS_GPU else REGISTRY) if (name, "cuda") not in USABLE]
 
 
 @pytest.fixture(params=USABLE, ids=["-".join(pair) for pair in USABLE])
