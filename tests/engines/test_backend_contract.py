@@ -15,6 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from foresight.engines.arrays import create_arrays
 from foresight.engines.backend import REGISTRY, Backend, Engine, create_backend
 from foresight.engines.errors import EngineError, ForesightError, InvalidRequest
 from foresight.engines.manifest import Dtype, Part, TensorSpec
@@ -51,8 +52,16 @@ def find_usable() -> list[tuple[str, str]]:
     return usable
 
 
+def has_gpu() -> bool:
+    try:
+        create_arrays("cuda")
+    except ForesightError:
+        return False
+    return True
+
+
 USABLE = find_usable()
-HAS_GPU = any(device == "cuda" for _, device in USABLE)
+HAS_GPU = has_gpu()
 WITHOUT_CUDA = [name for name in (NAMES if HAS_GPU else REGISTRY) if (name, "cuda") not in USABLE]
 
 
