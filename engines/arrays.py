@@ -180,12 +180,24 @@ class GpuArrays(Arrays):
         return int(free), int(total)
 
 
-def create_arrays(device: str) -> Arrays:
-    """Arrays of a device: `"cpu"`, `"cuda"` or `"cuda:N"`. Raises InvalidRequest, EngineError."""
+def parse_device(device: str) -> tuple[str, int]:
+    """Kind and index of `"cpu"`, `"cuda"` or `"cuda:N"`. Raises InvalidRequest for anything else."""
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or device.startswith("cpu:"):
         raise InvalidRequest(f"device: got {device!r}, expected cpu, cuda or cuda:N")
-    return Arrays() if kind == "cpu" else GpuArrays(int(index or 0))
+    return kind, int(index or 0)
+
+
+def create_arrays(device: str) -> Arrays:
+    """Arrays of a device: `"cpu"`, `"cuda"` or `"cuda:N"`. Raises InvalidRequest, EngineError."""
+    kind, index = parse_device(device)
+    return Arrays() if kind == "cpu" else GpuArrays(index)
+
+
+def select_device(device: str) -> None:
+    """Make a GPU the one that this thread's calls of CUDA mean. Raises InvalidRequest, EngineError."""
+    index = parse_device(device)[1]
+    _cupy(index).cuda.Device(index).use()
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:

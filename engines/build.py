@@ -74,7 +74,7 @@ def build_engines(
         index = _resume(partial, index)
         total = len(bundle.manifest.parts)
         progress(len(index.parts), total, "")
-        for name, part in _build_missing(bundle, partial, index, settings, jobs):
+        for name, part in _build_missing(bundle, partial, index, settings, jobs, device):
             index.parts[name] = part
             write_atomically(partial / INDEX, msgspec.json.format(msgspec.json.encode(index), indent=1))
             progress(len(index.parts), total, name)
@@ -89,7 +89,7 @@ def build_engines(
 
 
 def _build_missing(
-    bundle: Bundle, partial: Path, index: Index, settings: BuildSettings, jobs: int
+    bundle: Bundle, partial: Path, index: Index, settings: BuildSettings, jobs: int, device: str
 ) -> Iterator[tuple[str, CompiledPart]]:
     """Build what the index lacks, in the order in which workers finish."""
     missing = [part for part in bundle.manifest.parts if not _is_done(partial, index, part.name)]
@@ -105,6 +105,7 @@ def _build_missing(
                 profile_of(part, bundle.manifest.ranges),
                 settings,
                 cache,
+                device,
             ): part.name
             for part in missing
         }
@@ -127,12 +128,17 @@ def _write_plan(path: Path, plan: Plan) -> CompiledPart:
 
 
 def build_apart(
-    backend: str, graph: Path, profile: Profile, settings: BuildSettings, timing_cache: Path | None = None
+    backend: str,
+    graph: Path,
+    profile: Profile,
+    settings: BuildSettings,
+    timing_cache: Path | None = None,
+    device: str = "cuda",
 ) -> Plan:
     """`build_plan` in a process of its own. Raises EngineError, also where the library crashes."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_mute) as process:
         try:
-            return process.submit(build_plan, backend, graph, profile, settings, timing_cache).result()
+            return process.submit(build_plan, backend, graph, profile, settings, timing_cache, device).result()
         except BrokenProcessPool as error:
             raise EngineError(
                 f"{graph.stem}: {backend} crashed while building {graph.name}; see whether memory was short"

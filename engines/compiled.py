@@ -22,16 +22,19 @@ from .manifest import FileRecord
 INDEX = "engines.json"
 PARTIAL = ".partial"
 TIMING_CACHE = "timing.cache"
-INDEX_SCHEMA = 1
+INDEX_SCHEMA = 2
 
 
 class CompiledPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One plan. `scratch_bytes` is the memory it needs while it runs, as its builder counted it."""
+    """One plan. `scratch_bytes` is the memory it needs while it runs, as its builder counted it.
+
+    `fused_attention` is None where the graph has no attention that is one operator.
+    """
 
     file: str
     record: FileRecord
     scratch_bytes: int
-    fused_attention: bool
+    fused_attention: bool | None
     build_seconds: float
 
 
@@ -63,11 +66,20 @@ class Compiled:
         """All plans together: about the memory that their weights take on the device."""
         return sum(part.record.bytes for part in self.index.parts.values())
 
+    @property
+    def taken_apart(self) -> list[str]:
+        """The parts whose attention has no fused kernel, so that its scores take memory."""
+        return [name for name, part in sorted(self.index.parts.items()) if part.fused_attention is False]
+
+    def part(self, name: str) -> CompiledPart:
+        """What the index says of a part. Raises BundleError."""
+        if name not in self.index.parts:
+            raise BundleError(f"engines {self.folder}: hold no plan of {name}; {self._remedy}")
+        return self.index.parts[name]
+
     def read_plan(self, part: str) -> bytes:
         """A part's plan, compared with its hash first. Raises BundleError, IntegrityError."""
-        compiled = self.index.parts.get(part)
-        if compiled is None:
-            raise BundleError(f"engines {self.folder}: hold no plan of {part}; {self._remedy}")
+        compiled = self.part(part)
         path = self.folder / compiled.file
         if path.is_symlink() or not path.is_file():
             raise IntegrityError(f"engines {self.folder}: {compiled.file} is missing or a link; {self._remedy}")
@@ -137,6 +149,12 @@ def open_compiled(folder: Path) -> Compiled:
 
 def verify_compiled(compiled: Compiled) -> None:
     """Compare every plan with the index, and refuse files that are not in it. Raises IntegrityError, BundleError."""
+    expected = f"{compiled.index.backend}-{fingerprint(compiled.index.target)}"
+    if compiled.folder.name != expected:
+        raise IntegrityError(
+            f"engines {compiled.folder}: are for {', '.join(compiled.index.target.values())}, expected in a folder "
+            f"{expected}; {compiled._remedy}"
+        )
     known = {part.file for part in compiled.index.parts.values()} | {INDEX, TIMING_CACHE}
     for entry in sorted(compiled.folder.iterdir()):
         if entry.name not in known:

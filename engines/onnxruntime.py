@@ -67,6 +67,8 @@ class OnnxRuntimeBackend:
             self.arrays = _share_gpu(self.arrays)
             self._provider = ("CUDAExecutionProvider", _cuda_options(self.arrays))
         self._options = _session_options(self.threads, optimize)
+        if isinstance(self.arrays, GpuArrays):  # past the arena, which would keep them when their engine goes
+            self._options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
 
     def load(self, bundle: Bundle, part: Part) -> OnnxRuntimeEngine:
         """See Backend.load."""
@@ -87,8 +89,8 @@ class OnnxRuntimeBackend:
         expected = self._provider if isinstance(self._provider, str) else self._provider[0]
         if got != expected:
             raise EngineError(
-                f"{part.name}: got {got}, expected {expected}; install onnxruntime-gpu for "
-                "this CUDA version, or use --device cpu"
+                f"{part.name}: got {got}, expected {expected}; install onnxruntime-gpu for this CUDA version, and "
+                "without onnxruntime, which shares its folder; or use --device cpu"
             )
         return OnnxRuntimeEngine(session, part, self.arrays)
 
@@ -217,12 +219,12 @@ def _share_gpu(arrays: GpuArrays) -> GpuArrays:
                 "CUDAExecutionProvider",
                 memory,
                 {"device_id": str(index)},
-                native.OrtArenaCfg({}),  # the defaults: None, as above for the CPU, crashes here
+                native.OrtArenaCfg({"arena_extend_strategy": 1}),  # by what is asked for, not by powers of two
             )
         except ORT_ERRORS as error:
             raise EngineError(
                 f"device cuda:{index}: ONNX Runtime cannot use it: {one_line(error)}; install onnxruntime-gpu for this "
-                "CUDA version, or use --device cpu"
+                "CUDA version, and without onnxruntime, which shares its folder; or use --device cpu"
             ) from error
         _Process.gpus[index] = arrays
         return arrays

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import WeakSet
 
-from .arrays import Array, GpuArrays, create_arrays, gpu_facts, numpy_dtype
+from .arrays import Array, GpuArrays, create_arrays, gpu_facts, numpy_dtype, parse_device, select_device
 from .bundle import Bundle
 from .compiled import Compiled, find_compiled
 from .errors import BundleError, EngineError, InvalidRequest, one_line
@@ -118,11 +118,15 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan as it was built. `scratch_bytes` is the activation memory that the builder counted."""
+    """A plan as it was built. `scratch_bytes` is the activation memory that the builder counted.
+
+    `fused_attention` is None where the graph has no attention that is one operator, as it is from opset 23 on: what
+    the library makes of MatMul, Softmax, MatMul it does not say.
+    """
 
     data: bytes
     scratch_bytes: int
-    fused_attention: bool
+    fused_attention: bool | None
     seconds: float
 
 
@@ -132,6 +136,8 @@ def find_target(backend: str, device: str = "cuda") -> dict[str, str]:
     TensorRT compiles for the GPU at hand. TensorRT-RTX compiles for every GPU that it knows, and needs none for it.
     """
     use(backend)
+    if parse_device(device)[0] != "cuda":
+        raise InvalidRequest(f"device: got {device}, expected cuda or cuda:N, which {backend} builds for")
     target = {"library": f"{backend} {trt.__version__}", "system": f"{platform.system()} {platform.machine()}"}
     return target if backend == "tensorrt-rtx" else target | gpu_facts(device)
 
@@ -165,9 +171,14 @@ def profile_of(part: Part, ranges: Mapping[str, tuple[int, int]]) -> dict[str, t
 
 
 def build_plan(
-    backend: str, graph: Path, profile: Profile, settings: BuildSettings, timing_cache: Path | None = None
+    backend: str,
+    graph: Path,
+    profile: Profile,
+    settings: BuildSettings,
+    timing_cache: Path | None = None,
+    device: str = "cuda",
 ) -> Plan:
-    """Compile an ONNX graph, its weights beside it, for this machine.
+    """Compile an ONNX graph, its weights beside it, for this machine, and where that matters for this of its GPUs.
 
     Attention is one fused kernel where the library has one for its type and shape. Where it has none (fp32 never
     has), attention is taken apart and its scores take memory, which `Plan.fused_attention` says. `timing_cache` is
@@ -175,10 +186,12 @@ def build_plan(
     """
     messages = use(backend)
     started = time.perf_counter()
-    data = None
+    if backend == "tensorrt":  # it compiles for the GPU that this thread works with
+        select_device(device)
+    data, attentions = None, 0
     for decompose in (False, True):
         messages.rows.clear()
-        data = _build(backend, graph, profile, settings, timing_cache, decompose)
+        data, attentions = _build(backend, graph, profile, settings, timing_cache, decompose)
         if data is not None or NO_FUSED_KERNEL not in messages.errors():
             break
     if data is None:
@@ -186,7 +199,8 @@ def build_plan(
     scratch = messages.scratch_bytes()
     if scratch is None:
         raise EngineError(f"{graph.stem}: {backend} built {graph.name} without saying how much memory it needs")
-    return Plan(data, scratch, not decompose, round(time.perf_counter() - started, 2))
+    fused = not decompose if attentions else None
+    return Plan(data, scratch, fused, round(time.perf_counter() - started, 2))
 
 
 class TensorRTBackend:
@@ -401,7 +415,8 @@ def _build(
     settings: BuildSettings,
     timing_cache: Path | None,
     decompose: bool,
-) -> bytes | None:
+) -> tuple[bytes | None, int]:
+    """The plan, unless the library fails, and how many attentions the graph has as one operator."""
     # Builder, network and parser stay referenced until the end: the library crashes on a collected one.
     builder = trt.Builder(_Process.logger)
     network = builder.create_network(_strongly_typed())
@@ -420,14 +435,16 @@ def _build(
         known = timing_cache.read_bytes() if timing_cache.exists() else b""
         config.set_timing_cache(config.create_timing_cache(known), False)
     _set_shapes(builder, network, config, profile, graph)
+    attentions = _attentions(network)
     if decompose:
-        _decompose_attention(network)
+        for attention in attentions:
+            attention.decomposable = True
     memory = builder.build_serialized_network(network, config)
     if memory is None:
-        return None
+        return None, len(attentions)
     if timing_cache is not None:
         timing_cache.write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
-    return bytes(memoryview(memory))
+    return bytes(memoryview(memory)), len(attentions)
 
 
 def _set_shapes(
@@ -455,13 +472,15 @@ def _shape(dims: trt.Dims) -> Shape:
     return tuple(int(dims[index]) for index in range(len(dims)))
 
 
-def _decompose_attention(network: trt.INetworkDefinition) -> None:
-    """Let every attention be taken apart. The bindings hand out layers by their base class, which has to be changed."""
+def _attentions(network: trt.INetworkDefinition) -> list[trt.IAttention]:
+    """Every attention that is one operator. The bindings hand out layers by their base class, to be changed."""
+    found = []
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer
-            cast("trt.IAttentionInputLayer", layer).attention.decomposable = True
+            found.append(cast("trt.IAttentionInputLayer", layer).attention)
+    return found
 
 
 def _strongly_typed() -> int:

@@ -142,7 +142,7 @@ def _phase(manifest: Manifest, parts: Sequence[Part], arrays: int, compiled: Com
     if compiled is None:
         weights = sum(manifest.files[part_files(part)[1]].bytes for part in parts)
         return Phase(weights, arrays, None)
-    plans = [compiled.index.parts[part.name] for part in parts]
+    plans = [compiled.part(part.name) for part in parts]
     return Phase(
         sum(plan.record.bytes for plan in plans), arrays, max((plan.scratch_bytes for plan in plans), default=0)
     )

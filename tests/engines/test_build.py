@@ -27,6 +27,7 @@ from foresight.engines.errors import BundleError, EngineError, IntegrityError, I
 from foresight.engines.tensorrt import BuildSettings, find_target
 from foresight.exporter.export import Export, Request
 from foresight.exporter.models import REGISTRY
+from foresight.runtime.memory import plan_memory
 from tests.support import copy_bundle, edit_manifest
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has wheels for Linux x86-64 only")
@@ -62,14 +63,11 @@ def test_every_graph_of_the_demos_builds_with_attention_fused(model: str, dtype:
     compiled = build_engines(bundle, RTX, jobs=2)
     assert set(compiled.index.parts) == {part.name for part in bundle.manifest.parts}
     for name, part in compiled.index.parts.items():
-        assert part.fused_attention, name
         assert len(compiled.read_plan(name)) == part.record.bytes > 1000
+    assert compiled.taken_apart == []
+    blocks = {block.name for block in bundle.manifest.blocks}
+    assert blocks <= {name for name, part in compiled.index.parts.items() if part.fused_attention}
     verify_files(bundle)  # engines leave the bundle what it was
-
-
-def test_one_scratch_buffer_serves_all_parts(built: Bundle) -> None:
-    compiled = find_compiled(built, RTX, find_target(RTX))
-    assert compiled.scratch_bytes == max(part.scratch_bytes for part in compiled.index.parts.values()) > 0
 
 
 def test_engines_that_are_there_are_not_built_again(copy: tuple[Bundle, Compiled]) -> None:
@@ -144,6 +142,16 @@ def test_a_plan_that_its_index_does_not_vouch_for_is_never_handed_on(
 def test_a_part_without_a_plan_is_named(copy: tuple[Bundle, Compiled]) -> None:
     with pytest.raises(BundleError, match=r"hold no plan of block\.999; build them with"):
         copy[1].read_plan("block.999")
+    parts = json.loads((copy[1].folder / INDEX).read_text())["parts"]
+    edit_index(copy[1], parts={name: part for name, part in parts.items() if name != "block.001"})
+    with pytest.raises(BundleError, match=r"hold no plan of block\.001; build them with"):
+        plan_memory(copy[0].manifest, compiled=open_compiled(copy[1].folder))
+
+
+def test_plans_in_the_folder_of_another_target_are_refused(copy: tuple[Bundle, Compiled]) -> None:
+    edit_index(copy[1], target={"library": "tensorrt-rtx 9.9"})
+    with pytest.raises(IntegrityError, match=r"are for tensorrt-rtx 9\.9, expected in a folder tensorrt-rtx-"):
+        verify_compiled(open_compiled(copy[1].folder))
 
 
 def test_a_file_that_the_index_does_not_name_is_refused(copy: tuple[Bundle, Compiled]) -> None:
@@ -172,8 +180,8 @@ def test_a_broken_index_is_refused(copy: tuple[Bundle, Compiled], content: bytes
 
 
 def test_an_index_of_another_schema_is_refused(copy: tuple[Bundle, Compiled]) -> None:
-    edit_index(copy[1], schema=2)
-    with pytest.raises(IntegrityError, match=r"got schema 2, expected 1; build them with: .* build "):
+    edit_index(copy[1], schema=1)
+    with pytest.raises(IntegrityError, match=r"got schema 1, expected 2; build them with: .* build "):
         open_compiled(copy[1].folder)
 
 
@@ -224,6 +232,9 @@ def test_backends_that_compile_nothing_and_odd_numbers_are_refused(built: Bundle
         build_engines(built, "onnxruntime")
     with pytest.raises(InvalidRequest, match="jobs: got 0, expected 1 or more"):
         build_engines(built, RTX, jobs=0)
+    for device, expected in (("nonsense", "cpu, cuda or cuda:N"), ("cpu", "cuda or cuda:N")):
+        with pytest.raises(InvalidRequest, match=f"device: got '?{device}'?, expected {expected}"):
+            build_engines(built, RTX, device)
 
 
 def test_the_folder_of_a_target_is_beside_the_graphs(built: Bundle) -> None:

@@ -5,6 +5,7 @@ Not fused, attention's scores take rows x heads x length² values of scratch mem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,29 +32,42 @@ def build(block: Block) -> Plan:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
 def test_attention_is_fused(tmp_path: Path, case: Case, dtype: str, opset: int) -> None:
-    """Where scores would be the largest tensors by far, the scratch shows it as well: there is no room for them."""
+    """Where scores would be the largest tensors by far, the scratch shows it: there is no room for them.
+
+    From opset 23 on attention is one operator, and the library says whether it has a kernel for it.
+    """
     for block in real_blocks(case, tmp_path, dtype, opset):
         plan = build(block)
-        assert plan.fused_attention, block.kind
+        assert plan.fused_attention is (True if opset >= 23 else None), block.kind
         if block.score_bytes > 2**33:
             assert plan.scratch_bytes < block.score_bytes / 4, block.kind
 
 
+# Two sizes of a model, between which scores grow several times as much as all other tensors.
+GROWING = {
+    "Latte-1": ({"height": 512, "width": 512}, {"height": 1024, "width": 1024}),
+    "Open-Sora": ({"resolution": "480p", "duration": "2s"}, {"resolution": "720p", "duration": "2s"}),
+}
+
+
+@pytest.mark.parametrize("opset", [20, 23])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_latte_attention_is_fused_at_twice_the_side(tmp_path: Path, dtype: str) -> None:
-    """At 512 x 512 the scores would hide among the other tensors; at 1024 x 1024 they would be 16 times as large."""
-    plans: dict[str, list[tuple[Block, Plan]]] = {}
-    for side in (512, 1024):
-        case = Case(f"Latte-1 {side}", "latte", {"height": side, "width": side})
-        for block in real_blocks(case, tmp_path, dtype, 23):
-            plans.setdefault(block.kind, []).append((block, build(block)))
-    assert len(plans) == 3
-    for kind, ((small, plan), (large, larger)) in plans.items():
-        assert plan.fused_attention and larger.fused_attention, kind
-        assert larger.scratch_bytes < 4.1 * plan.scratch_bytes, f"{kind}: grows faster than the stream"
+@pytest.mark.parametrize("model", GROWING)
+def test_scratch_grows_with_the_tokens_and_not_with_the_scores(
+    tmp_path: Path, model: str, dtype: str, opset: int
+) -> None:
+    """At the smaller size the scores could hide among the other tensors; at the larger one they could not."""
+    built: dict[str, list[tuple[Block, Plan]]] = {}
+    for index, size in enumerate(GROWING[model]):
+        case = Case(f"{model} {index}", model.lower().removesuffix("-1"), size)
+        for block in real_blocks(case, tmp_path, dtype, opset):
+            built.setdefault(block.kind, []).append((block, build(block)))
+    for kind, ((small, plan), (large, larger)) in built.items():
+        tokens = math.prod(large.profile["hidden"][2]) / math.prod(small.profile["hidden"][2])
+        assert tokens > 2
+        assert larger.scratch_bytes < 1.1 * tokens * plan.scratch_bytes, f"{kind}: grows faster than the stream"
         if kind == "spatial":
-            assert large.score_bytes == 16 * small.score_bytes
-            assert larger.scratch_bytes < large.score_bytes / 4
+            assert large.score_bytes / small.score_bytes > 0.9 * tokens**2
 
 
 def test_thirty_blocks_need_the_scratch_of_one(tmp_path: Path) -> None:

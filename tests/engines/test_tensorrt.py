@@ -73,13 +73,20 @@ def test_two_builds_of_one_block_give_the_same_plan(demo_half_bundle: Path) -> N
     assert one.scratch_bytes == other.scratch_bytes > 0
     assert len(one.data) == len(other.data) > 1000
     differing = np.frombuffer(one.data, np.uint8) != np.frombuffer(other.data, np.uint8)
-    assert differing.sum() < 1e-3 * len(one.data)
+    assert differing.sum() <= 64
 
 
 @pytest.mark.rtx
 def test_attention_is_fused_in_fp16_and_taken_apart_in_fp32(demo_half_bundle: Path, demo_bundle: Path) -> None:
-    assert build_plan(RTX, *first_block(demo_half_bundle), BuildSettings()).fused_attention
-    assert not build_plan(RTX, *first_block(demo_bundle), BuildSettings()).fused_attention
+    fused, apart = (
+        build_plan(RTX, *first_block(bundle), BuildSettings()) for bundle in (demo_half_bundle, demo_bundle)
+    )
+    assert (fused.fused_attention, apart.fused_attention) == (True, False)
+
+
+def test_nothing_is_said_of_attention_where_there_is_none(write: Write) -> None:
+    graph = write(helper.make_node("Relu", ["x"], ["y"]))
+    assert build_plan(RTX, graph, batch(1, 1, 1), BuildSettings()).fused_attention is None
 
 
 def test_a_dimension_of_one_size_is_fixed_and_another_is_not(write: Write) -> None:

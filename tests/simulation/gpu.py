@@ -456,6 +456,10 @@ class Device:
     def __exit__(self, *error: object) -> None:
         pass
 
+    def use(self) -> None:
+        """Make it this thread's."""
+        self.__enter__()
+
 
 class _Errors:
     def __init__(self, **errors: type[Exception]) -> None:
