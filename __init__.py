@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ForesightError,
         IntegrityError,
         InvalidRequest,
+        OutOfMemory,
         OutputError,
     )
     from .runtime.pipeline import VideoPipeline, load
@@ -42,6 +43,7 @@ _HOMES = {
         "ForesightError",
         "IntegrityError",
         "InvalidRequest",
+        "OutOfMemory",
         "OutputError",
     ),
     "runtime.pipeline": ("VideoPipeline", "load"),
@@ -62,6 +64,7 @@ __all__ = [
     "IntegrityError",
     "InvalidRequest",
     "NoReuse",
+    "OutOfMemory",
     "OutputError",
     "Static",
     "StepTrace",

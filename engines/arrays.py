@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .errors import EngineError, InvalidRequest, one_line
+from .errors import EngineError, InvalidRequest, OutOfMemory, one_line
 
 # A numpy or CuPy array; CuPy ships no types, so the seam between them cannot be typed more closely.
 Array: TypeAlias = Any
@@ -49,12 +49,12 @@ class Arrays:
     def active(self) -> Iterator[None]:
         """Makes the device, its stream and its memory pool those of this thread; leaving it waits for the device.
 
-        Raises EngineError, with the sizes, where memory runs out; what was allocated inside is then free again.
+        Raises OutOfMemory, with the sizes, where memory runs out; what was allocated inside is then free again.
         """
         try:
             yield
         except MemoryError as error:
-            raise EngineError(f"device cpu: out of memory, {one_line(error)}; {_SMALLER}") from error
+            raise OutOfMemory(f"device cpu: out of memory, {one_line(error)}; {_SMALLER}") from error
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """An uninitialised array; `dtype` is a manifest dtype such as `"fp16"`."""
@@ -126,7 +126,7 @@ class GpuArrays(Arrays):
         except cuda.memory.OutOfMemoryError as error:
             self.trim()
             free, total = self._memory()
-            raise EngineError(
+            raise OutOfMemory(
                 f"device {self.device}: out of memory, {one_line(error)}; {free // MEBI} of {total // MEBI} MiB are "
                 f"free; {_SMALLER}"
             ) from error

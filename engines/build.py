@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from .bundle import Bundle, file_record, verify_files, write_atomically
+from .bundle import Bundle, empty_folder, file_record, sole_writer, verify_files, write_atomically
 from .compiled import (
     INDEX,
     INDEX_SCHEMA,
@@ -71,15 +71,16 @@ def build_engines(
         return present
     partial = folder.with_name(folder.name + PARTIAL)
     try:
-        index = _resume(partial, index)
-        total = len(bundle.manifest.parts)
-        progress(len(index.parts), total, "")
-        for name, part in _build_missing(bundle, partial, index, settings, jobs, device):
-            index.parts[name] = part
-            write_atomically(partial / INDEX, msgspec.json.format(msgspec.json.encode(index), indent=1))
-            progress(len(index.parts), total, name)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
+        with sole_writer(partial):
+            index = _resume(partial, index)
+            total = len(bundle.manifest.parts)
+            progress(len(index.parts), total, "")
+            for name, part in _build_missing(bundle, partial, index, settings, jobs, device):
+                index.parts[name] = part
+                write_atomically(partial / INDEX, msgspec.json.format(msgspec.json.encode(index), indent=1))
+                progress(len(index.parts), total, name)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(partial, folder)
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
         raise OutputError(
@@ -174,8 +175,7 @@ def _resume(partial: Path, wanted: Index) -> Index:
             return index
     except IntegrityError:
         pass
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    empty_folder(partial)
     return wanted
 
 

@@ -8,17 +8,21 @@ bundle came from is for the reader to know.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from .consistency import contradictions
-from .errors import BundleError, IntegrityError, InvalidRequest
+from .errors import BundleError, IntegrityError, InvalidRequest, OutputError
 from .manifest import FileRecord, Manifest
 
 SCHEMA = 2
@@ -43,15 +47,20 @@ class Bundle:
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Read a bundle's manifest; the files themselves are checked by `verify_files`.
 
-    Raises BundleError where there is no bundle or it needs a newer version, IntegrityError where the manifest is not
-    a valid one.
+    Raises BundleError where there is no bundle, it cannot be read or it needs a newer version, IntegrityError where
+    the manifest is not a valid one, InvalidRequest for what is no path.
     """
-    folder = Path(path)
+    try:
+        folder = Path(path)
+    except TypeError as error:
+        raise InvalidRequest(f"bundle: got {path!r}, expected the path of a folder") from error
     try:
         raw = (folder / MANIFEST).read_bytes()
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         what = "has no manifest.json, so it is no bundle or a half-written one" if folder.is_dir() else "not found"
         raise BundleError(f"bundle {folder}: {what}; make it with: python cli.py export --model NAME") from error
+    except OSError as error:
+        raise _unreadable(folder, MANIFEST, error) from error
     try:
         schema = msgspec.json.decode(raw, type=_SchemaOnly).schema
         if schema < 1:
@@ -82,12 +91,16 @@ def newest_bundle(root: str | os.PathLike[str] = "bundles") -> Path:
 
 
 def verify_files(bundle: Bundle) -> None:
-    """Compare every file with the manifest. Raises IntegrityError naming the first that differs.
+    """Compare every file with the manifest. Raises IntegrityError naming the first that differs, or BundleError.
 
     Refused: missing, truncated, altered, added and linked files, and graphs that carry native code (`EPContext`).
     """
     expected = bundle.manifest.files
-    for entry in sorted(bundle.path.iterdir()):
+    try:
+        entries = sorted(bundle.path.iterdir())
+    except OSError as error:
+        raise _unreadable(bundle.path, "it", error) from error
+    for entry in entries:
         if entry.name not in expected and entry.name not in (MANIFEST, COMPILED):
             raise IntegrityError(f"bundle {bundle.path}: {entry.name} is not in its manifest; remove it")
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -108,6 +121,35 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Make a folder, if need be, and be the only process that writes to it. Raises OutputError where another one does.
+
+    The lock goes with the process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{folder}: another process is writing to it; wait for that, or choose another --output"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove everything in a folder, but not the folder: a lock may be held on it."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
 def check_request_shape(manifest: Manifest, height: int | None, width: int | None, frames: int | None) -> None:
     """Refuse sizes the bundle was not exported for. Raises InvalidRequest."""
     for name, got in (("height", height), ("width", width), ("frames", frames)):
@@ -116,6 +158,35 @@ def check_request_shape(manifest: Manifest, height: int | None, width: int | Non
             raise InvalidRequest(
                 f"{name}: got {got}, but this bundle was exported for {expected}; export again with --{name} {got}"
             )
+
+
+class Unchanged:
+    """Tells whether files of a bundle are still those that were there when this was made, without reading them."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._known = {name: self._stamp(name) for name in bundle.manifest.files}
+
+    def check(self, *names: str) -> None:
+        """Raises IntegrityError where one of these was replaced or written to."""
+        for name in names:
+            if self._stamp(name) != self._known[name]:
+                raise IntegrityError(
+                    f"bundle {self._bundle.path}: {name} was changed after the bundle was loaded; load it again"
+                )
+
+    def _stamp(self, name: str) -> tuple[int, int, int] | None:
+        try:
+            found = self._bundle.file(name).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _unreadable(folder: Path, name: str, error: OSError) -> BundleError:
+    return BundleError(
+        f"bundle {folder}: {name} cannot be read ({error.strerror or error}); check its owner and permissions"
+    )
 
 
 class _SchemaOnly(msgspec.Struct):
@@ -151,7 +222,10 @@ def _verify_file(folder: Path, name: str, record: FileRecord) -> None:
     size = path.stat().st_size
     if size != record.bytes:
         raise IntegrityError(f"bundle {folder}: {name} has {size} bytes, expected {record.bytes}; export again")
-    got = file_record(path).sha256
+    try:
+        got = file_record(path).sha256
+    except OSError as error:
+        raise _unreadable(folder, name, error) from error
     if got != record.sha256:
         raise IntegrityError(
             f"bundle {folder}: {name} was altered (SHA-256 {got[:12]}…, expected {record.sha256[:12]}…); export again"

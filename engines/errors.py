@@ -7,6 +7,7 @@
     ├── CheckpointError             1: a checkpoint cannot be exported
     ├── ExportError                 1: a graph could not be exported, or differs from the module it came from
     ├── EngineError                 1: an engine could not be loaded or failed while running
+    │   └── OutOfMemory             1: the device has no room for it now; fewer or smaller requests may fit
     ├── OutputError                 1: a result could not be written
     └── Cancelled                   1: the request's cancel token was set
 
@@ -53,12 +54,16 @@ class EngineError(ForesightError):
     """An engine could not be loaded, or failed while running."""
 
 
+class OutOfMemory(EngineError):
+    """The device has no room for it now. The pipeline stays usable, and fewer or smaller requests may fit."""
+
+
 class OutputError(ForesightError):
     """A video, page or array could not be written."""
 
 
 class Cancelled(ForesightError):
-    """The request was cancelled between two blocks; its buffers are free again."""
+    """The request was cancelled before it was done; its buffers are free again."""
 
 
 def one_line(reason: object) -> str:

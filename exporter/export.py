@@ -27,7 +27,17 @@ import transformers
 from torch import nn
 
 from ..engines.arrays import HostArray, numpy_dtype
-from ..engines.bundle import MANIFEST, SCHEMA, Bundle, file_record, open_bundle, verify_files, write_atomically
+from ..engines.bundle import (
+    MANIFEST,
+    SCHEMA,
+    Bundle,
+    empty_folder,
+    file_record,
+    open_bundle,
+    sole_writer,
+    verify_files,
+    write_atomically,
+)
 from ..engines.errors import BundleError, ExportError, IntegrityError, InvalidRequest, OutputError
 from ..engines.manifest import (
     DTYPE_BYTES,
@@ -108,7 +118,8 @@ class Export:
         self.split: Split = split_checkpoint(self.row.family, self.checkpoint, self.request)
 
     def plan(self) -> ExportPlan:
-        """What `run` would do; writes nothing."""
+        """What `run` would do; writes nothing. Raises OutputError where that could not be written."""
+        _check_free(self.output)
         parts = {plan.name: _weight_bytes(plan) for plan in self.split.parts}
         rows = 2
         cached = [plan.outputs[: len(self.split.streams)] for plan in self.split.blocks]
@@ -145,11 +156,12 @@ class Export:
         self.split.check()
         partial = self.output.with_name(self.output.name + ".partial")
         try:
-            state = self._resume(partial)
-            self._write_tables(partial, state)
-            self._write_parts(partial, state, progress)
-            self._write_manifest(partial, state)
-            _replace(partial, self.output)
+            with sole_writer(partial):
+                state = self._resume(partial)
+                self._write_tables(partial, state)
+                self._write_parts(partial, state, progress)
+                self._write_manifest(partial, state)
+                _replace(partial, self.output)
         except OSError as error:
             hint = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
             raise OutputError(
@@ -187,9 +199,7 @@ class Export:
                 return _State(key=self.key, parts={part.name: part for part in manifest.parts}, files=manifest.files)
         except (BundleError, IntegrityError):
             pass
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        empty_folder(partial)
         return _State(key=self.key, parts={}, files={})
 
     def _write_parts(self, partial: Path, state: _State, progress: Progress) -> None:

@@ -13,8 +13,8 @@ from .policies import CACHE_MODES, Foresight, Policy
 
 
 def check_prompts(prompts: Any) -> tuple[str, ...]:
-    """One prompt, or several; each some text."""
-    listed = (prompts,) if isinstance(prompts, str) or not isinstance(prompts, Iterable) else tuple(prompts)
+    """One prompt, or a list or tuple of several; each some text."""
+    listed = tuple(prompts) if isinstance(prompts, (list, tuple)) else (prompts,)
     if not listed:
         raise InvalidRequest("prompt: got none, expected at least one")
     return tuple(check_text("prompt", prompt) for prompt in listed)
@@ -58,9 +58,28 @@ def check_policy(policy: Policy | None) -> Policy:
     """The policy itself, or the default for None; anything with the methods of one will do."""
     if policy is None:
         return Foresight()
-    if not callable(getattr(policy, "begin", None)) or getattr(policy, "cache", None) not in CACHE_MODES:
+    known = callable(getattr(policy, "begin", None)) and getattr(policy, "cache", None) in CACHE_MODES
+    if not known or isinstance(policy, type):
         raise InvalidRequest(f"policy: got {policy!r}, expected Foresight(…), Static(…) or NoReuse()")
     return policy
+
+
+def check_callbacks(on_step: Any, cancel: Any) -> None:
+    """What a request will call: a function, and something like threading.Event."""
+    if on_step is not None and not callable(on_step):
+        raise InvalidRequest(f"on_step: got {on_step!r}, expected a function of steps done, their number and the trace")
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise InvalidRequest(f"cancel: got {cancel!r}, expected something with is_set(), as threading.Event has it")
+
+
+def check_count(name: str, value: Any) -> None:
+    """A whole number of 1 or more, or None."""
+    try:
+        fits = value is None or operator.index(value) >= 1
+    except TypeError:
+        fits = False
+    if not fits:
+        raise InvalidRequest(f"{name}: got {value!r}, expected a whole number of 1 or more")
 
 
 def _following(seed: int, prompts: int) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from ..engines.errors import EngineError, InvalidRequest, one_line
 from ..engines.manifest import Manifest, Part, TensorSpec
 from .pipeline import VideoPipeline
 from .policies import NoReuse
+from .trace import Trace
 
 # Largest difference that passes, as a share of the largest value of an output; for frames in grey levels. Measured on
 # the demo model, against values computed in fp32, were 1e-6 with fp32, 1e-3 with fp16 and 1e-2 with bf16; 0, 1 and 2
@@ -102,7 +103,7 @@ def compare_backends(
         progress=progress,
     )
     # One request needs every engine once, so loading them when they are needed costs nothing.
-    pipeline = VideoPipeline(bundle, comparison, low_memory=True)
+    pipeline = _ToTheEnd(bundle, comparison, low_memory=True)
     with np.errstate(all="ignore"):  # values that are not finite are something to report
         pipeline(bundle.manifest.defaults.prompt, steps=steps, policy=NoReuse())
     progress(len(comparison.wanted), len(comparison.wanted), "done")
@@ -199,6 +200,13 @@ class _Comparison:
             _difference(part, name, result, scales[name], tolerances[name]) for name, result in found.items()
         ]
         return max(differences, key=_severity)
+
+
+class _ToTheEnd(VideoPipeline):
+    """Decodes whatever came out: values that are not finite are what is looked for."""
+
+    def _check_finite(self, latents: Array, trace: Trace) -> None:
+        pass
 
 
 @dataclass

@@ -9,18 +9,30 @@ import numpy as np
 from ..engines.arrays import Array, Arrays
 from ..engines.backend import Engine
 from ..engines.manifest import Manifest, Part, Stage, chunk_sizes
+from .admission import CancelToken, check_cancelled
 
 
-def decode(manifest: Manifest, engines: Mapping[str, Engine], arrays: Arrays, latents: Array, to_host: bool) -> Array:
+def decode(
+    manifest: Manifest,
+    engines: Mapping[str, Engine],
+    arrays: Arrays,
+    latents: Array,
+    to_host: bool,
+    cancel: CancelToken | None = None,
+) -> Array:
     """One video's latents to frames (F, H, W, 3) uint8; with `to_host` every chunk of them goes there when it is made.
 
-    `engines` are those of all the decoder's parts, by name. Raises EngineError.
+    `engines` are those of all the decoder's parts, by name. `cancel` is looked at after every chunk. Raises
+    EngineError, Cancelled.
     """
     frames = latents
     for stage in manifest.decoder:
         leaving = to_host and stage is manifest.decoder[-1]
         chunks = _run_stage(manifest, stage, engines, arrays, frames)
-        made = [arrays.to_host(chunk) if leaving else chunk for chunk in chunks]
+        made = []
+        for chunk in chunks:
+            made.append(arrays.to_host(chunk) if leaving else chunk)
+            check_cancelled(cancel, "while its frames were decoded")
         frames = (np if leaving else arrays.xp).concatenate(made)
     return frames
 

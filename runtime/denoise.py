@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from ..engines.arrays import Array, Arrays, Download
 from ..engines.backend import Engine
-from ..engines.errors import Cancelled
+from .admission import CancelToken, check_cancelled
 from .cache import BlockCache
 from .policies import Decider, Decision, eliminate_dead
 from .sampler import Sampler, Schedule
@@ -23,13 +23,6 @@ from .trace import Trace
 
 OnStep = Callable[[int, int, Trace], None]
 T = TypeVar("T")
-
-
-class CancelToken(Protocol):
-    """Anything like threading.Event: the request stops before its next block once `is_set()` is true."""
-
-    def is_set(self) -> bool:
-        """Whether to stop."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +77,7 @@ def denoise(model: Transformer, request: Request) -> Array:
         decisions = _decide(request, step)
         measured = [False] * len(model.blocks)
         for block, decision in enumerate(decisions):
-            if request.cancel is not None and request.cancel.is_set():
-                raise Cancelled(f"request: cancelled in step {step + 1} of {steps}, before block {block}")
+            check_cancelled(request.cancel, f"in step {step + 1} of {steps}, before block {block}")
             if decision is Decision.COMPUTE:
                 stream, measured[block] = cache.bind(block)
                 _run(model.blocks[block], request, {**stream, "distance": request.distances[block]})

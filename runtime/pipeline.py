@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
 
-from ..engines.arrays import MEBI, Array
+from ..engines.arrays import Array
 from ..engines.backend import Backend, Engine, create_backend
-from ..engines.bundle import Bundle, open_bundle, verify_files
+from ..engines.bundle import Bundle, Unchanged, open_bundle, verify_files
 from ..engines.errors import EngineError, InvalidRequest
-from ..engines.manifest import Part
-from .arguments import check_guidance, check_policy, check_prompts, check_seeds, check_text
+from ..engines.manifest import Part, part_files
+from .admission import CancelToken, OneAtATime, Room, check_cancelled
+from .arguments import (
+    check_callbacks,
+    check_count,
+    check_guidance,
+    check_policy,
+    check_prompts,
+    check_seeds,
+    check_text,
+)
 from .budget import Profile, choose_cached
 from .cache import Layout, create_cache
 from .decode import decode, run_part
-from .denoise import CancelToken, OnStep, Request, Transformer, denoise
+from .denoise import OnStep, Request, Transformer, denoise
 from .memory import MemoryPlan, plan_memory
 from .policies import Policy, policy_settings
 from .sampler import Noise, Sampler, Schedule, load_table
@@ -29,6 +38,19 @@ from .trace import Trace
 from .video import Video
 
 APART = 64  # fp32 numbers from one block's distances to the next one's: engines want addresses 256 bytes apart
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one call asks for, checked."""
+
+    schedule: Schedule
+    policy: Policy
+    cached: tuple[bool, ...]
+    latents: Array | None
+    on_step: OnStep | None
+    cancel: CancelToken | None
+    to_host: bool
 
 
 class VideoPipeline:
@@ -62,7 +84,9 @@ class VideoPipeline:
         self._tokenizer = Tokenizer(bundle.file(self.manifest.text.tokenizer), self.manifest.text)
         self._table = load_table(bundle.file(self.manifest.sampler.table), self.manifest.sampler.max_steps)
         self._engines = {} if low_memory else {part.name: backend.load(bundle, part) for part in self.manifest.parts}
-        self._turn: AbstractContextManager[Any] = threading.Lock() if low_memory else nullcontext()
+        self._files = Unchanged(bundle)
+        self._turns = OneAtATime() if low_memory else None
+        self._room = Room(backend.arrays)
 
     @overload
     def __call__(
@@ -116,15 +140,18 @@ class VideoPipeline:
         adds the prompt's position, or one per prompt. `latents` is the initial noise instead: (prompts, *latent
         shape) or, for one prompt, the latent shape; fp32; a numpy array, or one that speaks DLPack. `on_step` is
         called after every step with the steps done, their number and the trace so far. `cancel` is looked at before
-        every block. A guidance of 1 runs without the negative half. With `to_host` False, frames and latents stay
-        arrays of the device, which others can take over by DLPack; on the CPU they are numpy's in any case.
+        every phase and block, after every decoded chunk, and while the request waits for its turn. A guidance of 1 runs
+        without the negative half. With `to_host` False, frames and latents stay arrays of the device, which others can
+        take over by DLPack; on the CPU they are numpy's in any case.
 
-        Raises InvalidRequest before anything runs; Cancelled and EngineError leave the pipeline usable.
+        Raises InvalidRequest before anything runs; Cancelled, OutOfMemory and EngineError, which also tells of results
+        that are not finite, leave the pipeline usable.
         """
         defaults = self.manifest.defaults
         prompts = self._check_prompts(prompt)
         schedule = self._table.schedule(defaults.steps if steps is None else steps)
         policy = check_policy(policy)
+        check_callbacks(on_step, cancel)
         seeds = check_seeds(seed, len(prompts))
         trace = Trace(
             model=self.manifest.model,
@@ -140,26 +167,12 @@ class VideoPipeline:
             seeds=seeds,
             latents_given=latents is not None,
         )
-        cached = self._choose_cached(policy, trace)
-        arrays = self.backend.arrays
-        with self._turn, arrays.active():
+        job = _Job(schedule, policy, self._choose_cached(policy, trace), latents, on_step, cancel, to_host)
+        check_cancelled(cancel, "before it began")
+        turn = nullcontext() if self._turns is None else self._turns.turn(cancel)
+        with turn, self.backend.arrays.active():
             try:
-                noise = Noise(seeds, self.manifest.shape.latents, arrays)
-                initial = self._initial(latents, noise)
-                self._check_memory(policy, trace, sum(cached))
-                with _timed(trace, "text_ms"):
-                    condition = self._encode(trace)
-                with _timed(trace, "denoise_ms"):
-                    sampler = schedule.begin(initial, noise.draw)
-                    request = self._request(condition, sampler, schedule, policy, cached, trace)
-                    request.on_step, request.cancel = on_step, cancel
-                    final = self._denoise(request)
-                    del initial, sampler, request, condition
-                with _timed(trace, "decode_ms"):
-                    frames = self._decode(final, to_host)
-                if to_host:
-                    final = arrays.to_host(final)
-                trace.device_bytes = arrays.used_bytes()
+                frames, final = self._run(job, trace)
             finally:
                 if self.low_memory:
                     self.backend.trim()
@@ -173,6 +186,31 @@ class VideoPipeline:
         """What a request takes of the device's memory. Raises InvalidRequest where `cache_memory` is too small."""
         policy = check_policy(policy)
         return self._plan_memory(policy, prompts, guided, sum(self._slots(policy, prompts * (2 if guided else 1))))
+
+    def _run(self, job: _Job, trace: Trace) -> tuple[list[Array], Array]:
+        """Frames and final latents of every prompt; fills the trace."""
+        arrays, prompts = self.backend.arrays, len(trace.prompts)
+        plan = self._plan_memory(job.policy, prompts, _halves(trace.guidance) == 2, sum(job.cached))
+        trace.planned_bytes = plan.total
+        with self._room.reserve(plan.per_request, prompts):
+            final = self._sample(job, trace)
+            check_cancelled(job.cancel, "before its frames were decoded")
+            with _timed(trace, "decode_ms"):
+                frames = self._decode(final, job)
+            if job.to_host:
+                final = arrays.to_host(final)
+            trace.device_bytes = arrays.used_bytes()
+            return frames, final
+
+    def _sample(self, job: _Job, trace: Trace) -> Array:
+        """Final latents; all else that sampling takes is free again."""
+        noise = Noise(trace.seeds, self.manifest.shape.latents, self.backend.arrays)
+        initial = self._initial(job.latents, noise)
+        with _timed(trace, "text_ms"):
+            condition = self._encode(trace)
+        check_cancelled(job.cancel, "before its first step")
+        with _timed(trace, "denoise_ms"):
+            return self._denoise(self._request(condition, job.schedule.begin(initial, noise.draw), job, trace))
 
     def _plan_memory(self, policy: Policy, prompts: int, guided: bool, slots: int) -> MemoryPlan:
         compiled, layout = self.backend.compiled(self.bundle), self._layout(policy)
@@ -191,18 +229,6 @@ class VideoPipeline:
         cached = self._slots(policy, len(trace.prompts) * _halves(trace.guidance))
         trace.uncached = tuple(name for name, kept in zip(trace.blocks, cached, strict=True) if not kept)
         return cached
-
-    def _check_memory(self, policy: Policy, trace: Trace, slots: int) -> None:
-        """Refuse a request for which there is no room, before it has done anything. Raises EngineError."""
-        plan = self._plan_memory(policy, len(trace.prompts), _halves(trace.guidance) == 2, slots)
-        trace.planned_bytes = plan.total
-        free = self.backend.arrays.free_bytes()
-        if free is not None and plan.per_request > free:
-            raise EngineError(
-                f"request: got {free / MEBI:.0f} MiB of free memory on {self.backend.arrays.device}, expected "
-                f"{plan.per_request / MEBI:.0f} for {len(trace.prompts)} prompts; send fewer at once, or use a smaller "
-                "--cache-memory, or --low-memory"
-            )
 
     def _check_prompts(self, prompt: str | Sequence[str]) -> tuple[str, ...]:
         prompts = check_prompts(prompt)
@@ -223,39 +249,48 @@ class VideoPipeline:
             )
         return text
 
-    def _request(
-        self,
-        condition: dict[str, Array],
-        sampler: Sampler,
-        schedule: Schedule,
-        policy: Policy,
-        cached: tuple[bool, ...],
-        trace: Trace,
-    ) -> Request:
+    def _request(self, condition: dict[str, Array], sampler: Sampler, job: _Job, trace: Trace) -> Request:
         """Everything the loop needs, made for this request alone."""
         blocks, arrays = len(self.manifest.blocks), self.backend.arrays
         halves = _halves(trace.guidance)
         rows = halves * len(trace.prompts)
-        cache = create_cache(self._layout(policy), self.manifest, arrays, rows, cached)
+        cache = create_cache(self._layout(job.policy), self.manifest, arrays, rows, job.cached)
         trace.cache_bytes = cache.nbytes
         return Request(
             arrays=arrays,
             sampler=sampler,
-            schedule=schedule,
+            schedule=job.schedule,
             cache=cache,
-            decider=policy.begin(schedule.steps, blocks),
-            drop_dead=policy.cache == "output",
+            decider=job.policy.begin(job.schedule.steps, blocks),
+            drop_dead=job.policy.cache == "output",
             tensors=self._step_tensors(rows) | condition,
             distances=arrays.empty((blocks, -(-rows // APART) * APART), "fp32")[:, :rows],
             guidance=trace.guidance,
             halves=halves,
             trace=trace,
+            on_step=job.on_step,
+            cancel=job.cancel,
         )
 
     def _denoise(self, request: Request) -> Array:
         with self._loaded(self.manifest.prologue, *self.manifest.blocks, self.manifest.epilogue) as engines:
             prologue, *blocks, epilogue = engines
-            return denoise(Transformer(prologue, tuple(blocks), epilogue, self.manifest.guidance_order), request)
+            model = Transformer(prologue, tuple(blocks), epilogue, self.manifest.guidance_order)
+            with np.errstate(over="ignore", invalid="ignore"):  # it is looked for below, on every device
+                final = denoise(model, request)
+        self._check_finite(final, request.trace)
+        return final
+
+    def _check_finite(self, latents: Array, trace: Trace) -> None:
+        """Refuse latents that no video can be made of. Raises EngineError."""
+        if bool(self.backend.arrays.xp.isfinite(latents).all()):
+            return
+        first = trace.first_not_finite()
+        seen = "" if first is None else f", first in step {first[0] + 1}, {trace.blocks[first[1]]}"
+        raise EngineError(
+            f"latents: got values that are not finite after {len(trace.steps)} steps{seen}; lower the guidance, or "
+            "export with --dtype bf16 or fp32"
+        )
 
     @contextmanager
     def _loaded(self, *parts: Part) -> Iterator[list[Engine]]:
@@ -264,6 +299,7 @@ class VideoPipeline:
             yield [self._engines[part.name] for part in parts]
             return
         self.backend.trim()
+        self._files.check(*(name for part in parts for name in part_files(part)))
         engines = [self.backend.load(self.bundle, part) for part in parts]
         try:
             yield engines
@@ -352,12 +388,13 @@ class VideoPipeline:
         """Every named dimension, at its largest where it is not known."""
         return {name: largest for name, (_, largest) in self.manifest.ranges.items()} | known
 
-    def _decode(self, latents: Array, to_host: bool) -> list[Array]:
+    def _decode(self, latents: Array, job: _Job) -> list[Array]:
         """Each video's latents to frames (F, H, W, 3) uint8."""
         parts = [part for stage in self.manifest.decoder for part in stage.parts]
         with self._loaded(*parts) as loaded:
             engines = {part.name: engine for part, engine in zip(parts, loaded, strict=True)}
-            return [decode(self.manifest, engines, self.backend.arrays, video, to_host) for video in latents]
+            arrays = self.backend.arrays
+            return [decode(self.manifest, engines, arrays, video, job.to_host, job.cancel) for video in latents]
 
 
 def load(
@@ -380,8 +417,8 @@ def load(
     `cuda_graphs`, with TensorRT, records every block's kernels and replays them; the cache then takes twice the memory.
     Raises BundleError, IntegrityError, EngineError, InvalidRequest.
     """
-    if cache_memory is not None and cache_memory < 1:
-        raise InvalidRequest(f"cache_memory: got {cache_memory} bytes, expected more than 0")
+    check_count("threads", threads)
+    check_count("cache_memory", cache_memory)
     opened = open_bundle(bundle)
     verify_files(opened)
     return VideoPipeline(

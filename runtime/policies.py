@@ -89,6 +89,10 @@ class Cycle:
     warmup: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("reuse_steps", "interval", "warmup"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (name == "warmup" and value is None):
+                raise InvalidRequest(f"{name}: got {value!r}, expected a whole number")
         if self.reuse_steps < 1:
             raise InvalidRequest(f"reuse_steps: got {self.reuse_steps}, expected 1 or more; for none use policy none")
         if self.interval <= self.reuse_steps:
@@ -142,8 +146,8 @@ class Foresight(Cycle):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_cache(self.cache)
-        if not 0 < self.gamma <= 2:
-            raise InvalidRequest(f"gamma: got {self.gamma}, expected more than 0 and at most 2")
+        if not isinstance(self.gamma, (int, float)) or not 0 < self.gamma <= 2:
+            raise InvalidRequest(f"gamma: got {self.gamma!r}, expected more than 0 and at most 2")
 
     def begin(self, steps: int, blocks: int) -> Decider:
         """See Policy.begin."""

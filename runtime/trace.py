@@ -89,6 +89,14 @@ class Trace:
         """Add what a recorded step measured, per block."""
         self.steps[step] = replace(self.steps[step], distances=tuple(distances))
 
+    def first_not_finite(self) -> tuple[int, int] | None:
+        """The first step, and block in it, whose measured change is no finite number; None where there is none."""
+        for step, record in enumerate(self.steps):
+            for block, distance in enumerate(record.distances):
+                if distance is not None and not math.isfinite(distance):
+                    return step, block
+        return None
+
     def count(self, decision: Decision) -> int:
         """How many block calls of the request ended that way."""
         return sum(step.decisions.count(decision.value) for step in self.steps)

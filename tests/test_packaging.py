@@ -38,6 +38,7 @@ PUBLIC_API = [
     "IntegrityError",
     "InvalidRequest",
     "NoReuse",
+    "OutOfMemory",
     "OutputError",
     "Static",
     "StepTrace",

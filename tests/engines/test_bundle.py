@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from foresight.engines import bundle as bundle_module
 from foresight.engines.bundle import (
     MANIFEST,
     SCHEMA,
@@ -25,9 +27,10 @@ from foresight.engines.bundle import (
     file_record,
     newest_bundle,
     open_bundle,
+    sole_writer,
     verify_files,
 )
-from foresight.engines.errors import BundleError, ForesightError, IntegrityError, InvalidRequest
+from foresight.engines.errors import BundleError, ForesightError, IntegrityError, InvalidRequest, OutputError
 from foresight.engines.manifest import Manifest
 from foresight.runtime.pipeline import load
 from tests.support import Json, copy_bundle, edit_manifest, json_paths, read_manifest, vouch_for
@@ -376,6 +379,24 @@ def test_a_manifest_that_is_none_is_an_integrity_error(tmp_path: Path, raw: byte
         open_bundle(tmp_path)
 
 
+def test_a_bundle_that_cannot_be_read_is_not_called_missing(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    opened = open_bundle(copied)
+    attempts: list[tuple[Any, str, str, Callable[[], object]]] = [
+        (bundle_module, "file_record", "[a-z_.0-9]+", lambda: verify_files(opened)),
+        (Path, "iterdir", "it", lambda: verify_files(opened)),
+        (Path, "read_bytes", "manifest.json", lambda: open_bundle(copied)),
+    ]
+    for owner, function, name, attempt in attempts:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, function, refuse)
+            message = rf"bundle .*: {name} cannot be read \(Permission denied\); check its owner and permissions"
+            with pytest.raises(BundleError, match=message):
+                attempt()
+
+
 def test_an_older_schema_needs_another_export(copied: Path) -> None:
     edit_manifest(copied, lambda manifest: manifest.update(schema=1))
     with pytest.raises(BundleError, match="has schema 1, this version reads .*; export again"):
@@ -590,3 +611,18 @@ def test_other_sizes_are_refused_with_the_flag_to_export_with(bundle: Path, name
     wanted: dict[str, int | None] = {"height": None, "width": None, "frames": None, name: 64}
     with pytest.raises(InvalidRequest, match=rf"{name}: got 64, but .* export again with --{name} 64"):
         check_request_shape(open_bundle(bundle).manifest, **wanted)
+
+
+def test_one_process_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle.partial"
+    with sole_writer(folder):
+        (folder / "nested").mkdir()
+        (folder / "nested" / "file").touch()
+        with pytest.raises(OutputError, match=r"bundle\.partial: another process is writing to it; wait for that"):
+            sole_writer(folder).__enter__()
+        bundle_module.empty_folder(folder)
+        assert list(folder.iterdir()) == []
+    with sole_writer(folder):
+        folder.rename(tmp_path / "bundle")
+    with sole_writer(folder):
+        assert folder.is_dir()

@@ -18,6 +18,7 @@ CODES = {
     "CheckpointError": 1,
     "ExportError": 1,
     "EngineError": 1,
+    "OutOfMemory": 1,
     "OutputError": 1,
     "Cancelled": 1,
 }

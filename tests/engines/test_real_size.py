@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_attention_is_fused(tmp_path: Path, case: Case, dtype: str, opset: int) 
 
 
 # Two sizes of a model, between which scores grow several times as much as all other tensors.
-GROWING = {
+GROWING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Latte-1": ({"height": 512, "width": 512}, {"height": 1024, "width": 1024}),
     "Open-Sora": ({"resolution": "480p", "duration": "2s"}, {"resolution": "720p", "duration": "2s"}),
 }

@@ -13,9 +13,10 @@ from foresight.engines.errors import Cancelled, EngineError
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import Decision, Foresight, NoReuse, Policy
 from foresight.runtime.video import Video
-from tests.support import CancelAt, WatchedBackend, fail_at, is_block, watched_pipeline
+from tests.support import CancelAt, WatchedBackend, fail_at, watched_pipeline
 
 STEPS = 6
+LOOKS_BEFORE = 2  # at the cancel token, before the first block: at the beginning, and after the text
 POLICIES: dict[str, Policy] = {
     "none": NoReuse(),
     "foresight-output": Foresight(gamma=2, warmup=2),
@@ -116,6 +117,24 @@ def test_a_request_after_one_that_was_cancelled_anywhere_is_as_if_alone(
 ) -> None:
     alone = content(second(pipeline, policy))
     with pytest.raises(Cancelled, match=rf"cancelled in step {look // 4 + 1} of {STEPS}, before block {look % 4}"):
+        first(pipeline, policy, cancel=CancelAt(LOOKS_BEFORE + look))
+    assert content(second(pipeline, policy)) == alone
+
+
+@pytest.mark.parametrize(
+    ("look", "when"),
+    [
+        (0, "before it began"),
+        (1, "before its first step"),
+        (LOOKS_BEFORE + STEPS * 4, "before its frames were decoded"),
+        (LOOKS_BEFORE + STEPS * 4 + 1, "while its frames were decoded"),
+    ],
+)
+def test_a_request_can_be_cancelled_in_every_phase(
+    pipeline: VideoPipeline, policy: Policy, look: int, when: str
+) -> None:
+    alone = content(second(pipeline, policy))
+    with pytest.raises(Cancelled, match=f"request: cancelled {when}"):
         first(pipeline, policy, cancel=CancelAt(look))
     assert content(second(pipeline, policy)) == alone
 
@@ -123,10 +142,11 @@ def test_a_request_after_one_that_was_cancelled_anywhere_is_as_if_alone(
 def test_a_token_that_is_never_set_changes_nothing(pipeline: VideoPipeline, policy: Policy) -> None:
     token = CancelAt(1 << 30)
     assert content(first(pipeline, policy, cancel=token)) == content(first(pipeline, policy))
-    assert token.looked == STEPS * 4
+    chunks = sum(len(stage.chunks) for stage in pipeline.manifest.decoder)
+    assert token.looked == LOOKS_BEFORE + STEPS * 4 + 1 + chunks
 
 
-def test_a_token_set_beforehand_stops_the_request_before_any_block(bundle: Path) -> None:
+def test_a_token_set_beforehand_stops_the_request_before_anything_runs(bundle: Path) -> None:
     pipeline, backend = watched_pipeline(bundle)
     ran: list[str] = []
     backend.before = lambda part, tensors: ran.append(part)
@@ -134,7 +154,7 @@ def test_a_token_set_beforehand_stops_the_request_before_any_block(bundle: Path)
     token.set()
     with pytest.raises(Cancelled):
         first(pipeline, NoReuse(), cancel=token)
-    assert not any(is_block(part) for part in ran)
+    assert ran == []
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import pytest
 from foresight.engines.arrays import Arrays, _available_memory
 from foresight.engines.build import build_engines
 from foresight.engines.bundle import open_bundle
-from foresight.engines.errors import Cancelled, EngineError
+from foresight.engines.errors import Cancelled, EngineError, IntegrityError, InvalidRequest, OutOfMemory
 from foresight.engines.manifest import part_files
+from foresight.runtime.admission import Room
 from foresight.runtime.cache import Layout
 from foresight.runtime.memory import plan_memory
 from foresight.runtime.pipeline import VideoPipeline
@@ -118,6 +119,68 @@ def test_with_low_memory_requests_take_turns(pipeline: VideoPipeline, bundle: Pa
     for thread in threads:
         thread.join()
     assert [got[seed] for seed in range(3)] == expected
+
+
+def test_with_low_memory_a_request_can_be_cancelled_while_it_waits(pipeline: VideoPipeline, bundle: Path) -> None:
+    low, token = load_pipeline(bundle, low_memory=True), threading.Event()
+    outcome: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            low(PROMPT, steps=3, cancel=token)
+        except Cancelled as error:
+            outcome.append(error)
+
+    waiting = threading.Thread(target=wait)
+
+    def cancel_the_other(done: int, steps: int, trace: Any) -> None:
+        if done == 1:
+            waiting.start()
+        if done == 2:
+            token.set()
+            waiting.join()  # ends, though this request still has its turn
+
+    expected = pipeline(PROMPT, steps=3).latents.tobytes()
+    assert low(PROMPT, steps=3, on_step=cancel_the_other).latents.tobytes() == expected
+    assert "cancelled" in str(outcome[0])
+
+
+def test_with_low_memory_a_request_from_inside_another_is_refused(bundle: Path) -> None:
+    low = load_pipeline(bundle, low_memory=True)
+
+    def again(done: int, steps: int, trace: Any) -> None:
+        with pytest.raises(InvalidRequest, match="request: came from inside another of the same pipeline"):
+            low(PROMPT, steps=1)
+
+    low(PROMPT, steps=1, on_step=again)
+
+
+def test_with_low_memory_files_that_changed_after_loading_are_not_run(bundle: Path, tmp_path: Path) -> None:
+    low = load_pipeline(copy_bundle(bundle, tmp_path / "bundle"), low_memory=True)
+    low(PROMPT, steps=1)
+    weights = low.bundle.file("block.001.data")
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(
+        IntegrityError, match=r"block\.001\.data was changed after the bundle was loaded; load it again"
+    ):
+        low(PROMPT, steps=1)
+
+
+def test_requests_at_once_are_promised_no_more_memory_than_there_is() -> None:
+    class Small(Arrays):
+        def free_bytes(self) -> int:
+            return 10 << 20
+
+    room = Room(Small())
+    with room.reserve(6 << 20, 1):
+        with pytest.raises(
+            OutOfMemory, match="got 10 MiB of free memory on cpu and 6 promised to 1 others, expected 5"
+        ):
+            room.reserve(5 << 20, 1).__enter__()
+        with room.reserve(4 << 20, 1):
+            pass
+    with room.reserve(10 << 20, 1):
+        pass
 
 
 def test_with_low_memory_a_cancelled_or_failed_request_leaves_nothing_behind(

@@ -13,9 +13,9 @@ import pytest
 
 import foresight
 from foresight.engines.bundle import open_bundle
-from foresight.engines.errors import InvalidRequest
+from foresight.engines.errors import EngineError, InvalidRequest
 from foresight.runtime.pipeline import VideoPipeline
-from tests.support import Json, copy_bundle, edit_manifest, watched_pipeline
+from tests.support import Json, copy_bundle, edit_manifest, vouch_for, watched_pipeline
 
 SHAPE = (4, 3, 8, 8)
 
@@ -129,6 +129,11 @@ INVALID: dict[str, dict[str, Any]] = {
     "latents inf": {"latents": np.full(SHAPE, np.inf, np.float32)},
     "a negative prompt that is no text": {"negative_prompt": 3, "guidance": 4.0},
     "a policy by name": {"policy": "foresight"},
+    "a policy's class": {"policy": foresight.NoReuse},
+    "a prompt of bytes": {"prompt": b"a dog"},
+    "prompts in no order": {"prompt": {"a dog", "a cat"}},
+    "an on_step that cannot be called": {"on_step": 3},
+    "a cancel token that is none": {"cancel": True},
 }
 
 
@@ -141,6 +146,32 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(bundle: Path, case:
     with pytest.raises(InvalidRequest, match=r"^\w+: got "):
         pipeline(settings.pop("prompt"), **settings)
     assert not ran
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threads": "2"}, "threads: got '2', expected a whole number"),
+        ({"threads": 0}, "threads: got 0"),
+        ({"cache_memory": "1"}, "cache_memory: got '1'"),
+        ({"cache_memory": 0.5}, "cache_memory: got 0.5"),
+        ({"bundle": None}, "bundle: got None, expected the path of a folder"),
+    ],
+)
+def test_a_pipeline_is_not_loaded_with_settings_that_make_no_sense(
+    bundle: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        foresight.load(**({"bundle": bundle} | settings))
+
+
+def test_a_result_that_is_not_finite_is_an_error_that_says_where_it_began(bundle: Path, tmp_path: Path) -> None:
+    copied = copy_bundle(bundle, tmp_path / "bundle")
+    weights = copied / "block.002.data"
+    weights.write_bytes(b"\xff" * weights.stat().st_size)  # NaN
+    pipeline = foresight.load(vouch_for(copied, weights.name))
+    with pytest.raises(EngineError, match=r"not finite after 4 steps, first in step 2, block\.002; lower the guidance"):
+        pipeline("a dog", steps=4)
 
 
 def test_a_seed_may_be_a_numpy_integer(pipeline: VideoPipeline) -> None:

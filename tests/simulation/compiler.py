@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import time
 from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
@@ -313,6 +314,7 @@ class _Context:
         self._scratch = (address, size)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        time.sleep(0)  # others get their chance to interfere
         if address % ALIGNMENT:
             return self._refuse(f"{name}: the address {address} is not a multiple of {ALIGNMENT}")
         self._addresses[name] = address
