@@ -34,7 +34,7 @@ class Targets:
             check_output(self.output)
         for name, suffix in SUFFIXES.items():
             path = getattr(self, name)
-            if path is not None and path.suffix != suffix:
+            if path is not None and path.suffix.lower() != suffix:
                 raise InvalidRequest(f"{name}: got {path.name!r}, expected a name ending in {suffix}")
         places = [path.absolute() for path in self._wanted()]
         for path in places:

@@ -105,7 +105,8 @@ def _write_gif(frames: HostArray, fps: int, path: Path) -> None:
 
 
 def _write_npy(frames: HostArray, fps: int, path: Path) -> None:
-    np.save(path, frames, allow_pickle=False)
+    with path.open("wb") as file:  # given a name, np.save would add .npy to x.NPY
+        np.save(file, frames, allow_pickle=False)
 
 
 def _write_pngs(frames: HostArray, fps: int, path: Path) -> None:

@@ -23,6 +23,10 @@ def test_a_wrong_suffix_is_refused_before_the_work(tmp_path: Path, name: str, fi
         Targets(**{name: tmp_path / file}).check()
 
 
+def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path: Path) -> None:
+    Targets(*(tmp_path / name for name in ("v.NPY", "f.NPY", "l.Npy", "r.HTML", "t.JSON"))).check()
+
+
 @pytest.mark.parametrize("name", ["output", "frames", "latents", "report", "trace"])
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")

@@ -82,6 +82,13 @@ def test_another_suffix_is_refused(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["video.MP4", "video.Gif", "video.NPY"])
+def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path: Path, name: str) -> None:
+    written = save_frames(moving_square(), 8, tmp_path / "capitals" / name)
+    assert written.read_bytes() == save_frames(moving_square(), 8, tmp_path / name.lower()).read_bytes()
+    assert [path.name for path in written.parent.iterdir()] == [name]
+
+
 @pytest.mark.parametrize("name", ["video.mp4", "video.gif", "video.npy", "video"])
 def test_an_older_result_is_replaced(tmp_path: Path, name: str) -> None:
     save_frames(moving_square(6), 8, tmp_path / name)
