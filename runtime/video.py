@@ -37,14 +37,19 @@ class Video:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the frames as the suffix says: .mp4, .gif, .npy, or none for a folder of png files.
 
-        The file appears whole or not at all. Raises InvalidRequest for another suffix, OutputError.
+        The file appears whole or not at all. Raises InvalidRequest for another suffix or what is no path, OutputError.
         """
         return save_frames(self.frames if isinstance(self.frames, np.ndarray) else self.frames.get(), self.fps, path)
 
 
 def save_frames(frames: HostArray, fps: int, path: str | os.PathLike[str]) -> Path:
     """Write frames (frames, height, width, 3) uint8; see Video.save."""
-    target = Path(path)
+    try:
+        target = Path(path)
+    except TypeError as error:
+        raise InvalidRequest(
+            f"output: got {type(path).__name__}, expected a path such as 'video.mp4'; the frames are in video.frames"
+        ) from error
     write = check_output(target)
     return write_whole(target, lambda temporary: write(frames, fps, temporary))
 

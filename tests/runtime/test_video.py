@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,12 @@ def test_another_suffix_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidRequest, match=rf"output: got '{name}', expected a name ending in"):
         save_frames(moving_square(), 8, tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("thing", [io.BytesIO(), b"video.mp4", None, 3])
+def test_what_is_no_path_is_refused(thing: Any) -> None:
+    with pytest.raises(InvalidRequest, match=rf"output: got {type(thing).__name__}, expected a path"):
+        save_frames(moving_square(), 8, thing)
 
 
 @pytest.mark.parametrize("name", ["video.MP4", "video.Gif", "video.NPY"])
