@@ -605,6 +605,25 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "module"),
+    [
+        ((), "av"),
+        (("--output", "v.gif"), "PIL.Image"),
+        (("--output", "folder"), "PIL.Image"),
+        (("--output", "v.npy", "--report", "r.html"), "jinja2"),
+    ],
+    ids=str,
+)
+def test_a_library_that_an_output_needs_is_missed_before_the_work(
+    foresight_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], module: str
+) -> None:
+    """Even before the bundle is looked for."""
+    monkeypatch.setitem(sys.modules, module, None)
+    assert_refused(foresight_cli("run", "--bundle", "nowhere", *flags), 1, 'is not installed .*pip install "foresight')
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.npy", "folder"])
 def test_a_full_disk_fails_in_one_line_and_leaves_no_half_file(bundle: Path, tmp_path: Path, name: str) -> None:
     arguments = ["run", "--bundle", bundle, "--steps", 1, "--output", name]
