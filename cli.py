@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from foresight.engines.bundle import Bundle
     from foresight.engines.compiled import Compiled
     from foresight.engines.tensorrt import BuildSettings
+    from foresight.runtime.files import Targets
     from foresight.runtime.pipeline import VideoPipeline
     from foresight.runtime.policies import Policy
     from foresight.runtime.video import Video
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Row = dict[str, Any]  # of one video, as --json shows it
 MEBI = 2**20
 
 
@@ -40,19 +42,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     arguments = arguments or ["--help"]
-    as_json, debug = "--json" in arguments, "--debug" in arguments
+    finished: list[Row] = []  # filled by the command: an error reports what was done before it
     try:
-        sys.exit(cli.main(args=arguments, prog_name="foresight", standalone_mode=False))  # None, or an Exit's code
+        code = cli.main(args=arguments, prog_name="foresight", standalone_mode=False, obj=finished)
+        sys.exit(code)  # None, or an Exit's code
     except (ForesightError, click.ClickException) as error:
         code = error.exit_code
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         failure: BaseException = error
     except (KeyboardInterrupt, click.Abort) as interruption:
         code, message, failure = 130, "interrupted", interruption
-    if debug:
+    if "--debug" in arguments:
         traceback.print_exception(failure)
-    if as_json:
-        click.echo(json.dumps({"error": {"type": type(failure).__name__, "message": message, "exit_code": code}}))
+    if "--json" in arguments:
+        told = {"type": type(failure).__name__, "message": message, "exit_code": code}
+        click.echo(json.dumps({"error": told, "finished": finished} if finished else {"error": told}))
     click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
@@ -220,7 +224,10 @@ def build(
 )
 @click.option("--cuda-graphs", is_flag=True, help="TensorRT: record every block once, and replay it.")
 @common
+@click.pass_obj
 def run(
+    finished: list[Row],
+    /,
     bundle: Path | None,
     prompt: str | None,
     prompts: Path | None,
@@ -281,20 +288,16 @@ def run(
         "guidance": guidance,
         "latents": noise,
     }
-    results = []
+    if compare:  # so that neither pays for what only the first request does
+        pipeline(texts[0], **{**settings, "seed": seed, "steps": 1})
     for index, text in enumerate(texts):
         request = {**settings, "seed": seed + index}
-        reference = None
-        if compare and not index:
-            pipeline(text, **{**request, "steps": 1})  # so that neither pays for what only the first request does
-        if compare:
-            reference = _generate(pipeline, text, foresight.NoReuse(), request, "without reuse")
-        video = _generate(pipeline, text, policy, request, "denoising")
         own = targets.numbered(index, len(texts))
-        written = own.write(video, reference)
-        results.append((video, reference, written))
-    rows = [_run_summary(*result) for result in results]
-    _print(rows[0] if len(rows) == 1 else rows, as_json, [line for row in rows for line in _describe_run(row)])
+        finished.append(_make(pipeline, text, policy, request, own, compare))
+        if not as_json:
+            click.echo("\n".join(_describe_run(finished[-1])))
+    if as_json:
+        _print(finished[0] if len(texts) == 1 else finished, as_json, [])
 
 
 @cli.command()
@@ -529,6 +532,15 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     return texts
 
 
+def _make(
+    pipeline: VideoPipeline, text: str, policy: Policy, request: dict[str, Any], targets: Targets, compare: bool
+) -> Row:
+    """Make and write one video; what is left of it in memory is its row."""
+    reference = _generate(pipeline, text, foresight.NoReuse(), request, "without reuse") if compare else None
+    video = _generate(pipeline, text, policy, request, "denoising")
+    return _run_summary(video, reference, targets.write(video, reference))
+
+
 def _generate(pipeline: VideoPipeline, text: str, policy: Policy, request: dict[str, Any], label: str) -> Video:
     steps = request["steps"] or pipeline.manifest.defaults.steps
     with _progress(steps, label) as advance:
@@ -536,9 +548,9 @@ def _generate(pipeline: VideoPipeline, text: str, policy: Policy, request: dict[
     return video
 
 
-def _run_summary(video: Video, reference: Video | None, written: list[Path]) -> dict[str, Any]:
+def _run_summary(video: Video, reference: Video | None, written: list[Path]) -> Row:
     trace = video.trace
-    summary: dict[str, Any] = {
+    summary: Row = {
         "prompt": video.prompt,
         "seed": video.seed,
         "files": [str(path) for path in written],
@@ -573,7 +585,7 @@ def _run_summary(video: Video, reference: Video | None, written: list[Path]) -> 
     return summary
 
 
-def _describe_run(row: dict[str, Any]) -> list[str]:
+def _describe_run(row: Row) -> list[str]:
     steps = row["blocks_possible"]
     lines = [f"{path}" for path in row["files"]]
     lines.append(

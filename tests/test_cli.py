@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import av
 import numpy as np
@@ -142,6 +143,47 @@ def test_a_file_of_prompts_makes_a_numbered_video_each(foresight_cli: Cli, bundl
         ("a red circle", 4, ["v-001.gif"]),
     ]
     assert (tmp_path / "v-000.gif").exists() and (tmp_path / "v-001.gif").exists()
+
+
+def prompts_whose_second_video_cannot_be_written(folder: Path) -> tuple[Any, ...]:
+    """Flags of a run in `folder`."""
+    (folder / "prompts.txt").write_text("a dog\na red circle\na cat\n", encoding="utf-8")
+    (folder / "v-001.npy").mkdir()
+    return ("--steps", 1, "--prompts", "prompts.txt", "--output", "v.npy")
+
+
+def test_what_was_made_before_an_error_has_been_reported(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    outcome = foresight_cli("run", "--bundle", bundle, *prompts_whose_second_video_cannot_be_written(tmp_path))
+    assert outcome.code == 1 and re.fullmatch(r"error: output v-001\.npy: .*\n", outcome.err)
+    assert [line for line in outcome.out.splitlines() if line.startswith("v-")] == ["v-000.npy"]
+
+
+def test_what_was_made_before_an_error_is_in_its_document(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    flags = prompts_whose_second_video_cannot_be_written(tmp_path)
+    told = json.loads(foresight_cli("run", "--bundle", bundle, *flags, "--json").out)
+    assert told["error"]["exit_code"] == 1
+    assert [(row["prompt"], row["files"]) for row in told["finished"]] == [("a dog", ["v-000.npy"])]
+
+
+@pytest.mark.parametrize("flags", [(), ("--compare",), ("--json",)], ids=str)
+def test_no_video_is_kept_while_the_next_one_is_made(
+    foresight_cli: Cli, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    make = VideoPipeline.__call__
+    made: list[ref[Any]] = []
+    kept: dict[str, int] = {}
+
+    def watched(pipeline: VideoPipeline, prompt: str, **request: Any) -> Any:
+        kept.setdefault(prompt, sum(frames() is not None for frames in made))
+        video = make(pipeline, prompt, **request)
+        made.append(ref(video.frames))
+        return video
+
+    monkeypatch.setattr(VideoPipeline, "__call__", watched)
+    (tmp_path / "prompts.txt").write_text("a dog\na red circle\na cat\n", encoding="utf-8")
+    arguments = ["--steps", 1, "--prompts", "prompts.txt", "--output", "v.npy", *flags]
+    assert foresight_cli("run", "--bundle", bundle, *arguments).code == 0
+    assert kept == {"a dog": 0, "a red circle": 0, "a cat": 0}
 
 
 def test_a_trace_tells_every_step(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
