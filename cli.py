@@ -1,7 +1,8 @@
 """The command line: a thin face on exporter, engines and runtime, and the only module that prints.
 
 Results go to stdout (with --json as one JSON document), everything else to stderr. Exit codes: 0 done, 1 failed,
-2 usage, 3 bundle or engine missing or incompatible, 4 integrity.
+2 usage, 3 bundle or engine missing or incompatible, 4 integrity. Where the reader of stdout goes away, as `head` does,
+the command ends with 1 and says nothing.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -20,7 +22,7 @@ try:
     import click
 
     import foresight
-    from foresight.engines.errors import ForesightError, InvalidRequest
+    from foresight.engines.errors import ForesightError, InvalidRequest, OutputError
 except ModuleNotFoundError as missing:  # run from a clone that nothing was installed from
     sys.exit(f"{missing.name} is not installed; run: pip install -e '.[export,video,report]' -c constraints.txt")
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 Row = dict[str, Any]  # of one video, as --json shows it
 MEBI = 2**20
+HELP = {"-h", "--help", "--version"}
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -52,11 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         failure: BaseException = error
     except (KeyboardInterrupt, click.Abort) as interruption:
         code, message, failure = 130, "interrupted", interruption
+    except OSError as error:
+        if HELP.isdisjoint(arguments):  # help is printed by click, all else by _echo
+            raise
+        failure = _stdout_error(error)
+        code, message = failure.exit_code, str(failure)
     if "--debug" in arguments:
         traceback.print_exception(failure)
     if "--json" in arguments:
         told = {"type": type(failure).__name__, "message": message, "exit_code": code}
-        click.echo(json.dumps({"error": told, "finished": finished} if finished else {"error": told}))
+        with suppress(OutputError, click.exceptions.Exit):  # the line on stderr and the exit code say more
+            _echo(json.dumps({"error": told, "finished": finished} if finished else {"error": told}))
     click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
@@ -295,7 +304,7 @@ def run(
         own = targets.numbered(index, len(texts))
         finished.append(_make(pipeline, text, policy, request, own, compare))
         if not as_json:
-            click.echo("\n".join(_describe_run(finished[-1])))
+            _echo("\n".join(_describe_run(finished[-1])))
     if as_json:
         _print(finished[0] if len(texts) == 1 else finished, as_json, [])
 
@@ -621,9 +630,27 @@ def _print(document: Any, as_json: bool, lines: Sequence[str]) -> None:
         from dataclasses import asdict, is_dataclass
 
         plain = asdict(document) if is_dataclass(document) and not isinstance(document, type) else document
-        click.echo(json.dumps(plain, indent=1, allow_nan=False))
+        _echo(json.dumps(plain, indent=1, allow_nan=False))
     else:
-        click.echo("\n".join(lines))
+        _echo("\n".join(lines))
+
+
+def _echo(text: str) -> None:
+    """Print a result. Raises OutputError, or Exit where nobody reads it any more."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        failure = _stdout_error(error)
+        raise click.exceptions.Exit(1) if isinstance(error, BrokenPipeError) else failure from error
+
+
+def _stdout_error(error: OSError) -> OutputError:
+    """What to raise after stdout has failed; nothing is written to it any more."""
+    with suppress(OSError):  # Python would try once more at its end, and complain, as what was not written is kept
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return OutputError(
+        f"stdout: {error.strerror or error}; send it to where it can be written; files that were written are kept"
+    )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from weakref import ref
 
 import av
@@ -42,14 +42,14 @@ def document(outcome: Outcome) -> Any:
     return json.loads(outcome.out)
 
 
-def process(*arguments: Any, cwd: Path, limit: int | None = None) -> Outcome:
+def process(*arguments: Any, cwd: Path, limit: int | None = None, stdout: int | IO[bytes] = subprocess.PIPE) -> Outcome:
     """A command line in a process of its own; no file of it may grow beyond `limit` bytes."""
     program = "import sys; from foresight.cli import main; main(sys.argv[1:])"
     if limit is not None:
         program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); {program}"
     command = [sys.executable, "-c", program, *(str(argument) for argument in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=cwd, check=False)
+    return Outcome(done.returncode, done.stdout or "", done.stderr)
 
 
 # run
@@ -671,6 +671,55 @@ def test_a_full_disk_fails_in_one_line_and_leaves_no_half_file(bundle: Path, tmp
     arguments = ["run", "--bundle", bundle, "--steps", 1, "--output", name]
     assert_refused(process(*arguments, cwd=tmp_path, limit=100), 1, f"output {name}: File too large")
     assert not list(tmp_path.iterdir())
+
+
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+
+
+@needs_full
+@pytest.mark.parametrize("flags", [(), ("--json",)], ids=str)
+def test_a_stdout_that_takes_nothing_fails_in_one_line_after_the_work(
+    bundle: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    arguments = ["run", "--bundle", bundle, "--steps", 1, "--output", "v.npy", *flags]
+    with Path("/dev/full").open("wb") as full:
+        assert_refused(process(*arguments, cwd=tmp_path, stdout=full), 1, "error: stdout: No space left on device; ")
+    assert (tmp_path / "v.npy").is_file()
+
+
+@needs_full
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("run", "--help"), 1, "stdout"),
+        (("--version",), 1, "stdout"),
+        (("verify", "nowhere", "--json"), 3, "bundle nowhere"),
+    ],
+    ids=str,
+)
+def test_help_and_errors_that_stdout_does_not_take_end_in_one_line(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    with Path("/dev/full").open("wb") as full:
+        assert_refused(process(*arguments, cwd=tmp_path, stdout=full), code, f"error: {message}")
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)], ids=str)
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word(
+    bundle: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    outcome = process("inspect", bundle, *flags, cwd=tmp_path, stdout=writer)
+    os.close(writer)
+    assert (outcome.code, outcome.err) == (1, "")
+
+
+def test_an_error_after_the_reader_has_left_is_still_one_line(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert_refused(process("verify", "nowhere", "--json", cwd=tmp_path, stdout=writer), 3, "bundle nowhere")
+    os.close(writer)
 
 
 # The command line itself
