@@ -1,7 +1,8 @@
 """The command line: a thin face on exporter, engines and runtime, and the only module that prints.
 
 Results go to stdout (with --json as one JSON document), everything else to stderr. Exit codes: 0 done, 1 failed,
-2 usage, 3 bundle or engine missing or incompatible, 4 integrity.
+2 usage, 3 bundle or engine missing or incompatible, 4 integrity. Where the reader of stdout goes away, as `head` does,
+the command ends with 1 and says nothing.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -20,7 +22,7 @@ try:
     import click
 
     import foresight
-    from foresight.engines.errors import ForesightError, InvalidRequest
+    from foresight.engines.errors import ForesightError, InvalidRequest, OutputError
 except ModuleNotFoundError as missing:  # run from a clone that nothing was installed from
     sys.exit(f"{missing.name} is not installed; run: pip install -e '.[export,video,report]' -c constraints.txt")
 
@@ -28,31 +30,42 @@ if TYPE_CHECKING:
     from foresight.engines.bundle import Bundle
     from foresight.engines.compiled import Compiled
     from foresight.engines.tensorrt import BuildSettings
+    from foresight.runtime.files import Targets
     from foresight.runtime.pipeline import VideoPipeline
     from foresight.runtime.policies import Policy
     from foresight.runtime.video import Video
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Row = dict[str, Any]  # of one video, as --json shows it
 MEBI = 2**20
+HELP = {"-h", "--help", "--version"}
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     arguments = arguments or ["--help"]
-    as_json, debug = "--json" in arguments, "--debug" in arguments
+    finished: list[Row] = []  # filled by the command: an error reports what was done before it
     try:
-        sys.exit(cli.main(args=arguments, prog_name="foresight", standalone_mode=False))  # None, or an Exit's code
+        code = cli.main(args=arguments, prog_name="foresight", standalone_mode=False, obj=finished)
+        sys.exit(code)  # None, or an Exit's code
     except (ForesightError, click.ClickException) as error:
         code = error.exit_code
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         failure: BaseException = error
     except (KeyboardInterrupt, click.Abort) as interruption:
         code, message, failure = 130, "interrupted", interruption
-    if debug:
+    except OSError as error:
+        if HELP.isdisjoint(arguments):  # help is printed by click, all else by _echo
+            raise
+        failure = _stdout_error(error)
+        code, message = failure.exit_code, str(failure)
+    if "--debug" in arguments:
         traceback.print_exception(failure)
-    if as_json:
-        click.echo(json.dumps({"error": {"type": type(failure).__name__, "message": message, "exit_code": code}}))
+    if "--json" in arguments:
+        told = {"type": type(failure).__name__, "message": message, "exit_code": code}
+        with suppress(OutputError, click.exceptions.Exit):  # the line on stderr and the exit code say more
+            _echo(json.dumps({"error": told, "finished": finished} if finished else {"error": told}))
     click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
@@ -220,7 +233,10 @@ def build(
 )
 @click.option("--cuda-graphs", is_flag=True, help="TensorRT: record every block once, and replay it.")
 @common
+@click.pass_obj
 def run(
+    finished: list[Row],
+    /,
     bundle: Path | None,
     prompt: str | None,
     prompts: Path | None,
@@ -281,20 +297,16 @@ def run(
         "guidance": guidance,
         "latents": noise,
     }
-    results = []
+    if compare:  # so that neither pays for what only the first request does
+        pipeline(texts[0], **{**settings, "seed": seed, "steps": 1})
     for index, text in enumerate(texts):
         request = {**settings, "seed": seed + index}
-        reference = None
-        if compare and not index:
-            pipeline(text, **{**request, "steps": 1})  # so that neither pays for what only the first request does
-        if compare:
-            reference = _generate(pipeline, text, foresight.NoReuse(), request, "without reuse")
-        video = _generate(pipeline, text, policy, request, "denoising")
         own = targets.numbered(index, len(texts))
-        written = own.write(video, reference)
-        results.append((video, reference, written))
-    rows = [_run_summary(*result) for result in results]
-    _print(rows[0] if len(rows) == 1 else rows, as_json, [line for row in rows for line in _describe_run(row)])
+        finished.append(_make(pipeline, text, policy, request, own, compare))
+        if not as_json:
+            _echo("\n".join(_describe_run(finished[-1])))
+    if as_json:
+        _print(finished[0] if len(texts) == 1 else finished, as_json, [])
 
 
 @cli.command()
@@ -529,6 +541,15 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     return texts
 
 
+def _make(
+    pipeline: VideoPipeline, text: str, policy: Policy, request: dict[str, Any], targets: Targets, compare: bool
+) -> Row:
+    """Make and write one video; what is left of it in memory is its row."""
+    reference = _generate(pipeline, text, foresight.NoReuse(), request, "without reuse") if compare else None
+    video = _generate(pipeline, text, policy, request, "denoising")
+    return _run_summary(video, reference, targets.write(video, reference))
+
+
 def _generate(pipeline: VideoPipeline, text: str, policy: Policy, request: dict[str, Any], label: str) -> Video:
     steps = request["steps"] or pipeline.manifest.defaults.steps
     with _progress(steps, label) as advance:
@@ -536,9 +557,9 @@ def _generate(pipeline: VideoPipeline, text: str, policy: Policy, request: dict[
     return video
 
 
-def _run_summary(video: Video, reference: Video | None, written: list[Path]) -> dict[str, Any]:
+def _run_summary(video: Video, reference: Video | None, written: list[Path]) -> Row:
     trace = video.trace
-    summary: dict[str, Any] = {
+    summary: Row = {
         "prompt": video.prompt,
         "seed": video.seed,
         "files": [str(path) for path in written],
@@ -573,7 +594,7 @@ def _run_summary(video: Video, reference: Video | None, written: list[Path]) -> 
     return summary
 
 
-def _describe_run(row: dict[str, Any]) -> list[str]:
+def _describe_run(row: Row) -> list[str]:
     steps = row["blocks_possible"]
     lines = [f"{path}" for path in row["files"]]
     lines.append(
@@ -609,9 +630,27 @@ def _print(document: Any, as_json: bool, lines: Sequence[str]) -> None:
         from dataclasses import asdict, is_dataclass
 
         plain = asdict(document) if is_dataclass(document) and not isinstance(document, type) else document
-        click.echo(json.dumps(plain, indent=1, allow_nan=False))
+        _echo(json.dumps(plain, indent=1, allow_nan=False))
     else:
-        click.echo("\n".join(lines))
+        _echo("\n".join(lines))
+
+
+def _echo(text: str) -> None:
+    """Print a result. Raises OutputError, or Exit where nobody reads it any more."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        failure = _stdout_error(error)
+        raise click.exceptions.Exit(1) if isinstance(error, BrokenPipeError) else failure from error
+
+
+def _stdout_error(error: OSError) -> OutputError:
+    """What to raise after stdout has failed; nothing is written to it any more."""
+    with suppress(OSError):  # Python would try once more at its end, and complain, as what was not written is kept
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return OutputError(
+        f"stdout: {error.strerror or error}; send it to where it can be written; files that were written are kept"
+    )
 
 
 @contextmanager

@@ -29,13 +29,20 @@ class Targets:
     trace: Path | None = None
 
     def check(self) -> None:
-        """Refuse names with the wrong suffix and folders that cannot be written. Raises InvalidRequest, OutputError."""
+        """Refuse what cannot be written: wrong suffixes, missing libraries, folders that are not writable.
+
+        Raises InvalidRequest, OutputError.
+        """
         if self.output is not None:
             check_output(self.output)
         for name, suffix in SUFFIXES.items():
             path = getattr(self, name)
-            if path is not None and path.suffix != suffix:
+            if path is not None and path.suffix.lower() != suffix:
                 raise InvalidRequest(f"{name}: got {path.name!r}, expected a name ending in {suffix}")
+        if self.report is not None:
+            from .report import check_libraries
+
+            check_libraries()
         places = [path.absolute() for path in self._wanted()]
         for path in places:
             if places.count(path) > 1:

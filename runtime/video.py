@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..engines.arrays import Array, HostArray
-from ..engines.errors import InvalidRequest, OutputError
+from ..engines.errors import InvalidRequest, OutputError, one_line
 from .trace import Trace
 
 FRAME_NAME = re.compile(r"frame-\d{4,}\.png")
@@ -37,28 +38,46 @@ class Video:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the frames as the suffix says: .mp4, .gif, .npy, or none for a folder of png files.
 
-        The file appears whole or not at all. Raises InvalidRequest for another suffix, OutputError.
+        The file appears whole or not at all. Raises InvalidRequest for another suffix or what is no path, OutputError.
         """
         return save_frames(self.frames if isinstance(self.frames, np.ndarray) else self.frames.get(), self.fps, path)
 
 
 def save_frames(frames: HostArray, fps: int, path: str | os.PathLike[str]) -> Path:
     """Write frames (frames, height, width, 3) uint8; see Video.save."""
-    target = Path(path)
+    try:
+        target = Path(path)
+    except TypeError as error:
+        raise InvalidRequest(
+            f"output: got {type(path).__name__}, expected a path such as 'video.mp4'; the frames are in video.frames"
+        ) from error
     write = check_output(target)
     return write_whole(target, lambda temporary: write(frames, fps, temporary))
 
 
 def check_output(path: Path) -> Callable[[HostArray, int, Path], None]:
-    """The writer for a path's suffix. Raises InvalidRequest; call it before the work that makes the frames.
+    """The writer for a path's suffix. Call it before the work that makes the frames.
 
-    A folder is refused if anything but frames of an earlier video lies in it: it will be replaced.
+    Raises InvalidRequest for another suffix, OutputError where the library that writes it is missing. A folder is
+    refused if anything but frames of an earlier video lies in it: it will be replaced.
     """
     if path.suffix.lower() not in WRITERS:
         raise InvalidRequest(f"output: got {path.name!r}, expected a name ending in .mp4, .gif, .npy, or a folder")
     if path.is_dir() and not all(FRAME_NAME.fullmatch(entry.name) for entry in path.iterdir()):
         raise InvalidRequest(f"output: folder {path} holds other things than frames; name one that is new")
+    if path.suffix.lower() in LIBRARIES:
+        _check_library(path, *LIBRARIES[path.suffix.lower()])
     return WRITERS[path.suffix.lower()]
+
+
+def _check_library(path: Path, library: str, module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise OutputError(
+            f"output {path.name}: {library} is not installed ({one_line(error)}); "
+            'pip install "foresight-engines[video]", or write .npy, which needs nothing'
+        ) from error
 
 
 def write_whole(target: Path, write: Callable[[Path], object]) -> Path:
@@ -79,12 +98,8 @@ def write_whole(target: Path, write: Callable[[Path], object]) -> Path:
 
 
 def _write_mp4(frames: HostArray, fps: int, path: Path) -> None:
-    try:
-        import av
-    except ImportError as error:
-        raise OutputError(
-            "output .mp4: PyAV is not installed; install foresight-engines[video], or write a .gif"
-        ) from error
+    import av
+
     _, height, width, _ = frames.shape
     # 4:2:0 video has even sides only: repeat the last row or column of odd ones
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -105,7 +120,8 @@ def _write_gif(frames: HostArray, fps: int, path: Path) -> None:
 
 
 def _write_npy(frames: HostArray, fps: int, path: Path) -> None:
-    np.save(path, frames, allow_pickle=False)
+    with path.open("wb") as file:  # given a name, np.save would add .npy to x.NPY
+        np.save(file, frames, allow_pickle=False)
 
 
 def _write_pngs(frames: HostArray, fps: int, path: Path) -> None:
@@ -116,4 +132,6 @@ def _write_pngs(frames: HostArray, fps: int, path: Path) -> None:
         Image.fromarray(frame).save(path / f"frame-{index:04d}.png")
 
 
+# What a writer needs beyond the base install: a library, and its module.
+LIBRARIES = {".mp4": ("PyAV", "av"), ".gif": ("Pillow", "PIL.Image"), "": ("Pillow", "PIL.Image")}
 WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".npy": _write_npy, "": _write_pngs}

@@ -10,7 +10,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from weakref import ref
 
 import av
 import numpy as np
@@ -41,14 +42,14 @@ def document(outcome: Outcome) -> Any:
     return json.loads(outcome.out)
 
 
-def process(*arguments: Any, cwd: Path, limit: int | None = None) -> Outcome:
+def process(*arguments: Any, cwd: Path, limit: int | None = None, stdout: int | IO[bytes] = subprocess.PIPE) -> Outcome:
     """A command line in a process of its own; no file of it may grow beyond `limit` bytes."""
     program = "import sys; from foresight.cli import main; main(sys.argv[1:])"
     if limit is not None:
         program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); {program}"
     command = [sys.executable, "-c", program, *(str(argument) for argument in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=cwd, check=False)
+    return Outcome(done.returncode, done.stdout or "", done.stderr)
 
 
 # run
@@ -142,6 +143,47 @@ def test_a_file_of_prompts_makes_a_numbered_video_each(foresight_cli: Cli, bundl
         ("a red circle", 4, ["v-001.gif"]),
     ]
     assert (tmp_path / "v-000.gif").exists() and (tmp_path / "v-001.gif").exists()
+
+
+def prompts_whose_second_video_cannot_be_written(folder: Path) -> tuple[Any, ...]:
+    """Flags of a run in `folder`."""
+    (folder / "prompts.txt").write_text("a dog\na red circle\na cat\n", encoding="utf-8")
+    (folder / "v-001.npy").mkdir()
+    return ("--steps", 1, "--prompts", "prompts.txt", "--output", "v.npy")
+
+
+def test_what_was_made_before_an_error_has_been_reported(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    outcome = foresight_cli("run", "--bundle", bundle, *prompts_whose_second_video_cannot_be_written(tmp_path))
+    assert outcome.code == 1 and re.fullmatch(r"error: output v-001\.npy: .*\n", outcome.err)
+    assert [line for line in outcome.out.splitlines() if line.startswith("v-")] == ["v-000.npy"]
+
+
+def test_what_was_made_before_an_error_is_in_its_document(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    flags = prompts_whose_second_video_cannot_be_written(tmp_path)
+    told = json.loads(foresight_cli("run", "--bundle", bundle, *flags, "--json").out)
+    assert told["error"]["exit_code"] == 1
+    assert [(row["prompt"], row["files"]) for row in told["finished"]] == [("a dog", ["v-000.npy"])]
+
+
+@pytest.mark.parametrize("flags", [(), ("--compare",), ("--json",)], ids=str)
+def test_no_video_is_kept_while_the_next_one_is_made(
+    foresight_cli: Cli, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    make = VideoPipeline.__call__
+    made: list[ref[Any]] = []
+    kept: dict[str, int] = {}
+
+    def watched(pipeline: VideoPipeline, prompt: str, **request: Any) -> Any:
+        kept.setdefault(prompt, sum(frames() is not None for frames in made))
+        video = make(pipeline, prompt, **request)
+        made.append(ref(video.frames))
+        return video
+
+    monkeypatch.setattr(VideoPipeline, "__call__", watched)
+    (tmp_path / "prompts.txt").write_text("a dog\na red circle\na cat\n", encoding="utf-8")
+    arguments = ["--steps", 1, "--prompts", "prompts.txt", "--output", "v.npy", *flags]
+    assert foresight_cli("run", "--bundle", bundle, *arguments).code == 0
+    assert kept == {"a dog": 0, "a red circle": 0, "a cat": 0}
 
 
 def test_a_trace_tells_every_step(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
@@ -605,11 +647,79 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "module"),
+    [
+        ((), "av"),
+        (("--output", "v.gif"), "PIL.Image"),
+        (("--output", "folder"), "PIL.Image"),
+        (("--output", "v.npy", "--report", "r.html"), "jinja2"),
+    ],
+    ids=str,
+)
+def test_a_library_that_an_output_needs_is_missed_before_the_work(
+    foresight_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], module: str
+) -> None:
+    """Even before the bundle is looked for."""
+    monkeypatch.setitem(sys.modules, module, None)
+    assert_refused(foresight_cli("run", "--bundle", "nowhere", *flags), 1, 'is not installed .*pip install "foresight')
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.npy", "folder"])
 def test_a_full_disk_fails_in_one_line_and_leaves_no_half_file(bundle: Path, tmp_path: Path, name: str) -> None:
     arguments = ["run", "--bundle", bundle, "--steps", 1, "--output", name]
     assert_refused(process(*arguments, cwd=tmp_path, limit=100), 1, f"output {name}: File too large")
     assert not list(tmp_path.iterdir())
+
+
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+
+
+@needs_full
+@pytest.mark.parametrize("flags", [(), ("--json",)], ids=str)
+def test_a_stdout_that_takes_nothing_fails_in_one_line_after_the_work(
+    bundle: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    arguments = ["run", "--bundle", bundle, "--steps", 1, "--output", "v.npy", *flags]
+    with Path("/dev/full").open("wb") as full:
+        assert_refused(process(*arguments, cwd=tmp_path, stdout=full), 1, "error: stdout: No space left on device; ")
+    assert (tmp_path / "v.npy").is_file()
+
+
+@needs_full
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("run", "--help"), 1, "stdout"),
+        (("--version",), 1, "stdout"),
+        (("verify", "nowhere", "--json"), 3, "bundle nowhere"),
+    ],
+    ids=str,
+)
+def test_help_and_errors_that_stdout_does_not_take_end_in_one_line(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    with Path("/dev/full").open("wb") as full:
+        assert_refused(process(*arguments, cwd=tmp_path, stdout=full), code, f"error: {message}")
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)], ids=str)
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word(
+    bundle: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    outcome = process("inspect", bundle, *flags, cwd=tmp_path, stdout=writer)
+    os.close(writer)
+    assert (outcome.code, outcome.err) == (1, "")
+
+
+def test_an_error_after_the_reader_has_left_is_still_one_line(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert_refused(process("verify", "nowhere", "--json", cwd=tmp_path, stdout=writer), 3, "bundle nowhere")
+    os.close(writer)
 
 
 # The command line itself

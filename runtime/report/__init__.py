@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ...engines.errors import InvalidRequest, OutputError
+from ...engines.errors import InvalidRequest, OutputError, one_line
 from ..policies import NoReuse
 from ..quality import psnr, ssim
 from ..trace import Trace
@@ -36,22 +36,29 @@ def write_report(video: Video, path: str | os.PathLike[str], *, reference: Video
     Raises InvalidRequest where `reference` is not the same request, OutputError where jinja2 or Pillow is missing or
     the page cannot be written.
     """
-    render = _renderer()
+    check_libraries()
     if reference is not None:
         _check_reference(video, reference)
-    page = render(**_page(video, reference))
+    page = _renderer()(**_page(video, reference))
     # a prompt from a shell may hold lone surrogates, which UTF-8 cannot
     return write_whole(Path(path), lambda target: target.write_bytes(page.encode("utf-8", "replace")))
 
 
-def _renderer() -> Callable[..., str]:
+def check_libraries() -> None:
+    """Raise OutputError where jinja2 or Pillow is missing; call it before the work that makes the video."""
     try:
-        import jinja2
-        import PIL.Image  # noqa: F401  the frames need it: find out before any work is done
+        import jinja2  # noqa: F401
+        import PIL.Image  # noqa: F401
     except ImportError as error:
         raise OutputError(
-            f"report: {error.name} is not installed; install foresight-engines[report], or do without the report"
+            f"report: jinja2 or Pillow is not installed ({one_line(error)}); "
+            'pip install "foresight-engines[report]", or do without the report'
         ) from error
+
+
+def _renderer() -> Callable[..., str]:
+    import jinja2
+
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

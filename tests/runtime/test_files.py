@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,35 @@ def test_a_wrong_suffix_is_refused_before_the_work(tmp_path: Path, name: str, fi
         Targets(**{name: tmp_path / file}).check()
 
 
+def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path: Path) -> None:
+    Targets(*(tmp_path / name for name in ("v.NPY", "f.NPY", "l.Npy", "r.HTML", "t.JSON"))).check()
+
+
 @pytest.mark.parametrize("name", ["output", "frames", "latents", "report", "trace"])
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
     suffix = {"output": ".mp4", "report": ".html", "trace": ".json"}.get(name, ".npy")
     with pytest.raises(OutputError, match="choose a place that is writable"):
         Targets(**{name: tmp_path / "file" / f"x{suffix}"}).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "module"),
+    [
+        ("output", "v.mp4", "av"),
+        ("output", "v.gif", "PIL.Image"),
+        ("output", "frames", "PIL.Image"),
+        ("report", "r.html", "jinja2"),
+        ("report", "r.html", "PIL.Image"),
+    ],
+)
+def test_a_missing_library_is_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(OutputError, match=rf"^{name}.* is not installed .*pip install"):
+        Targets(**{name: tmp_path / "new" / file}).check()
+    assert not list(tmp_path.iterdir())
 
 
 def test_checking_leaves_no_file(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 from foresight.engines.errors import InvalidRequest, OutputError
 from foresight.runtime.pipeline import VideoPipeline
-from foresight.runtime.video import save_frames, write_whole
+from foresight.runtime.video import check_output, save_frames, write_whole
 
 
 def moving_square(count: int = 5, height: int = 32, width: int = 48) -> Any:
@@ -80,6 +82,39 @@ def test_another_suffix_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidRequest, match=rf"output: got '{name}', expected a name ending in"):
         save_frames(moving_square(), 8, tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+MISSING = {"video.mp4": ("PyAV", "av"), "video.gif": ("Pillow", "PIL.Image"), "video": ("Pillow", "PIL.Image")}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_missing_library_is_named_with_its_remedy_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    library, module = MISSING[name]
+    monkeypatch.setitem(sys.modules, module, None)
+    remedy = r'pip install "foresight-engines\[video\]", or write \.npy'
+    with pytest.raises(OutputError, match=rf"^output {name}: {library} is not installed .*{remedy}"):
+        check_output(tmp_path / name)
+
+
+def test_an_npy_needs_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _, module in MISSING.values():
+        monkeypatch.setitem(sys.modules, module, None)
+    assert save_frames(moving_square(), 8, tmp_path / "video.npy").is_file()
+
+
+@pytest.mark.parametrize("thing", [io.BytesIO(), b"video.mp4", None, 3])
+def test_what_is_no_path_is_refused(thing: Any) -> None:
+    with pytest.raises(InvalidRequest, match=rf"output: got {type(thing).__name__}, expected a path"):
+        save_frames(moving_square(), 8, thing)
+
+
+@pytest.mark.parametrize("name", ["video.MP4", "video.Gif", "video.NPY"])
+def test_a_suffix_in_capitals_is_the_same_suffix(tmp_path: Path, name: str) -> None:
+    written = save_frames(moving_square(), 8, tmp_path / "capitals" / name)
+    assert written.read_bytes() == save_frames(moving_square(), 8, tmp_path / name.lower()).read_bytes()
+    assert [path.name for path in written.parent.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("name", ["video.mp4", "video.gif", "video.npy", "video"])
