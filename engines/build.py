@@ -12,13 +12,14 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import msgspec
 
+from .arrays import Arrays
 from .bundle import Bundle, empty_folder, file_record, sole_writer, verify_files, write_atomically
 from .compiled import (
     INDEX,
@@ -33,9 +34,14 @@ from .compiled import (
     verify_compiled,
 )
 from .errors import BundleError, EngineError, IntegrityError, InvalidRequest, OutputError
+from .manifest import part_files
 from .tensorrt import MODULES, BuildSettings, Plan, Profile, build_plan, find_target, profile_of
 
 log = logging.getLogger("foresight")
+
+# What a build takes of the host's memory, rounded up: TensorRT-RTX 1.7 took 250 MiB, and 3.6 bytes for one of weights.
+LIBRARY_BYTES = 300 << 20
+BYTES_PER_WEIGHT = 4
 
 Progress = Callable[[int, int, str], None]
 
@@ -50,9 +56,9 @@ def build_engines(
 ) -> Compiled:
     """Build the plans of `bundle` for `device`, or find that they are there already.
 
-    `jobs` plans are built side by side; each takes the memory of its part several times over. `progress` is told the
-    parts done, their number and the one that was done last. Raises InvalidRequest, IntegrityError, EngineError with
-    the library's reason, and OutputError; what was built until then is kept.
+    `jobs` plans are built side by side, fewer where memory is short. `progress` is told the parts done, their number
+    and the one that was done last. Raises InvalidRequest, IntegrityError, EngineError with the library's reason, and
+    OutputError; what was built until then is kept.
     """
     if backend not in MODULES:
         raise InvalidRequest(f"backend: got {backend!r}, expected one that compiles: {', '.join(MODULES)}")
@@ -94,6 +100,8 @@ def _build_missing(
 ) -> Iterator[tuple[str, CompiledPart]]:
     """Build what the index lacks, in the order in which workers finish."""
     missing = [part for part in bundle.manifest.parts if not _is_done(partial, index, part.name)]
+    weights = [bundle.manifest.files[part_files(part)[1]].bytes for part in missing]
+    jobs = affordable_jobs(jobs, weights, Arrays().free_bytes())
     # TensorRT-RTX asks a GPU about a cache that it is given, and builds without one. Builds side by side would write
     # over what the others found out.
     cache = partial / TIMING_CACHE if index.backend == "tensorrt" and jobs == 1 else None
@@ -115,6 +123,16 @@ def _build_missing(
                 yield futures[future], _write_plan(partial / f"{futures[future]}.plan", future.result())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def affordable_jobs(jobs: int, weights: Sequence[int], free: int | None) -> int:
+    """How many of `jobs` builds there is memory for side by side, at least one; `weights` are the parts' bytes."""
+    if free is None or not weights:
+        return jobs
+    fits = max(1, free // (LIBRARY_BYTES + BYTES_PER_WEIGHT * max(weights)))
+    if fits < jobs:
+        log.warning("jobs: got %d, but memory is free for %d; building %d at a time", jobs, fits, fits)
+    return min(jobs, fits)
 
 
 def _write_plan(path: Path, plan: Plan) -> CompiledPart:

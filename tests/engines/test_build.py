@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from foresight.engines.build import build_engines
+from foresight.engines.build import affordable_jobs, build_engines
 from foresight.engines.bundle import Bundle, open_bundle, verify_files
 from foresight.engines.compiled import (
     INDEX,
@@ -235,6 +235,16 @@ def test_backends_that_compile_nothing_and_odd_numbers_are_refused(built: Bundle
     for device, expected in (("nonsense", "cpu, cuda or cuda:N"), ("cpu", "cuda or cuda:N")):
         with pytest.raises(InvalidRequest, match=f"device: got '?{device}'?, expected {expected}"):
             build_engines(built, RTX, device)
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"), [(None, 8), (100 << 30, 8), (3 * (700 << 20), 3), (3 * (700 << 20) - 1, 2), (0, 1)]
+)
+def test_no_more_is_built_side_by_side_than_memory_allows(
+    free: int | None, expected: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert affordable_jobs(8, [1 << 20, 100 << 20], free) == expected
+    assert (f"memory is free for {expected}" in caplog.text) == (expected < 8)
 
 
 def test_the_folder_of_a_target_is_beside_the_graphs(built: Bundle) -> None:
