@@ -15,6 +15,7 @@ from foresight.engines.errors import EngineError
 from foresight.engines.tensorrt import MODULES
 from foresight.runtime.pipeline import VideoPipeline, load
 from foresight.runtime.policies import Foresight, NoReuse, Policy, Static
+from tests.engines.test_backend_contract import BIAS, WEIGHT, affine, draw
 from tests.support import BACKEND, backend_under_test, load_pipeline
 
 pytestmark = pytest.mark.gpu
@@ -129,3 +130,17 @@ def test_replayed_graphs_give_the_bytes_of_plain_runs(pipeline: VideoPipeline, b
     expected = pipeline(PROMPT, steps=12, policy=policy).latents.tobytes()
     for _ in range(3):
         assert graphs(PROMPT, steps=12, policy=policy).latents.tobytes() == expected
+
+
+@pytest.mark.skipif(BACKEND not in MODULES, reason="only TensorRT replays graphs")
+def test_a_graph_is_not_replayed_for_other_shapes_at_the_same_addresses(tmp_path: Path) -> None:
+    backend = create_backend(BACKEND, "cuda", cuda_graphs=True)
+    engine, given, arrays = affine(backend, tmp_path), draw(4), backend.arrays
+    with arrays.active():
+        x, y, mean = arrays.from_host(given), arrays.empty(given.shape, "fp32"), arrays.empty((4,), "fp32")
+        for rows in (4, 4, 4, 2, 2, 2, 4):
+            y[:] = 0
+            engine.run({"x": x[:rows], "y": y[:rows], "mean": mean[:rows]})
+            got = arrays.to_host(y)
+            np.testing.assert_allclose(got[:rows], given[:rows] @ WEIGHT + BIAS, rtol=1e-3, atol=1e-3)
+            assert not got[rows:].any()
