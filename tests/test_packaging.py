@@ -242,3 +242,14 @@ def test_what_needs_a_gpu_installs_its_libraries_and_keeps_one_onnx_runtime(targ
 
 def test_tensorrt_can_be_left_out() -> None:
     assert not [line for line in commands_of("test-gpu", "GPU_EXTRAS=cuda") if "tensorrt" in line]
+
+
+def test_every_way_to_install_the_extra_cuda_keeps_one_onnx_runtime() -> None:
+    keep = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-deps "onnxruntime-gpu>=1.31"'
+    blocks = re.findall(
+        r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    installs = [block for block in blocks if re.search(r"pip install .*\bcuda\b", block)]
+    assert len(installs) == 2
+    assert all(keep in block for block in installs)
+    assert keep in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
