@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,8 @@ from benchmarks.engine_build import real_split
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.models import MODELS
 from benchmarks.gpu.originals import Original, load_original
-from benchmarks.gpu.setup import Setup, request_sizes
-from benchmarks.gpu.steps import EAGER, measure_in_pairs, row_of
+from benchmarks.gpu.setup import COMPILING, Setup, request_sizes
+from benchmarks.gpu.steps import CANDIDATES, EAGER, measure_in_pairs, row_of
 from benchmarks.gpu.transformer import Transformer, count_flops, write_transformer
 from benchmarks.step_time import Function, measure, multiply_adds
 from foresight.engines.onnxruntime import OnnxRuntimeBackend
@@ -205,3 +206,20 @@ def test_the_command_ends_in_one_json_line(tmp_path: Path, model: str) -> None:
     skipping = result["requests"]["onnxruntime, per block"]["skipping"]
     assert skipping["N1R2, output"]["blocks_computed"] < skipping["none"]["blocks_computed"]
     assert result["left_out"]["tensorrt, per block"] == "runs on an NVIDIA GPU, not on a CPU"
+
+
+@pytest.mark.slow
+def test_the_command_runs_on_a_simulated_gpu(tmp_path: Path) -> None:
+    """But for what no simulation has: torch and ONNX Runtime's CUDA provider."""
+    root = Path(__file__).parents[2]
+    path = (str(root / "tests" / "simulation" / "modules"), str(root), os.environ.get("PYTHONPATH", ""))
+    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--dtype", "fp32", "--work", str(tmp_path)]
+    command += ["--rounds", "2", "--request-rounds", "1", "--steps", "4"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, env=environment)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    compiling = {name for name in CANDIDATES if name.startswith(COMPILING)}
+    assert result["step"].keys() == compiling, result["left_out"]
+    assert result["requests"].keys() == {name for name in compiling if "per block" in name}
+    assert all(row["memory"]["taken_mib"] > 0 for row in result["requests"].values())
+    assert result["left_out"].keys() == CANDIDATES.keys() - compiling
