@@ -1,26 +1,32 @@
 # Every target sets up what it needs in .venv first, once: all it takes is make and a Python 3.10, 3.11 or 3.12.
+# Only test-gpu and bench-gpu install what a GPU needs: several GB, for Python 3.11 or 3.12.
 #
-#   PYTHON    the interpreter for .venv; by default the first of the ones below that works
-#   PIP_ARGS  more arguments for pip. On Linux, PyPI's torch brings several GB of CUDA libraries along, which nothing
-#             here needs on a CPU. PyTorch's own index has a CPU build of the same version:
-#                 make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-#   ARGS      more arguments for pytest: make test ARGS="-k sampler"
-#   MODELS    what to measure: make bench-gpu MODELS=cogvideox-5b
+#   PYTHON      the interpreter for .venv; by default the first of the ones below that works
+#   PIP_ARGS    more arguments for pip. On Linux, PyPI's torch brings several GB of CUDA libraries along, which nothing
+#               here needs on a CPU. PyTorch's own index has a CPU build of the same version:
+#                   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#               With that build, bench-gpu has no torch to compare with.
+#   ARGS        more arguments for pytest: make test ARGS="-k sampler"
+#   MODELS      what to measure: make bench-gpu MODELS=cogvideox-5b
+#   GPU_EXTRAS  what test-gpu and bench-gpu need besides; without TensorRT: make test-gpu GPU_EXTRAS=cuda
 
 PYTHONS := python3.11 python3.12 python3.10 python3
 EXTRAS := export,video,report,dev
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+GPU_EXTRAS := cuda,tensorrt
+GPU_READY := $(VENV)/ready-$(GPU_EXTRAS)
+GPU_INDEX := https://pypi.nvidia.com
 DEMO := out/demo
 MODELS := latte cogvideox-2b open-sora
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-rtx test-gpu bench-gpu lint format demo-train clean
+.PHONY: help demo test test-all test-rtx test-gpu test-simulated-gpu bench-gpu lint format demo-train clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 26
 
 demo: $(READY) ## export the demo checkpoint and make a video with it, with and without reuse
 	@mkdir -p $(DEMO)
@@ -40,10 +46,13 @@ test-all: $(READY) ## run all tests that need no GPU
 test-rtx: $(READY) ## build engines of real size with TensorRT-RTX, without a GPU, and check their memory
 	$(BIN)/python -m pytest -m rtx $(ARGS)
 
-test-gpu: $(READY) ## on a machine with an NVIDIA GPU: contract, parity and isolation on every backend there is
+test-gpu: $(GPU_READY) ## on a machine with an NVIDIA GPU: contract, parity and isolation on every backend there is
 	$(BIN)/python -m tests.gpu $(ARGS)
 
-bench-gpu: $(READY) ## on a machine with an NVIDIA GPU: measure models of real size, those in MODELS
+test-simulated-gpu: $(READY) ## what test-gpu runs, on a simulated GPU: everything but kernels
+	PYTHONPATH=tests/simulation/modules:. $(BIN)/python -m tests.gpu $(ARGS)
+
+bench-gpu: $(GPU_READY) ## on a machine with an NVIDIA GPU: measure models of real size, those in MODELS
 	for model in $(MODELS); do $(BIN)/python -m benchmarks.gpu --model $$model --save $(ARGS) || exit 1; done
 
 lint: $(READY) $(VENV)/stubs ## check style and types
@@ -88,4 +97,16 @@ $(READY): pyproject.toml constraints.txt
 	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/foresight
 	@echo "Installing into $(VENV); the first time, this takes some minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]" --constraint constraints.txt $(PIP_ARGS)
+	@touch $@
+
+# onnxruntime and onnxruntime-gpu unpack into one folder: what stays there has to be the GPU one, see pyproject.toml.
+$(GPU_READY): $(READY)
+	@$(BIN)/python -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+		echo "$(VENV) has $$($(BIN)/python -V), expected 3.11 or 3.12, which onnxruntime-gpu needs. Remove $(VENV), and name one: make PYTHON=/path/to/python" >&2; \
+		exit 1; \
+	}
+	@echo "Installing $(GPU_EXTRAS) into $(VENV); the first time, this takes some minutes."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(GPU_EXTRAS)]" --extra-index-url $(GPU_INDEX) --constraint constraints.txt $(PIP_ARGS)
+	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime onnxruntime-gpu
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "onnxruntime-gpu>=1.31" --constraint constraints.txt $(PIP_ARGS)
 	@touch $@

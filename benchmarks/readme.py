@@ -141,7 +141,8 @@ def engine_build(result: dict[str, Any]) -> str:
         for row in result["blocks"]
         if row["opset"] == 23
     ]
-    return table(rows, ("block", "dtype", "build", "plan", "scratch", "attention scores"))
+    header = ("block", "dtype", "build", "plan", "scratch", "attention scores")
+    return _machine(result, "tensorrt-rtx-cu13-bindings") + table(rows, header)
 
 
 def cache_budget(result: dict[str, Any]) -> str:
@@ -160,14 +161,18 @@ def cache_budget(result: dict[str, Any]) -> str:
     return table(rows, ("cache", "slots", "chosen by", "stream and cache", "calls skipped", "PSNR, dB"))
 
 
-def _machine(result: dict[str, Any]) -> str:
+def _machine(result: dict[str, Any], *libraries: str) -> str:
     machine = result["machine"]
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "onnxruntime"))
+    versions = ", ".join(
+        f"{LIBRARIES.get(name, name)} {machine['versions'][name]}" for name in libraries or ("torch", "onnxruntime")
+    )
     return f"{machine['processor']}, {machine['cores']} cores; {versions}.\n\n"
 
 
 # The demo models, by the names of their records.
 TITLES = {"latte": "Latte", "cogvideox": "CogVideoX", "open_sora": "Open-Sora"}
+# Libraries whose distributions have other names.
+LIBRARIES = {"tensorrt-rtx-cu13-bindings": "TensorRT-RTX"}
 SUMMARY_GAMMA = 0.5
 SUMMARY_CYCLES = ("N1R2", "N2R3")
 RESULTS = "benchmarks/results"

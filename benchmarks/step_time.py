@@ -16,6 +16,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ TEXT_TOKENS = 16
 CRASHED = "its process crashed"
 
 Step = Callable[[], None]
+# What makes a step in the process it is called in, and its arguments.
+Function = tuple[Callable[..., Step], tuple[Any, ...]]
 
 
 def torch_step(checkpoint: Path, threads: int, compiled: bool) -> Step:
@@ -161,64 +164,63 @@ def multiply_adds(pairs: int, frames: int, tokens: int, dim: int) -> float:
     return float(pairs * (spatial + temporal))
 
 
-def measure(
-    candidates: Mapping[str, tuple[Callable[..., Step], tuple[Any, ...]]],
-    rounds: int,
-    left_out: dict[str, str] | None = None,
-) -> dict[str, list[float]]:
-    """Seconds per step, taken in turns: A, B, C and again A, B, C.
+class Runner:
+    """A candidate in a process of its own, which takes a step when it is told to.
 
-    A candidate that fails goes into `left_out` with the reason, and the others go on. Without it, RuntimeError.
+    Where it fails, `reason` says why, from the start or from some step on; it then takes no more steps.
     """
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    processes = []
-    times: dict[str, list[float]] = {name: [] for name in candidates}
 
-    def give_up(name: str, reason: str) -> None:
-        if left_out is None:
-            raise RuntimeError(f"{name}: {reason}")
-        left_out[name] = reason
-        del times[name]
-        pipes.pop(name, None)
-
-    for name, (make, arguments) in candidates.items():
-        pipe, other = context.Pipe()
-        process = context.Process(target=serve, args=(other, make, arguments), daemon=True)
-        process.start()
+    def __init__(self, function: Function) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(other, *function), daemon=True)
+        self._process.start()
         other.close()  # now the pipe ends with the process
-        processes.append(process)
-        answer = _ask(pipe)
-        if answer == "ready":
-            pipes[name] = pipe
-        else:
-            give_up(name, str(answer))
-    for _ in range(rounds):
-        for name, pipe in list(pipes.items()):
-            answer = _ask(pipe, "step")
+        answer = self._answer()
+        self.reason = None if answer == "ready" else str(answer)
+
+    def step(self) -> float | None:
+        """Seconds of one step, None where it fails."""
+        if self.reason is None:
+            answer = self._answer("step")
             if isinstance(answer, float):
-                times[name].append(answer)
-            else:
-                give_up(name, answer)
-    for pipe in pipes.values():
-        pipe.send("stop")
-    for process in processes:
-        process.join()
+                return answer
+            self.reason = answer
+        return None
+
+    def stop(self) -> None:
+        """End the process, and wait until it is gone, and with it what it had of the device's memory."""
+        with suppress(OSError):  # it is gone already
+            self._pipe.send("stop")
+        self._process.join()
+
+    def _answer(self, word: str | None = None) -> float | str:
+        """What the process says: a time, `"ready"`, or the reason why there is neither."""
+        try:
+            if word is not None:
+                self._pipe.send(word)
+            answer: float | str = self._pipe.recv()
+        except (EOFError, OSError):
+            return CRASHED
+        return answer
+
+
+def measure(candidates: Mapping[str, Function], rounds: int) -> dict[str, list[float]]:
+    """Seconds per step, taken in turns: A, B, C and again A, B, C. Raises RuntimeError where one fails."""
+    runners = {name: Runner(function) for name, function in candidates.items()}
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, runner in runners.items():
+            seconds = runner.step()
+            if seconds is None:
+                raise RuntimeError(f"{name}: {runner.reason}")
+            times[name].append(seconds)
+    for runner in runners.values():
+        runner.stop()
     return times
 
 
-def _ask(pipe: Connection, word: str | None = None) -> float | str:
-    """What a candidate answers: a time, `"ready"`, or the reason why there is neither."""
-    try:
-        if word is not None:
-            pipe.send(word)
-        answer: float | str = pipe.recv()
-    except (EOFError, OSError):
-        return CRASHED
-    return answer
-
-
-def candidates_of(folder: Path, threads: int) -> Iterator[tuple[str, tuple[Callable[..., Step], tuple[Any, ...]]]]:
+def candidates_of(folder: Path, threads: int) -> Iterator[tuple[str, Function]]:
     """Every way to run the step that is compared, by name."""
     from benchmarks.checkpoints import random_latte
     from foresight.exporter.export import Export

@@ -34,8 +34,7 @@ SUITES = (
     "tests/test_parity_cogvideox.py",
     "tests/test_parity_open_sora.py",
 )
-# In a process of its own, which a broken driver may take down: can the smallest of pipelines be loaded at all?
-TRY = "import sys; from foresight.engines.backend import create_backend; create_backend(sys.argv[1], 'cuda')"
+TRY = "import sys; from benchmarks.gpu.preparation import check_backend; check_backend(sys.argv[1], 'cuda')"
 
 
 def main() -> None:

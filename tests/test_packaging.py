@@ -217,3 +217,40 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     }
     assert {name for name in expected if "/" not in name} == {"__init__.py", "cli.py"}
     assert [name for name in names if name.endswith("/licenses/LICENSE")]
+
+
+def commands_of(target: str, *variables: str) -> list[str]:
+    """What make would run for a target in a clone whose dependencies have changed."""
+    command = ["make", "--dry-run", "--what-if=pyproject.toml", target, *variables]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("target", ["test", "test-all", "test-rtx", "test-simulated-gpu", "lint", "demo"])
+def test_what_needs_no_gpu_installs_nothing_for_one(target: str) -> None:
+    (installed,) = (line for line in commands_of(target) if "-m pip " in line)
+    assert '".[export,video,report,dev]"' in installed and "nvidia" not in installed
+
+
+@pytest.mark.parametrize("target", ["test-gpu", "bench-gpu"])
+def test_what_needs_a_gpu_installs_its_libraries_and_keeps_one_onnx_runtime(target: str) -> None:
+    first, second, third, fourth = (line.partition(" -m pip ")[2] for line in commands_of(target) if "-m pip " in line)
+    assert '".[export,video,report,dev]"' in first
+    assert '".[cuda,tensorrt]" --extra-index-url https://pypi.nvidia.com' in second
+    assert third.startswith("uninstall") and third.endswith(" onnxruntime onnxruntime-gpu")
+    assert '--no-deps "onnxruntime-gpu>=1.31"' in fourth
+
+
+def test_tensorrt_can_be_left_out() -> None:
+    assert not [line for line in commands_of("test-gpu", "GPU_EXTRAS=cuda") if "tensorrt" in line]
+
+
+def test_every_way_to_install_the_extra_cuda_keeps_one_onnx_runtime() -> None:
+    keep = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-deps "onnxruntime-gpu>=1.31"'
+    blocks = re.findall(
+        r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    installs = [block for block in blocks if re.search(r"pip install .*\bcuda\b", block)]
+    assert len(installs) == 2
+    assert all(keep in block for block in installs)
+    assert keep in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

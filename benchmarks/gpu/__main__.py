@@ -1,11 +1,12 @@
 """A model of real size on an NVIDIA GPU: engines per block against one graph and torch, and what skipping saves.
 
 Weights are random, the prompt is one guided one: a batch of two rows. Three questions, to every backend that runs
-here; what does not run is left out, and the result says why.
+here; what does not run is left out, and the result says why. Where nothing runs, that is an error: nothing is saved.
 
-- What does a step without reuse take? Candidates take turns, as in benchmarks/step_time.py: torch, eager and compiled;
-  the whole transformer as one graph, which is what cutting it into blocks is to be measured against; and one engine
-  per block, as the runtime calls them, caches and distances included.
+- What does a step without reuse take? Torch compiled; the whole transformer as one graph, which is what cutting it
+  into blocks is to be measured against; and one engine per block, as the runtime calls them, caches and distances
+  included. Each takes turns with torch eager, in processes of their own, as in benchmarks/step_time.py; but one after
+  the other, since a GPU holds two models of real size, not ten.
 - What does a skipped block cost? As in benchmarks/skipping.py. And of a step, what is the host's own time? That is the
   time it did not wait for the device; once blocks are skipped, it is what is left.
 - Is memory as planned? The plan counts weights, scratch and arrays; what the device had less of at the end also has
@@ -20,6 +21,7 @@ What is made on the way (checkpoint, bundle, engines) stays under --work for the
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -82,15 +84,12 @@ def impossible_of(options: argparse.Namespace) -> dict[str, str]:
     if options.bundle is not None and options.checkpoint is None:
         reasons["checkpoint"] = "needs the checkpoint that --bundle was made from; name it with --checkpoint"
     if options.device == "cpu":
-        for backend in COMPILING:
-            reasons |= {
-                f"{backend}, {form}": "runs on an NVIDIA GPU, not on a CPU" for form in ("per block", "one graph")
-            }
+        reasons |= dict.fromkeys(COMPILING, "runs on an NVIDIA GPU, not on a CPU")
     return reasons
 
 
 def prepare(preparation: Preparation, candidates: list[Candidate], left_out: dict[str, str]) -> list[Candidate]:
-    """Make what they need; returns those that have it."""
+    """Make what they need, and nothing that none of them needs; returns those that have it."""
     ready = []
     for candidate in candidates:
         try:
@@ -99,9 +98,11 @@ def prepare(preparation: Preparation, candidates: list[Candidate], left_out: dic
             ready.append(candidate)
         except Unavailable as error:
             left_out[candidate.name] = str(error)
-    for what in ("device", "flops"):
+    if ready:
         with suppress(Unavailable):
-            preparation.obtain(what)
+            preparation.obtain("flops")
+    with suppress(Unavailable):
+        preparation.obtain("device")
     return ready
 
 
@@ -150,7 +151,8 @@ def main() -> None:
     ready = prepare(preparation, [CANDIDATES[name] for name in options.only or CANDIDATES], left_out)
     flops = preparation.facts.get("flops")
     steps = measure_steps(setup, ready, options.rounds, left_out, flops)
-    print_steps(steps)
+    if steps:
+        print_steps(steps)
     results = measure_requests(setup, ready, options.request_rounds, options.steps, left_out)
     if options.device == "cpu":
         for result in results.values():
@@ -166,7 +168,7 @@ def main() -> None:
         "opset": setup.opset,
         "size": size_of(setup),
         "step_tflop": None if flops is None else float(f"{1e-12 * flops:.4g}"),
-        "built": {what: found for what, found in preparation.facts.items() if what.startswith(COMPILING)},
+        "built": {what: found for what, found in preparation.facts.items() if what.startswith(COMPILING) and found},
         "rounds": options.rounds,
         "step": steps,
         "request": {"rounds": options.request_rounds, "steps": options.steps},
@@ -174,7 +176,10 @@ def main() -> None:
         "left_out": left_out,
     }
     name = f"gpu_{setup.model}".replace("-", "_")
-    finish(name, document, options.save, preparation.facts.get("device") or driver_facts())
+    measured = bool(steps or results)
+    finish(name, document, options.save and measured, preparation.facts.get("device") or driver_facts())
+    if not measured:
+        sys.exit(f"bench-gpu: nothing was measured on {setup.device}, for the reasons above")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from typing import Any
 
 from benchmarks.common import reason_of
 from benchmarks.gpu.models import write_checkpoint
-from benchmarks.gpu.setup import COMPILING, Setup
+from benchmarks.gpu.setup import BACKENDS, COMPILING, Setup
 from benchmarks.step_time import CRASHED
 from foresight.engines.arrays import MEBI, gpu_facts
 from foresight.engines.bundle import MANIFEST, open_bundle
+from foresight.engines.errors import EngineError
 
 
 class Unavailable(Exception):
@@ -100,10 +101,11 @@ def rules_of(setup: Setup, small: bool, jobs: int) -> dict[str, Rule]:
         "bundle": Rule(("checkpoint",), export_bundle, (setup,), setup.bundle / MANIFEST),
         "graph": Rule(("checkpoint", "bundle"), export_graph, (setup,), setup.graph),
         "flops": Rule(("bundle", "checkpoint"), flops_of, (setup,)),
+        **{backend: Rule(("device",), check_backend, (backend, setup.device)) for backend in BACKENDS},
     }
     for backend in COMPILING:
-        rules[f"{backend}, per block"] = Rule(("device", "bundle"), build_blocks, (setup, backend, jobs))
-        rules[f"{backend}, one graph"] = Rule(("device", "graph"), build_graph, (setup, backend))
+        rules[f"{backend}, per block"] = Rule((backend, "bundle"), build_blocks, (setup, backend, jobs))
+        rules[f"{backend}, one graph"] = Rule((backend, "graph"), build_graph, (setup, backend))
     return rules
 
 
@@ -111,10 +113,25 @@ def check_torch(device: str) -> None:
     """Fail where torch or diffusers is missing, or torch cannot use the device."""
     import torch
 
+    torch.zeros(1, device=device)
     from benchmarks.gpu.originals import ORIGINALS
 
     assert ORIGINALS
-    torch.zeros(1, device=device)
+
+
+def check_backend(backend: str, device: str) -> None:
+    """Fail where a backend cannot use the device. Raises EngineError.
+
+    Call it in a process of its own, which a broken driver may take down. That its library is installed, and the GPU
+    usable, does not mean that the one knows the other: so it has to load the smallest of plans.
+    """
+    from foresight.engines.backend import create_backend
+    from foresight.engines.tensorrt import MODULES, probe
+
+    create_backend(backend, device)
+    runs = probe(backend)["runs engines"] if backend in MODULES else "yes"
+    if runs != "yes":
+        raise EngineError(f"{backend}: runs no engines on this GPU ({runs}); leave it out, or use a GPU that it knows")
 
 
 def device_facts(device: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what exports needs torch, which may be missing here
     from foresight.exporter.export import Export
 
 COMPILING = ("tensorrt", "tensorrt-rtx")
+BACKENDS = (*COMPILING, "onnxruntime")
 
 
 @dataclass(frozen=True)

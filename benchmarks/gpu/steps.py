@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from benchmarks.common import median
-from benchmarks.gpu.setup import COMPILING, Setup
-from benchmarks.step_time import Step, measure
+from benchmarks.gpu.setup import BACKENDS, COMPILING, Setup
+from benchmarks.step_time import Function, Runner, Step
 from foresight.engines.arrays import Array, Arrays, numpy_dtype
 from foresight.engines.backend import Backend, Engine, create_backend
 from foresight.engines.bundle import open_bundle
 from foresight.engines.manifest import Part
 from foresight.runtime.cache import Layout, create_cache
 
-BACKENDS = (*COMPILING, "onnxruntime")
 # A block meets its last set of addresses in its third step, and CUDA graphs record a set when it comes again.
 WARM_UP = 6
+# Seconds of torch eager's step, where it runs, and of a candidate's next to it.
+Turn = tuple[float | None, float]
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Candidate:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What must be there for it, by the names of `preparation.rules_of`."""
+        """What must be there for it, by the names of `preparation.rules_of`; first what takes no time to find out."""
         if self.backend == "torch":
             return "torch", "checkpoint", "bundle"
         plans = (f"{self.backend}, {self.form}",) if self.backend in COMPILING else ()
-        return "device", *plans, "bundle", *(("graph",) if self.form == "one graph" else ())
+        return "device", self.backend, *plans, "bundle", *(("graph",) if self.form == "one graph" else ())
 
 
 EAGER = Candidate("torch", "eager")
@@ -153,24 +154,61 @@ def _warmed_up(step: Step) -> Step:
     return step
 
 
-def _functions(setup: Setup, candidate: Candidate) -> tuple[Callable[..., Step], tuple[Any, ...]]:
+def function_of(setup: Setup, candidate: Candidate) -> Function:
+    """What makes the candidate's step."""
     if candidate.backend == "torch":
         return torch_step, (setup, candidate.form == "compiled")
     make = blocks_step if candidate.form == "per block" else graph_step
     return make, (setup, candidate.backend, candidate.cuda_graphs)
 
 
+def measure_in_pairs(functions: Mapping[str, Function], rounds: int, left_out: dict[str, str]) -> dict[str, list[Turn]]:
+    """Every candidate takes turns with torch eager, and has ended before the next one is loaded.
+
+    So two at most are on the device, where all of them would not fit. What fails goes into `left_out` with the reason;
+    without torch eager, or when it has failed, the others go on alone.
+    """
+    eager = Runner(functions[EAGER.name]) if EAGER.name in functions else None
+    turns = {}
+    for name, function in functions.items():
+        runner = eager if eager is not None and name == EAGER.name else Runner(function)
+        turns[name] = _take_turns(eager, runner, rounds)
+        if runner is not eager:
+            runner.stop()
+        if runner.reason is not None:
+            left_out[name] = runner.reason
+            del turns[name]
+    if eager is not None:
+        eager.stop()
+        if eager.reason is not None:
+            left_out[EAGER.name] = eager.reason
+    return turns
+
+
+def _take_turns(eager: Runner | None, runner: Runner, rounds: int) -> list[Turn]:
+    turns: list[Turn] = []
+    for _ in range(rounds):
+        before = None if eager is None or runner.reason is not None else eager.step()
+        seconds = before if runner is eager else runner.step()
+        if seconds is not None:
+            turns.append((before, seconds))
+    return turns
+
+
 def measure_steps(
     setup: Setup, candidates: Sequence[Candidate], rounds: int, left_out: dict[str, str], flops: int | None
 ) -> dict[str, dict[str, float]]:
     """Every candidate's time per step, its ratio to torch eager's, and what is computed in it."""
-    times = measure({candidate.name: _functions(setup, candidate) for candidate in candidates}, rounds, left_out)
-    rows = {}
-    for name, values in times.items():
-        row = {"step_ms": median(1e3 * value for value in values)}
-        if eager := times.get(EAGER.name):
-            row["ratio_to_eager"] = median(value / other for value, other in zip(values, eager, strict=True))
-        if flops is not None:
-            row["tflops"] = float(f"{1e-12 * flops / median(values):.3g}")
-        rows[name] = row
-    return rows
+    functions = {candidate.name: function_of(setup, candidate) for candidate in candidates}
+    return {name: row_of(turns, flops) for name, turns in measure_in_pairs(functions, rounds, left_out).items()}
+
+
+def row_of(turns: Sequence[Turn], flops: int | None) -> dict[str, float]:
+    """The medians of a candidate's turns."""
+    seconds = median(own for _, own in turns)
+    row = {"step_ms": median(1e3 * own for _, own in turns)}
+    if ratios := [own / eager for eager, own in turns if eager is not None]:
+        row["ratio_to_eager"] = median(ratios)
+    if flops is not None:
+        row["tflops"] = float(f"{1e-12 * flops / seconds:.3g}")
+    return row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import common
 from benchmarks.engine_build import real_split
+from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.models import MODELS
 from benchmarks.gpu.originals import Original, load_original
-from benchmarks.gpu.setup import Setup, request_sizes
+from benchmarks.gpu.setup import COMPILING, Setup, request_sizes
+from benchmarks.gpu.steps import CANDIDATES, EAGER, measure_in_pairs, row_of
 from benchmarks.gpu.transformer import Transformer, count_flops, write_transformer
-from benchmarks.step_time import multiply_adds
+from benchmarks.step_time import Function, measure, multiply_adds
 from foresight.engines.onnxruntime import OnnxRuntimeBackend
 from foresight.exporter.models.base import assign_parameters
+from tests.benchmarks.steps import logged_step
 
 # A model of each family, and the fixtures that make its checkpoint and bundle.
 FIXTURES = {
@@ -105,6 +110,77 @@ def test_operations_are_counted(tmp_path: Path) -> None:
     assert formula < counted < 1.001 * formula
 
 
+def logged(log: Path, *names: str, **fails_in: int) -> dict[str, Function]:
+    return {name: (logged_step, (log, name, fails_in.get(name))) for name in names}
+
+
+def steps_in(log: Path) -> list[str]:
+    """But for the first one of every process, which warms up."""
+    lines = (log / "steps").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(" of ")[0] for line in lines]
+    return [line for index, line in enumerate(lines) if names[index] in names[:index]]
+
+
+def test_candidates_take_turns_with_torch_eager_and_go_before_the_next_one_comes(tmp_path: Path) -> None:
+    left_out: dict[str, str] = {}
+    turns = measure_in_pairs(logged(tmp_path, EAGER.name, "a", "b"), 2, left_out)
+    assert steps_in(tmp_path) == [
+        *["torch, eager of 1"] * 2,
+        *["torch, eager of 2", "a of 2"] * 2,
+        *["torch, eager of 2", "b of 2"] * 2,
+    ]
+    assert {name: len(pairs) for name, pairs in turns.items()} == {EAGER.name: 2, "a": 2, "b": 2}
+    assert not left_out and all(eager == own for eager, own in turns[EAGER.name])
+
+
+@pytest.mark.parametrize("fails_in", [1, 3])
+def test_a_candidate_that_fails_is_left_out(tmp_path: Path, fails_in: int) -> None:
+    left_out: dict[str, str] = {}
+    turns = measure_in_pairs(logged(tmp_path, EAGER.name, "a", "b", a=fails_in), 3, left_out)
+    assert turns.keys() == {EAGER.name, "b"} and left_out == {"a": "RuntimeError: a fails"}
+
+
+@pytest.mark.parametrize("fails_in", [1, 7])
+def test_without_torch_eager_the_others_go_on_alone(tmp_path: Path, fails_in: int) -> None:
+    """Before anything was measured, or in its turns with the first of them, when it has been measured itself."""
+    left_out: dict[str, str] = {}
+    turns = measure_in_pairs(logged(tmp_path, EAGER.name, "a", "b", **{EAGER.name: fails_in}), 3, left_out)
+    assert left_out == {EAGER.name: "RuntimeError: torch, eager fails"}
+    assert "ratio_to_eager" not in row_of(turns["b"], None)
+    assert ("ratio_to_eager" in row_of(turns["a"], None)) == (EAGER.name in turns) == (fails_in > 1)
+
+
+def test_ratios_are_to_torch_eagers_steps_of_the_same_turns() -> None:
+    assert row_of([(1.0, 2.0), (4.0, 2.0), (4.0, 4.0)], flops=6 * 10**12) == {
+        "step_ms": 2000.0,
+        "ratio_to_eager": 1.0,
+        "tflops": 3.0,
+    }
+
+
+def test_on_a_cpu_all_take_turns(tmp_path: Path) -> None:
+    times = measure(logged(tmp_path, "a", "b", "c"), 2)
+    assert steps_in(tmp_path) == ["a of 3", "b of 3", "c of 3"] * 2
+    assert all(len(seconds) == 2 for seconds in times.values())
+    with pytest.raises(RuntimeError, match="^b: RuntimeError: b fails"):
+        measure(logged(tmp_path, "a", "b", b=2), 2)
+
+
+def test_where_nothing_can_be_measured_nothing_is_made_or_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    command = ["benchmarks.gpu", "--device", "cuda", "--small", "--save", "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="nothing was measured on cuda"):
+        main()
+    assert not (tmp_path / "results").exists()
+    assert not [path for path in (tmp_path / "work").rglob("*") if path.is_file()]
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result["step"] == result["requests"] == {} and result["left_out"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_the_command_ends_in_one_json_line(tmp_path: Path, model: str) -> None:
@@ -130,3 +206,20 @@ def test_the_command_ends_in_one_json_line(tmp_path: Path, model: str) -> None:
     skipping = result["requests"]["onnxruntime, per block"]["skipping"]
     assert skipping["N1R2, output"]["blocks_computed"] < skipping["none"]["blocks_computed"]
     assert result["left_out"]["tensorrt, per block"] == "runs on an NVIDIA GPU, not on a CPU"
+
+
+@pytest.mark.slow
+def test_the_command_runs_on_a_simulated_gpu(tmp_path: Path) -> None:
+    """But for what no simulation has: torch and ONNX Runtime's CUDA provider."""
+    root = Path(__file__).parents[2]
+    path = (str(root / "tests" / "simulation" / "modules"), str(root), os.environ.get("PYTHONPATH", ""))
+    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--dtype", "fp32", "--work", str(tmp_path)]
+    command += ["--rounds", "2", "--request-rounds", "1", "--steps", "4"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, env=environment)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    compiling = {name for name in CANDIDATES if name.startswith(COMPILING)}
+    assert result["step"].keys() == compiling, result["left_out"]
+    assert result["requests"].keys() == {name for name in compiling if "per block" in name}
+    assert all(row["memory"]["taken_mib"] > 0 for row in result["requests"].values())
+    assert result["left_out"].keys() == CANDIDATES.keys() - compiling

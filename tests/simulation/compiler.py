@@ -47,6 +47,13 @@ class Dims(tuple[int, ...]):
     __slots__ = ()
 
 
+float32 = onnx.TensorProto.FLOAT
+
+
+class ActivationType(IntEnum):
+    RELU = 0
+
+
 class NetworkDefinitionCreationFlag(IntEnum):
     STRONGLY_TYPED = 1
 
@@ -80,6 +87,7 @@ class _Network:
         self.inputs: list[_Tensor] = []
         self.model: onnx.ModelProto
         self.types: dict[str, int] = {}
+        self._nodes: list[onnx.NodeProto] = []
 
     @property
     def num_inputs(self) -> int:
@@ -87,6 +95,38 @@ class _Network:
 
     def get_input(self, index: int) -> _Tensor:
         return self.inputs[index]
+
+    def add_input(self, name: str, dtype: int, shape: Dims) -> _Tensor:
+        tensor = self._tensor(name, dtype, shape)
+        self.inputs.append(tensor)
+        return tensor
+
+    def add_activation(self, tensor: _Tensor, kind: ActivationType) -> _Layer:
+        output = self._tensor(f"{kind.name}_{tensor.name}", self.types[tensor.name], tensor.shape)
+        self._nodes.append(helper.make_node(kind.name.capitalize(), [tensor.name], [output.name]))
+        return _Layer(output)
+
+    def mark_output(self, tensor: _Tensor) -> None:
+        ends = [
+            helper.make_tensor_value_info(end.name, self.types[end.name], end.shape) for end in (*self.inputs, tensor)
+        ]
+        graph = helper.make_graph(self._nodes, "layers", ends[:-1], ends[-1:])
+        self.model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)])
+
+    def _tensor(self, name: str, dtype: int, shape: Dims) -> _Tensor:
+        tensor = _Tensor(name)
+        tensor.shape = shape
+        self.types[name] = dtype
+        return tensor
+
+
+class _Layer:
+    def __init__(self, output: _Tensor) -> None:
+        self._output = output
+
+    def get_output(self, index: int) -> _Tensor:
+        assert index == 0
+        return self._output
 
 
 class _Profile:
