@@ -195,7 +195,7 @@ def build_blocks(setup: Setup, backend: str, jobs: int) -> dict[str, Any]:
         "seconds": round(sum(part.build_seconds for part in parts), 1),
         "plans_mib": mib(compiled.plan_bytes),
         "scratch_mib": mib(compiled.scratch_bytes),
-        "attention_not_fused_in": sum(not part.fused_attention for part in parts),
+        "attention_not_fused_in": len(compiled.taken_apart),
     }
 
 
@@ -214,7 +214,7 @@ def build_graph(setup: Setup, backend: str) -> dict[str, Any]:
             "seconds": plan.seconds,
             "plans_mib": mib(len(plan.data)),
             "scratch_mib": mib(plan.scratch_bytes),
-            "attention_not_fused_in": int(not plan.fused_attention),
+            "attention_not_fused_in": int(plan.fused_attention is False),
         }
         facts.write_text(json.dumps(made), encoding="utf-8")
     found: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
