@@ -208,7 +208,7 @@ def build_graph(setup: Setup, backend: str) -> dict[str, Any]:
     facts = path.with_suffix(".json")
     if not facts.exists():
         profile = profile_of(setup.transformer, setup.manifest.ranges)
-        plan = build_apart(backend, setup.graph, profile, BuildSettings())
+        plan = build_apart(backend, setup.graph, profile, BuildSettings(), device=setup.device)
         path.write_bytes(plan.data)
         made = {
             "seconds": plan.seconds,
