@@ -73,7 +73,7 @@ def test_two_builds_of_one_block_give_the_same_plan(demo_half_bundle: Path) -> N
     assert one.scratch_bytes == other.scratch_bytes > 0
     assert len(one.data) == len(other.data) > 1000
     differing = np.frombuffer(one.data, np.uint8) != np.frombuffer(other.data, np.uint8)
-    assert differing.sum() <= 64
+    assert differing.sum() < 1e-4 * len(one.data)
 
 
 @pytest.mark.rtx
