@@ -26,7 +26,7 @@ MODELS := latte cogvideox-2b open-sora
 .PHONY: help demo test test-all test-rtx test-gpu test-simulated-gpu bench-gpu lint format demo-train clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 26
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 27
 
 demo: $(READY) ## export the demo checkpoint and make a video with it, with and without reuse
 	@mkdir -p $(DEMO)
