@@ -225,7 +225,10 @@ def build(
 @click.option("--report", type=click.Path(path_type=Path), help="Write a page that shows what was skipped (.html).")
 @click.option("--trace", type=click.Path(path_type=Path), help="Write what every step did and measured (.json).")
 @click.option("--compare", is_flag=True, help="Run without reuse too; report PSNR, SSIM and the time saved.")
-@click.option("--backend", default="onnxruntime", show_default=True, help="onnxruntime, tensorrt or tensorrt-rtx.")
+@click.option(
+    "--backend",
+    help="onnxruntime, tensorrt or tensorrt-rtx.  [default: what the bundle has engines for here, else onnxruntime]",
+)
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cpu for onnxruntime, else cuda]")
 @click.option("--threads", type=int, help="CPU threads.  [default: all cores]")
 @click.option("--low-memory", is_flag=True, help="Load the engines of each phase when it comes, free them after it.")
@@ -254,7 +257,7 @@ def run(
     report: Path | None,
     trace: Path | None,
     compare: bool,
-    backend: str,
+    backend: str | None,
     device: str | None,
     threads: int | None,
     low_memory: bool,

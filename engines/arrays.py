@@ -277,7 +277,9 @@ def _cupy(index: int) -> Any:
         with cupy.cuda.Device(index):  # the caller's device stays the one it was
             cupy.cuda.runtime.memGetInfo()
     except ImportError as error:
-        raise EngineError("device cuda: CuPy is not installed; install foresight-engines[cuda]") from error
+        raise EngineError(
+            f"device cuda: CuPy is not installed ({one_line(error)}); install foresight-engines[cuda]"
+        ) from error
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise EngineError(
             f"device cuda:{index}: not usable ({error}); use --device cpu, or check the driver"

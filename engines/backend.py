@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Protocol, cast
 
-from .arrays import Array, Arrays
-from .bundle import Bundle
-from .compiled import Compiled
-from .errors import InvalidRequest
+from .arrays import Array, Arrays, create_arrays, parse_device
+from .bundle import COMPILED, Bundle
+from .compiled import PARTIAL, Compiled, find_compiled
+from .errors import BundleError, EngineError, InvalidRequest
 from .manifest import Part
 
 
@@ -64,8 +64,38 @@ REGISTRY: dict[str, tuple[str, str, str]] = {
 }
 
 
+DEFAULT = "onnxruntime"
+
+
+def choose_backend(bundle: Bundle, device: str | None = None) -> str:
+    """The backend that a bundle has engines for, built for the GPU at hand; else ONNX Runtime, which needs none.
+
+    Libraries are imported only where the bundle has engines. Raises InvalidRequest for what is no device, and
+    IntegrityError where there are engines for this GPU that cannot be trusted.
+    """
+    device = "cuda" if device is None else device
+    folders = [folder.name for folder in (bundle.path / COMPILED).glob("*") if folder.suffix != PARTIAL]
+    built = {name.rpartition("-")[0] for name in folders}
+    candidates = [name for name in REGISTRY if name in built]
+    if parse_device(device)[0] != "cuda" or not candidates:
+        return DEFAULT
+    from .tensorrt import find_target
+
+    try:
+        create_arrays(device)
+    except EngineError:
+        return DEFAULT
+    for name in candidates:
+        try:
+            find_compiled(bundle, name, find_target(name, device))
+        except (BundleError, EngineError):  # for another machine, or their library is not here
+            continue
+        return name
+    return DEFAULT
+
+
 def create_backend(
-    name: str = "onnxruntime", device: str | None = None, threads: int | None = None, cuda_graphs: bool = False
+    name: str = DEFAULT, device: str | None = None, threads: int | None = None, cuda_graphs: bool = False
 ) -> Backend:
     """A backend by its registered name; its library is imported only now.
 

@@ -143,8 +143,9 @@ def find_target(backend: str, device: str = "cuda") -> dict[str, str]:
 
 
 def probe(backend: str) -> dict[str, str]:
-    """Build and load the smallest of plans: the library's version, and "yes" or the reason why not for either.
+    """Build the smallest of plans, and load it as far as can be without running it.
 
+    Returns the library's version, and "yes" or the reason why not for building and for running.
     Call it in a process of its own: with a broken driver some versions crash instead of failing.
     """
     messages = use(backend)
@@ -157,7 +158,8 @@ def probe(backend: str) -> dict[str, str]:
     if plan is None:
         return found | {"builds engines": f"no, {messages.errors()}", "runs engines": "no"}
     messages.rows.clear()
-    if trt.Runtime(_Process.logger).deserialize_cuda_engine(plan) is None:
+    engine = trt.Runtime(_Process.logger).deserialize_cuda_engine(plan)
+    if engine is None or engine.create_execution_context() is None:  # TensorRT-RTX compiles its kernels only then
         found["runs engines"] = f"no, {messages.errors().partition('; ')[0]}"
     return found
 

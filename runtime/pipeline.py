@@ -12,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 
 from ..engines.arrays import Array
-from ..engines.backend import Backend, Engine, create_backend
+from ..engines.backend import Backend, Engine, choose_backend, create_backend
 from ..engines.bundle import Bundle, Unchanged, open_bundle, verify_files
 from ..engines.errors import EngineError, InvalidRequest
 from ..engines.manifest import Part, part_files
@@ -400,7 +400,7 @@ class VideoPipeline:
 def load(
     bundle: str | os.PathLike[str],
     *,
-    backend: str = "onnxruntime",
+    backend: str | None = None,
     device: str | None = None,
     threads: int | None = None,
     low_memory: bool = False,
@@ -410,10 +410,11 @@ def load(
 ) -> VideoPipeline:
     """Open a bundle, verify all its files, and load its engines.
 
-    `device` None is the backend's own: the CPU for onnxruntime, else the first GPU. `threads` is for CPU backends
-    (None: the cores this process may use, up to 16): each engine has as many. `low_memory` loads each phase's engines
-    when a request needs them. `cache_memory` is the most bytes for one request's stream and cache; what finds no room
-    is not cached, chosen by what an earlier request reused if `cache_profile`, its `trace.to_dict()`, is given.
+    `backend` None is the one that the bundle has engines for, built for the GPU at hand, else onnxruntime. `device`
+    None is the backend's own: the CPU for onnxruntime, else the first GPU. `threads` is for CPU backends (None: the
+    cores this process may use, up to 16): each engine has as many. `low_memory` loads each phase's engines when a
+    request needs them. `cache_memory` is the most bytes for one request's stream and cache; what finds no room is not
+    cached, chosen by what an earlier request reused if `cache_profile`, its `trace.to_dict()`, is given.
     `cuda_graphs`, with TensorRT, records every block's kernels and replays them; the cache then takes twice the memory.
     Raises BundleError, IntegrityError, EngineError, InvalidRequest.
     """
@@ -423,7 +424,7 @@ def load(
     verify_files(opened)
     return VideoPipeline(
         opened,
-        create_backend(backend, device, threads, cuda_graphs),
+        create_backend(backend or choose_backend(opened, device), device, threads, cuda_graphs),
         low_memory=low_memory,
         cache_memory=cache_memory,
         cache_profile=None if cache_profile is None else Profile.from_trace(cache_profile),

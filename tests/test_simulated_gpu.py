@@ -26,7 +26,8 @@ QUICK = "(cuda or not contract) and not fp16_runs and not bf16_runs"
 
 @pytest.mark.parametrize("backend", ["tensorrt", pytest.param("tensorrt-rtx", marks=pytest.mark.slow)])
 def test_the_suites_for_gpus_pass(backend: str, bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests' / 'simulation' / 'modules'}{os.pathsep}{ROOT}")
+    paths = [ROOT / "tests" / "simulation" / "modules", ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
     monkeypatch.setenv("FORESIGHT_TEST_BUNDLES", str(bundles))
     monkeypatch.chdir(ROOT)
     result = run_suites(backend, ["-k", QUICK], SUITES)

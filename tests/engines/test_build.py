@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from foresight.engines.backend import choose_backend
 from foresight.engines.build import affordable_jobs, build_engines
 from foresight.engines.bundle import Bundle, open_bundle, verify_files
 from foresight.engines.compiled import (
@@ -245,6 +246,12 @@ def test_no_more_is_built_side_by_side_than_memory_allows(
 ) -> None:
     assert affordable_jobs(8, [1 << 20, 100 << 20], free) == expected
     assert (f"memory is free for {expected}" in caplog.text) == (expected < 8)
+
+
+def test_engines_alone_do_not_make_a_gpu(built: Bundle) -> None:
+    assert [choose_backend(built, device) for device in (None, "cuda:7", "cpu")] == ["onnxruntime"] * 3
+    with pytest.raises(InvalidRequest, match="device: got 'tpu'"):
+        choose_backend(built, "tpu")
 
 
 def test_the_folder_of_a_target_is_beside_the_graphs(built: Bundle) -> None:

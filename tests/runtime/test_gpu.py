@@ -41,7 +41,7 @@ def gpu(pipeline: VideoPipeline) -> GpuArrays:
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_the_gpu_makes_the_video_that_the_cpu_makes(pipeline: VideoPipeline, bundle: Path, policy: Policy) -> None:
     assert pipeline.backend.arrays.kind == "cuda"
-    got, expected = (p(PROMPT, steps=10, policy=policy) for p in (pipeline, load(bundle)))
+    got, expected = (p(PROMPT, steps=10, policy=policy) for p in (pipeline, load(bundle, device="cpu")))
     assert relative(got.latents, expected.latents) < 1e-3
 
 
@@ -55,15 +55,15 @@ def test_the_same_request_gives_the_same_bytes(pipeline: VideoPipeline, policy: 
 def test_bf16_runs(demo_bf16_bundle: Path, demo_bundle: Path, cache: Any) -> None:
     """Rounding in bf16 moves a video of ten steps by some percent; a wrong weight or cast moves it by more than all."""
     policy = Static(1, 2, warmup=2, cache=cache)
-    got, expected = (p(PROMPT, steps=10, policy=policy) for p in (load_pipeline(demo_bf16_bundle), load(demo_bundle)))
+    pipelines = load_pipeline(demo_bf16_bundle), load(demo_bundle, device="cpu")
+    got, expected = (p(PROMPT, steps=10, policy=policy) for p in pipelines)
     assert got.trace.blocks_reused == expected.trace.blocks_reused > 0
     assert relative(got.latents, expected.latents) < 0.2
 
 
 def test_fp16_runs(demo_half_bundle: Path, demo_bundle: Path) -> None:
-    got, expected = (
-        p(PROMPT, steps=10, policy=NoReuse()) for p in (load_pipeline(demo_half_bundle), load(demo_bundle))
-    )
+    pipelines = load_pipeline(demo_half_bundle), load(demo_bundle, device="cpu")
+    got, expected = (p(PROMPT, steps=10, policy=NoReuse()) for p in pipelines)
     assert relative(got.latents, expected.latents) < 0.05
 
 
@@ -120,6 +120,13 @@ def test_a_download_is_what_the_array_held_when_it_was_asked_for(pipeline: Video
 def test_a_gpu_that_is_not_there_is_one_clear_error() -> None:
     with pytest.raises(EngineError, match=r"device cuda:99: not usable"):
         create_arrays("cuda:99")
+
+
+@pytest.mark.skipif(BACKEND not in MODULES, reason="the others have no engines")
+def test_a_bundle_with_engines_for_this_gpu_is_run_by_them(pipeline: VideoPipeline, bundle: Path) -> None:
+    assert pipeline.backend.name == BACKEND
+    chosen = [load(bundle, device=device).backend.name for device in (None, "cuda", "cpu")]
+    assert chosen == [BACKEND, BACKEND, "onnxruntime"]
 
 
 @pytest.mark.skipif(BACKEND not in MODULES, reason="only TensorRT replays graphs")

@@ -316,7 +316,9 @@ class _Engine:
     def create_runtime_config(self) -> _RuntimeConfig:
         return _RuntimeConfig()
 
-    def create_execution_context(self, how: ExecutionContextAllocationStrategy | _RuntimeConfig) -> _Context:
+    def create_execution_context(
+        self, how: ExecutionContextAllocationStrategy | _RuntimeConfig | None = None
+    ) -> _Context:
         return _Context(self)
 
 

@@ -66,6 +66,7 @@ class Stream:
         self.finished = 0
         self.capture: list[Callable[[Stream], None]] | None = None
         self._downloads: list[tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+        self._lock = threading.RLock()
         self.by_number[self.ptr] = self
 
     def __enter__(self) -> Stream:
@@ -81,16 +82,18 @@ class Stream:
             raise CUDARuntimeError(
                 "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing"
             )
-        self.asked += 1
-        return self.asked
+        with self._lock:
+            self.asked += 1
+            return self.asked
 
     def finish(self, number: int) -> None:
         """Wait until that much is done."""
-        self.finished = max(self.finished, number)
-        for when, host, values in self._downloads:
-            if when <= number:
-                host[...] = values
-        self._downloads = [download for download in self._downloads if download[0] > number]
+        with self._lock:
+            self.finished = max(self.finished, number)
+            for when, host, values in self._downloads:
+                if when <= number:
+                    host[...] = values
+            self._downloads = [download for download in self._downloads if download[0] > number]
 
     def synchronize(self) -> None:
         """Wait for everything."""
@@ -103,7 +106,8 @@ class Stream:
     def download(self, host: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> None:
         """Bring `values`, as they are now, to the host, where nobody can tell when they arrive."""
         host.view(np.uint8)[...] = GARBAGE
-        self._downloads.append((self.ask(), host, values.copy()))
+        with self._lock:
+            self._downloads.append((self.ask(), host, values.copy()))
 
     def begin_capture(self) -> None:
         """From now on kernels are recorded, not run."""
@@ -186,8 +190,9 @@ class Memory:
 
 def use_memory(address: int, size: int, stream: Stream) -> np.ndarray[Any, Any]:
     """The bytes at an address, which have to lie within one allocation that is still there."""
-    for start, memory in list(Memory.live.items()):
-        if start <= address and address + size <= start + len(memory.bytes):
+    for memory in (reference() for reference in Memory.live.valuerefs()):  # a copy: other threads allocate meanwhile
+        start = 0 if memory is None else memory.ptr
+        if memory is not None and start <= address and address + size <= start + len(memory.bytes):
             memory.use(stream)
             return memory.bytes[address - start : address - start + size]
     raise AssertionError(f"no allocation that is still there holds {size} bytes at {address}")
