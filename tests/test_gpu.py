@@ -32,7 +32,7 @@ def _simulated_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("backend", ["tensorrt", pytest.param("tensorrt-rtx", marks=pytest.mark.slow)])
 def test_a_library_that_runs_engines_is_used(backend: str) -> None:
     assert "not run" not in run_suites(backend, ["--quiet"], NONE)
 

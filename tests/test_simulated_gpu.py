@@ -13,10 +13,9 @@ from tests.gpu import run_suites
 from tests.simulation import gpu
 
 ROOT = Path(__file__).parents[1]
-# Without parity with the original pipelines, which takes minutes: make test-simulated-gpu.
+# Without the plain loop of every family, and parity with the original pipelines: make test-simulated-gpu.
 SUITES = (
     "tests/engines/test_backend_contract.py",
-    "tests/runtime/test_denoise.py",
     "tests/runtime/test_isolation.py",
     "tests/runtime/test_gpu.py",
 )
