@@ -230,7 +230,7 @@ def build(
     help="onnxruntime, tensorrt or tensorrt-rtx.  [default: what the bundle has engines for here, else onnxruntime]",
 )
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cpu for onnxruntime, else cuda]")
-@click.option("--threads", type=int, help="CPU threads.  [default: all cores]")
+@click.option("--threads", type=int, help="CPU threads of each engine.  [default: the cores, up to 16]")
 @click.option("--low-memory", is_flag=True, help="Load the engines of each phase when it comes, free them after it.")
 @click.option("--cache-memory", type=float, help="Most memory for stream and cache, MiB.  [default: what they need]")
 @click.option(
@@ -466,7 +466,7 @@ def env(as_json: bool, verbose: bool, debug: bool) -> None:
 
     found = describe_environment()
     lines = [
-        f"{name:20} {value if not isinstance(value, list) else ', '.join(value)}"
+        f"{name:22} {value if not isinstance(value, list) else ', '.join(value)}"
         for name, value in (*found["machine"].items(), *found["libraries"].items(), *found["can"].items())
     ]
     _print(found, as_json, lines)
