@@ -161,11 +161,13 @@ def export(
         "blocks": len(bundle.manifest.blocks),
         "cache_bytes": plan.cache_bytes,
         "largest_difference": {"part": worst.name, "value": worst.max_difference},
+        "cautions": list(bundle.manifest.cautions),
     }
     lines = [
         f"{bundle.path}: {len(bundle.manifest.blocks)} blocks, {written / MEBI:.1f} MiB, {dtype}",
         f"largest difference from eager: {worst.max_difference:.2g} ({worst.name})",
         f"cache for one guided prompt: {plan.cache_bytes / MEBI:.1f} MiB",
+        *map(_caution, plan.cautions),
     ]
     if backend is not None:
         compiled = _build(bundle, backend, "cuda", None, 1)
@@ -418,6 +420,7 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
         *map(_describe_memory, memory),
         f"sampler: {manifest.sampler.scheduler}, 1 to {manifest.sampler.max_steps} steps",
         f"source: {manifest.source.checkpoint}, SHA-256 {manifest.source.sha256[:12]}",
+        *map(_caution, manifest.cautions),
         "",
         f"{'part':14} {'kind':16} {'MiB':>9}  difference from eager",
     ]
@@ -634,7 +637,12 @@ def _describe_plan(plan: Any) -> list[str]:
         f"graphs: {len(plan.parts)}, of which {plan.blocks} blocks of {plan.kinds} kinds",
         f"size: {plan.bundle_bytes / MEBI:.1f} MiB of weights ({plan.free_disk_bytes / MEBI:.0f} MiB free)",
         f"cache for one guided prompt: {plan.cache_bytes / MEBI:.1f} MiB",
+        *map(_caution, plan.cautions),
     ]
+
+
+def _caution(text: str) -> str:
+    return f"caution: {text}"
 
 
 def _print(document: Any, as_json: bool, lines: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from .consistency import contradictions
 from .errors import BundleError, IntegrityError, InvalidRequest, OutputError
 from .manifest import FileRecord, Manifest
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 COMPILED = "engines"
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from .manifest import Manifest, Part, Stage, TensorSpec, chunk_sizes, stream_bytes_per_row
+from .manifest import FRAME_MEANS, Manifest, Part, Stage, TensorSpec, chunk_sizes, left_by, stream_bytes_per_row
 
 
 def contradictions(manifest: Manifest) -> Iterator[str]:
@@ -130,6 +130,12 @@ def _in_decoder(manifest: Manifest) -> Iterator[str]:
         made = (dtype, (sum(dims[0] for _, dims in frames), *dims[1:]))
     if made != ("uint8", (shape.frames, shape.height, shape.width, 3)):
         yield f"the decoder makes {made[0]} {made[1]}, not {shape.frames} frames of {shape.height} x {shape.width}"
+    for stage in manifest.decoder:
+        last = stage is manifest.decoder[-1]
+        for part in stage.parts:
+            means = _types(part.outputs).get(FRAME_MEANS)
+            if means != (("fp32", part.outputs[0].shape[:1]) if last else None):
+                yield f"{part.name}: {FRAME_MEANS} are {means}, expected one a frame of the last stage, and of no other"
 
 
 def _in_range(manifest: Manifest, part: Part, stage: Stage, length: int) -> bool:
@@ -143,7 +149,7 @@ def _in_states(stage: Stage) -> Iterator[str]:
         yield f"{stage.first.name}: asks for what no chunk before the first has left"
     left = {f"new_{name}": kind for name, kind in _types(stage.next.inputs[1:] if stage.next else ()).items()}
     for part in stage.parts:
-        if _types(part.outputs[1:]) != left:
+        if _types(left_by(part)) != left:
             yield f"{part.name}: does not leave behind what the next chunk asks for"
 
 

@@ -10,6 +10,8 @@ import msgspec
 
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "uint8": 1, "bool": 1}
 
+FRAME_MEANS = "frame_means"
+
 Dtype = Literal["fp32", "fp16", "bf16", "int64", "uint8", "bool"]
 Cleaning = Literal["none", "lower", "caption"]
 
@@ -60,7 +62,8 @@ class Stage(_Record, frozen=True, kw_only=True):
     is the part's first output, whose first dimension counts frames. `first` runs on the first chunk; on all later ones
     runs `next`, or `first` again where that is None. Every further output `new_x` of a chunk is the input `x` of the
     chunk after it: what a causal convolution has to know of the frames before. The first stage is given a video's
-    latents, every other what the stage before it made; the last one makes frames (F, H, W, 3) uint8.
+    latents, every other what the stage before it made; the last one makes frames (F, H, W, 3) uint8, and beside them
+    `frame_means` (F,) fp32: each frame's mean before it was rounded, as uint8 cannot say that a value was not finite.
     """
 
     first: Part
@@ -77,6 +80,11 @@ class Stage(_Record, frozen=True, kw_only=True):
     def plan(self) -> tuple[tuple[Part, int], ...]:
         """Every chunk in order: the part that runs on it, and its length."""
         return tuple((self.next if index and self.next else self.first, n) for index, n in enumerate(self.chunks))
+
+
+def left_by(part: Part) -> tuple[TensorSpec, ...]:
+    """Of a decoder's part, the outputs that the next chunk is given."""
+    return tuple(spec for spec in part.outputs[1:] if spec.name != FRAME_MEANS)
 
 
 class Source(_Record, frozen=True, kw_only=True):
@@ -151,6 +159,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     with guidance. `streams` are the tensors that run through the blocks: a block reads `x` and `cached_x` and writes
     `new_x` for every stream `x`, and `distance`, the mean squared change per row. `blocks` are in execution order.
     `guidance_order` says which half of a guided batch comes first. `decoder` are the stages from latents to frames.
+    `cautions` are sentences on what the checkpoint was not trained for.
     """
 
     schema: int
@@ -174,6 +183,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     sampler: Sampler
     defaults: Defaults
     cache_bytes_per_row: dict[str, int]
+    cautions: tuple[str, ...]
     files: dict[str, FileRecord]
 
     @property

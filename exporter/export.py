@@ -94,6 +94,7 @@ class ExportPlan:
     bundle_bytes: int
     cache_bytes: int
     free_disk_bytes: int
+    cautions: tuple[str, ...]
 
 
 class Export:
@@ -140,6 +141,7 @@ class Export:
             bundle_bytes=sum(parts.values()),
             cache_bytes=cache,
             free_disk_bytes=shutil.disk_usage(parent).free,
+            cautions=self.split.cautions,
         )
 
     def run(self, progress: Progress = lambda done, total, name: None) -> Bundle:
@@ -273,6 +275,7 @@ class Export:
             cache_bytes_per_row={
                 plan.name: stream_bytes_per_row(part[plan.name], split.streams, split.ranges) for plan in split.blocks
             },
+            cautions=split.cautions,
             files=dict(sorted(state.files.items())),
         )
         write_atomically(partial / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1))

@@ -26,7 +26,7 @@ from ..engines.backend import Backend, Engine
 from ..engines.bundle import Bundle
 from ..engines.compiled import Compiled
 from ..engines.errors import EngineError, InvalidRequest, one_line
-from ..engines.manifest import Manifest, Part, TensorSpec
+from ..engines.manifest import FRAME_MEANS, Manifest, Part, TensorSpec
 from .pipeline import VideoPipeline
 from .policies import NoReuse
 from .trace import Trace
@@ -208,6 +208,9 @@ class _ToTheEnd(VideoPipeline):
     def _check_finite(self, latents: Array, trace: Trace) -> None:
         pass
 
+    def _check_made(self, part: Part, arrays: Arrays, made: Mapping[str, Array]) -> None:
+        pass
+
 
 @dataclass
 class _ComparedEngine:
@@ -280,10 +283,11 @@ def _severity(difference: Difference) -> float:
 
 
 def _scale(spec: TensorSpec, values: HostArray) -> float:
-    """The largest of the values that are finite."""
+    """The largest of the values that are finite; of means, what the values themselves are about, from -1 to 1."""
     if spec.dtype == "uint8":
         return float(WHITE)
-    return float(np.max(np.abs(values), where=np.isfinite(values), initial=0.0))
+    least = 1.0 if spec.name == FRAME_MEANS else 0.0
+    return float(np.max(np.abs(values), where=np.isfinite(values), initial=least))
 
 
 def _numpy_type(spec: TensorSpec) -> np.dtype[Any]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from ..engines.arrays import Array, Arrays
 from ..engines.backend import Engine
-from ..engines.manifest import Manifest, Part, Stage, chunk_sizes
+from ..engines.errors import EngineError
+from ..engines.manifest import Manifest, Part, Stage, chunk_sizes, left_by
 from .admission import CancelToken, check_cancelled
+
+FLOATS = ("fp32", "fp16", "bf16")
+
+Check = Callable[[Part, Arrays, Mapping[str, Array]], None]
 
 
 def decode(
@@ -18,17 +23,18 @@ def decode(
     arrays: Arrays,
     latents: Array,
     to_host: bool,
+    check: Check,
     cancel: CancelToken | None = None,
 ) -> Array:
     """One video's latents to frames (F, H, W, 3) uint8; with `to_host` every chunk of them goes there when it is made.
 
-    `engines` are those of all the decoder's parts, by name. `cancel` is looked at after every chunk. Raises
-    EngineError, Cancelled.
+    `engines` are those of all the decoder's parts, by name. `check` is told what each chunk became. `cancel`
+    is looked at after every chunk. Raises EngineError, Cancelled.
     """
     frames = latents
     for stage in manifest.decoder:
         leaving = to_host and stage is manifest.decoder[-1]
-        chunks = _run_stage(manifest, stage, engines, arrays, frames)
+        chunks = _run_stage(manifest, stage, engines, arrays, frames, check)
         made = []
         for chunk in chunks:
             made.append(arrays.to_host(chunk) if leaving else chunk)
@@ -47,7 +53,7 @@ def run_part(
 
 
 def _run_stage(
-    manifest: Manifest, stage: Stage, engines: Mapping[str, Engine], arrays: Arrays, sequence: Array
+    manifest: Manifest, stage: Stage, engines: Mapping[str, Engine], arrays: Arrays, sequence: Array, check: Check
 ) -> Iterator[Array]:
     """What each chunk of the sequence becomes; what one leaves behind is given to the next."""
     largest = {name: high for name, (_, high) in manifest.ranges.items()}
@@ -58,5 +64,22 @@ def _run_stage(
         first += length
         inputs = {part.inputs[0].name: arrays.xp.ascontiguousarray(chunk), **left}
         made = run_part(engines[part.name], part, arrays, inputs, largest | chunk_sizes(part, stage.axis, length))
-        left = {spec.name.removeprefix("new_"): made[spec.name] for spec in part.outputs[1:]}
+        check(part, arrays, made)
+        left = {spec.name.removeprefix("new_"): made[spec.name] for spec in left_by(part)}
         yield made[part.outputs[0].name]
+
+
+def check_finite(part: Part, arrays: Arrays, tensors: Mapping[str, Array]) -> None:
+    """Refuse what a part made where no video can be made of it. Raises EngineError.
+
+    What is left for a next chunk is not looked at: it is large, and shows in what that becomes.
+    """
+    for spec in part.outputs:
+        if spec.dtype not in FLOATS or spec.name.startswith("new_"):
+            continue
+        values = tensors[spec.name]
+        if not bool(arrays.xp.isfinite(values.astype(np.float32, copy=False)).all()):
+            raise EngineError(
+                f"{part.name}: got values that are not finite in {spec.name}, expected finite ones; lower the "
+                "guidance, or export with --dtype bf16 or fp32"
+            )

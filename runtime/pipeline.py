@@ -11,7 +11,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from ..engines.arrays import Array
+from ..engines.arrays import Array, Arrays
 from ..engines.backend import Backend, Engine, choose_backend, create_backend
 from ..engines.bundle import Bundle, Unchanged, open_bundle, verify_files
 from ..engines.errors import EngineError, InvalidRequest
@@ -28,7 +28,7 @@ from .arguments import (
 )
 from .budget import Profile, choose_cached
 from .cache import Layout, create_cache
-from .decode import decode, run_part
+from .decode import check_finite, decode, run_part
 from .denoise import OnStep, Request, Transformer, denoise
 from .memory import MemoryPlan, plan_memory
 from .policies import Policy, policy_settings
@@ -292,6 +292,10 @@ class VideoPipeline:
             "export with --dtype bf16 or fp32"
         )
 
+    def _check_made(self, part: Part, arrays: Arrays, made: Mapping[str, Array]) -> None:
+        """Refuse what text encoder, condition or decoder made where it is not finite. Raises EngineError."""
+        check_finite(part, arrays, made)
+
     @contextmanager
     def _loaded(self, *parts: Part) -> Iterator[list[Engine]]:
         """The engines of a phase; with `low_memory` they are there only for it."""
@@ -355,17 +359,19 @@ class VideoPipeline:
         longest = int(lengths.max())
         text_encoder, condition = self.manifest.text_encoder, self.manifest.condition
         with self._loaded(text_encoder, condition) as engines:
-            states = run_part(
+            encoded = run_part(
                 engines[0],
                 text_encoder,
                 arrays,
                 {"input_ids": arrays.from_host(tokens.ids), "attention_mask": arrays.from_host(tokens.mask)},
                 {"batch": len(distinct)},
-            )["text_states"]
+            )
+            self._check_made(text_encoder, arrays, encoded)
+            states = encoded["text_states"]
             order = arrays.from_host(np.array([distinct.index(text) for text in texts]))
             mask = (np.arange(longest)[None] < lengths[:, None]).astype(np.int64)
             unconditional = np.repeat([int(negative) for _, negative in halves], len(prompts)).astype(np.int64)
-            return run_part(
+            made = run_part(
                 engines[1],
                 condition,
                 arrays,
@@ -376,6 +382,8 @@ class VideoPipeline:
                 },
                 self._sizes(batch=len(texts), text=longest),
             )
+            self._check_made(condition, arrays, made)
+            return made
 
     def _step_tensors(self, rows: int) -> dict[str, Array]:
         """The inputs and outputs of prologue and epilogue, apart from the stream and from what no step changes."""
@@ -394,7 +402,10 @@ class VideoPipeline:
         with self._loaded(*parts) as loaded:
             engines = {part.name: engine for part, engine in zip(parts, loaded, strict=True)}
             arrays = self.backend.arrays
-            return [decode(self.manifest, engines, arrays, video, job.to_host, job.cancel) for video in latents]
+            return [
+                decode(self.manifest, engines, arrays, video, job.to_host, self._check_made, job.cancel)
+                for video in latents
+            ]
 
 
 def load(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...engines.errors import CheckpointError, InvalidRequest
-from ...engines.manifest import Dtype, Shape, TensorSpec, Text
+from ...engines.manifest import FRAME_MEANS, Dtype, Shape, TensorSpec, Text
 from ..checkpoint import Checkpoint
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -160,7 +160,8 @@ class StagePlan:
 class Split:
     """A checkpoint taken apart. Parts as in engines.manifest.Manifest.
 
-    `check` refuses weights that are not the ones expected, before the first of them is exported: CheckpointError.
+    `cautions` are sentences on sizes that the checkpoint was not trained on. `check` refuses weights that are not the
+    ones expected, before the first of them is exported: CheckpointError.
     """
 
     shape: Shape
@@ -176,6 +177,7 @@ class Split:
     text: Text
     tokenizer: Callable[[], str]
     scheduler: Callable[[], Any]
+    cautions: tuple[str, ...] = ()
     check: Callable[[], None] = lambda: None
 
     @property
@@ -191,6 +193,18 @@ class Split:
 def float_spec(name: str, dtype: Dtype, *shape: int | str) -> TensorSpec:
     """A TensorSpec in one line."""
     return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
+def frame_specs(count: int | str) -> tuple[TensorSpec, TensorSpec]:
+    """What the parts of a decoder's last stage make first and last, see engines.manifest.Stage."""
+    frames = TensorSpec(name="frames", dtype="uint8", shape=(count, "height", "width", 3))
+    return frames, float_spec(FRAME_MEANS, "fp32", count)
+
+
+def untrained(name: str, got: int, trained: int) -> Iterator[str]:
+    """A caution where a height, width or number of frames is not the one that the checkpoint was trained on."""
+    if got != trained:
+        yield f"{name}: {got}, the checkpoint was trained on {trained}; videos may be torn or drift apart"
 
 
 def chunks_of(length: int, chunk: int) -> tuple[int, ...]:

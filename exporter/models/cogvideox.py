@@ -31,6 +31,7 @@ from .base import (
     draw_timestep,
     float_spec,
     mean_squared_change,
+    untrained,
 )
 from .cogvideox_vae import check_vae, count_latent_frames, decoder_stage
 from .t5 import TOKENIZER, load_encoder, text_encoder_plan, tokenizer_json
@@ -268,12 +269,13 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
         text=Text(tokenizer=TOKENIZER, max_tokens=specs.text_tokens, pad_id=0, cleaning="none", padded=True),
         tokenizer=lambda: tokenizer_json(checkpoint),
         scheduler=lambda: scheduler_from_checkpoint(checkpoint),
+        cautions=_cautions(transformer, vae, shape),
     )
 
 
 def _shape(transformer: CogVideoXTransformer3DModel, vae: AutoencoderKLCogVideoX, request: Request) -> Shape:
     config = transformer.config
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    scale = _scale(vae)
     height = request.height or config.sample_height * scale
     width = request.width or config.sample_width * scale
     frames = request.frames or config.sample_frames
@@ -289,6 +291,20 @@ def _shape(transformer: CogVideoXTransformer3DModel, vae: AutoencoderKLCogVideoX
         latents=(latent_frames, config.in_channels, height // scale, width // scale),
         max_batch=request.max_batch,
     )
+
+
+def _cautions(transformer: CogVideoXTransformer3DModel, vae: AutoencoderKLCogVideoX, shape: Shape) -> tuple[str, ...]:
+    config, scale = transformer.config, _scale(vae)
+    return (
+        *untrained("height", shape.height, config.sample_height * scale),
+        *untrained("width", shape.width, config.sample_width * scale),
+        *untrained("frames", shape.frames, config.sample_frames),
+    )
+
+
+def _scale(vae: AutoencoderKLCogVideoX) -> int:
+    """Pixels along the side of a latent."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 class _Specs:

@@ -26,17 +26,18 @@ from diffusers.models.upsampling import CogVideoXUpsample3D
 from torch import Tensor, nn
 
 from ...engines.errors import CheckpointError, InvalidRequest
-from ...engines.manifest import Dtype, Shape, TensorSpec
+from ...engines.manifest import Dtype, Shape
 from ..checkpoint import Checkpoint
-from .base import Input, PartPlan, StagePlan, float_spec
+from .base import Input, PartPlan, StagePlan, float_spec, frame_specs
 
 CHUNK = 2  # latent frames, AutoencoderKLCogVideoX.num_latent_frames_batch_size
 REMEMBERED = 2  # frames that a convolution over three has to know from before
 
 
 class ChunkDecoder(nn.Module):
-    """latents (T, C, h, w) fp32 of one chunk -> frames (G, H, W, 3) uint8, and new_state_000 … for the next chunk.
+    """latents (T, C, h, w) fp32 of one chunk -> frames (G, H, W, 3) uint8, new_state_000 …, frame_means (G,) fp32.
 
+    What is new is for the next chunk.
     The state is one tensor per causal convolution, in the order in which they run: the last two frames that it saw,
     (channels, 2, h, s, w, s) in the VAE's dtype, where those are s times as high and wide as the latents. Every chunk
     but the `first` is also given the state, state_000 …, that the one before it left. Where there is `only` one chunk,
@@ -55,7 +56,8 @@ class ChunkDecoder(nn.Module):
     def decode(self, latents: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """What `forward` does."""
         pixels, *new = self.pixels(latents, *state)
-        return frames_from_pixels(pixels), *([] if self.only else new)
+        frames, means = frames_from_pixels(pixels)
+        return frames, *([] if self.only else new), means
 
     def pixels(self, latents: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """The frames before they are rounded, (3, G, H, W) about -1 … 1 in the VAE's dtype, and the new state."""
@@ -76,7 +78,8 @@ class ChunkDecoder(nn.Module):
         for name in self.paths:
             kept: Any = functools.reduce(operator.getitem, _cache_keys(name), cache)
             new.append(kept[0].unflatten(2, (latents.shape[2], -1)).unflatten(4, (latents.shape[3], -1)))
-        return frames_from_pixels(pixels[0]), *([] if self.only else new)
+        frames, means = frames_from_pixels(pixels[0])
+        return frames, *([] if self.only else new), means
 
     @torch.no_grad()
     def state_sizes(self) -> list[tuple[int, int]]:
@@ -182,10 +185,12 @@ def double(hidden: Tensor, time: bool) -> Tensor:
     return torch.cat([hidden[:, :, :1], rest], 2) if first else rest
 
 
-def frames_from_pixels(pixels: Tensor) -> Tensor:
-    """(3, G, H, W) from -1 … 1 to (G, H, W, 3) uint8."""
-    pixels = (pixels.float().permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1) * 255
-    return pixels.round().to(torch.uint8)  # last: TensorRT has uint8 at the border of a graph only
+def frames_from_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(3, G, H, W) from -1 … 1 to frames (G, H, W, 3) uint8, and their means before that, (G,) fp32."""
+    pixels = pixels.float().permute(1, 2, 3, 0)
+    shades = (pixels / 2 + 0.5).clamp(0, 1) * 255
+    # the cast is last: TensorRT has uint8 at the border of a graph only
+    return shades.round().to(torch.uint8), pixels.mean((1, 2, 3))
 
 
 def decoder_stage(vae: AutoencoderKLCogVideoX, shape: Shape, dtype: Dtype) -> StagePlan:
@@ -202,7 +207,7 @@ def decoder_stage(vae: AutoencoderKLCogVideoX, shape: Shape, dtype: Dtype) -> St
 
     def plan(name: str, length: int, given: list[Input]) -> PartPlan:
         module = ChunkDecoder(vae, first=not given, only=only)
-        made = chunk_frames(length, vae.config.temporal_compression_ratio)
+        frames, means = frame_specs(chunk_frames(length, vae.config.temporal_compression_ratio))
         return PartPlan(
             name=name,
             kind=name,
@@ -210,7 +215,7 @@ def decoder_stage(vae: AutoencoderKLCogVideoX, shape: Shape, dtype: Dtype) -> St
             component="vae",
             prefixes={"": ""},
             inputs=(Input(float_spec("latents", "fp32", length, channels, "latent_height", "latent_width")), *given),
-            outputs=(TensorSpec(name="frames", dtype="uint8", shape=(made, "height", "width", 3)), *left),
+            outputs=(frames, *left, means),
             reference=module.reference,
             check_sizes=tuple(
                 {"latent_height": h, "latent_width": w, "height": h * scale, "width": w * scale}

@@ -35,7 +35,9 @@ from .base import (
     draw_mask,
     draw_timestep,
     float_spec,
+    frame_specs,
     mean_squared_change,
+    untrained,
 )
 from .t5 import TOKENIZER, load_encoder, text_encoder_plan, tokenizer_json
 
@@ -183,7 +185,7 @@ class Epilogue(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """latents (C, N, h, w) fp32 of N frames -> frames (N, H, W, 3) uint8."""
+    """latents (C, N, h, w) fp32 of N frames -> frames (N, H, W, 3) uint8, frame_means (N,) fp32."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -191,12 +193,12 @@ class VaeDecoder(nn.Module):
         self.decoder = vae.decoder
         self.scaling = float(vae.config.scaling_factor)
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         scaled = (latents.transpose(0, 1) / self.scaling).to(self.decoder.conv_in.weight.dtype)
         pixels = self.decoder(self.post_quant_conv(scaled)).float().permute(0, 2, 3, 1)
-        pixels = (pixels / 2 + 0.5).clamp(0, 1) * 255
-        frames: Tensor = pixels.round().to(torch.uint8)  # last: TensorRT has uint8 at the border of a graph only
-        return frames
+        shades = (pixels / 2 + 0.5).clamp(0, 1) * 255
+        # the cast is last: TensorRT has uint8 at the border of a graph only
+        return shades.round().to(torch.uint8), pixels.mean((1, 2, 3))
 
 
 def split(checkpoint: Checkpoint, request: Request) -> Split:
@@ -217,6 +219,7 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
     encoder = load_encoder(checkpoint, request.dtype)
     _check_config(checkpoint, transformer)
     shape = _shape(transformer, vae, request)
+    side = transformer.config.sample_size * _scale(vae)
     specs = _Specs(transformer, shape, request.dtype)
     chunk = max(1, min(shape.frames, DECODE_PIXELS // (shape.height * shape.width)))
     return Split(
@@ -233,6 +236,7 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
         text=Text(tokenizer=TOKENIZER, max_tokens=MAX_TOKENS, pad_id=0, cleaning="lower"),
         tokenizer=lambda: tokenizer_json(checkpoint),
         scheduler=lambda: scheduler_from_checkpoint(checkpoint),
+        cautions=(*untrained("height", shape.height, side), *untrained("width", shape.width, side)),
     )
 
 
@@ -364,7 +368,7 @@ def _vae_decoder(vae: AutoencoderKL, shape: Shape) -> PartPlan:
         component="vae",
         prefixes={"": ""},
         inputs=(Input(float_spec("latents", "fp32", shape.latents[0], "frames", "latent_height", "latent_width")),),
-        outputs=(TensorSpec(name="frames", dtype="uint8", shape=("frames", "height", "width", 3)),),
+        outputs=frame_specs("frames"),
         reference=module.forward,
         check_sizes=tuple(
             {"frames": n, "latent_height": h, "latent_width": w, "height": h * scale, "width": w * scale}
@@ -383,9 +387,14 @@ def _check_config(checkpoint: Checkpoint, transformer: LatteTransformer3DModel) 
         )
 
 
+def _scale(vae: AutoencoderKL) -> int:
+    """Pixels along the side of a latent."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
 def _shape(transformer: LatteTransformer3DModel, vae: AutoencoderKL, request: Request) -> Shape:
     config = transformer.config
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    scale = _scale(vae)
     height, width = (side or config.sample_size * scale for side in (request.height, request.width))
     frames = request.frames or config.video_length
     unit = scale * config.patch_size

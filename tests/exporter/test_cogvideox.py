@@ -20,7 +20,7 @@ from foresight.engines.onnxruntime import OnnxRuntimeBackend
 from foresight.exporter.checkpoint import Checkpoint
 from foresight.exporter.graph import graph_from_module, write_graph
 from foresight.exporter.models import cogvideox
-from foresight.exporter.models.base import float_spec
+from foresight.exporter.models.base import float_spec, frame_specs
 from foresight.exporter.models.cogvideox_vae import (
     ChunkDecoder,
     check_vae,
@@ -294,7 +294,8 @@ def test_chunks_are_decoded_to_the_frames_of_the_whole(
     state: list[Tensor] = []
     for first, chunk in chunks(latents):
         pixels.append(ChunkDecoder(vae, first).pixels(chunk, *state)[0])
-        rounded, *state = ChunkDecoder(vae, first)(chunk, **named(state))
+        rounded, *state, means = ChunkDecoder(vae, first)(chunk, **named(state))
+        torch.testing.assert_close(means, pixels[-1].mean((0, 2, 3)))
         assert len(rounded) == chunk_frames(len(chunk), ratio)
         frames.append(rounded)
     torch.testing.assert_close(torch.cat(pixels, 1), whole, rtol=0, atol=TOLERANCE)
@@ -309,9 +310,9 @@ def test_state_and_frames_are_those_of_the_original_decoder(latent_frames: int) 
     for decoder, length in ((first, latent_frames), (following, 2), (following, 2)):
         latents = torch.randn(length, 4, 3, 5)
         expected = decoder.reference(latents, **named(state))
-        frames, *state = decoder(latents, **named(state))
+        frames, *state, means = decoder(latents, **named(state))
         torch.testing.assert_close(frames.float(), expected[0].float(), rtol=0, atol=1)
-        torch.testing.assert_close(state, list(expected[1:]), rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close([*state, means], list(expected[1:]), rtol=0, atol=TOLERANCE)
         assert [(len(tensor), tensor.shape[3]) for tensor in state] == decoder.state_sizes()
 
 
@@ -319,7 +320,7 @@ def test_decoding_in_half_precision_is_close() -> None:
     vae = small_vae()
     latents = torch.randn(3, 4, 3, 5)
     expected = grey_levels(decode_whole(vae, latents))
-    frames, *state = ChunkDecoder(nn.Module.to(vae, torch.float16), first=True)(latents)
+    frames, *state, _ = ChunkDecoder(nn.Module.to(vae, torch.float16), first=True)(latents)
     assert {tensor.dtype for tensor in state} == {torch.float16}
     assert (frames - expected).abs().max() <= 3
 
@@ -339,12 +340,12 @@ def test_the_graphs_of_first_and_later_chunks_decode_a_video(tmp_path: Path) -> 
         length = len(chunk)
         cut: Shapes = {"latents": (length, 4, "latent_height", "latent_width")}
         inputs = specs_of(cut if first else cut | states)
-        made = TensorSpec(name="frames", dtype="uint8", shape=(chunk_frames(length, 2), "height", "width", 3))
-        outputs = (made, *specs_of({f"new_{name}": shape for name, shape in states.items()}))
+        made, means = frame_specs(chunk_frames(length, 2))
+        outputs = (made, *specs_of({f"new_{name}": shape for name, shape in states.items()}), means)
         traced = {"latent_height": 2, "latent_width": 4}
         example = {spec.name: torch.randn(spec.resolve(traced)) for spec in inputs}
         part = ExportedPart(ChunkDecoder(vae, first), example, inputs, outputs, tmp_path)
-        result, *state = part(
+        result, *state, _ = part(
             {"latents": chunk} | named(state),
             {"latent_height": 3, "latent_width": 2, "height": 6, "width": 4},
         )

@@ -94,7 +94,7 @@ def test_the_numbers_fit_together(differences: list[Difference], bundle: Path) -
         assert 0 <= found.mean_abs <= found.max_abs <= found.scale
         assert found.relative == found.max_abs / found.scale
         assert found.within == (found.relative <= found.tolerance)
-    assert {found.scale for found in differences if found.output == "frames"} == {255.0}
+    assert {found.scale for found in differences if found.output == "frames"} <= {255.0}
     assert {found.tolerance for found in differences if found.output != "frames"} == {TOLERANCES["fp32"]}
 
 
@@ -142,7 +142,7 @@ def test_where_values_cease_to_be_finite_comes_first(bundle: Path) -> None:
     index = names.index(ALTERED)
     after = [found.part for found in differences if found.relative == math.inf]
     assert after[: len(names) - index - 1] == names[index:-1]  # the step in which it happened
-    assert set(after) == set(names) - {"text_encoder", "condition", "vae_decoder"}  # and the one after that
+    assert set(after) == set(names) - {"text_encoder", "condition"}  # and the one after that, and the frames
 
 
 def test_an_output_of_zeros_equals_itself_and_nothing_else(bundle: Path) -> None:

@@ -27,10 +27,11 @@ from ..base import (
     draw_mask,
     draw_timestep,
     float_spec,
+    frame_specs,
 )
 from ..t5 import TOKENIZER, load_encoder, text_encoder_plan, tokenizer_json
 from .parts import Block, Condition, Epilogue, Prologue, SpatialDecoder, TemporalDecoder, temporal_rotation
-from .presets import DEFAULT_SIZE, VideoSize, video_size
+from .presets import DEFAULT_SIZE, VideoSize, size_cautions, video_size
 from .schedule import RectifiedFlow
 from .stdit3 import STDiT3, STDiT3Config, rotary_frequencies
 from .vae import VideoVAE, VideoVAEConfig
@@ -56,7 +57,8 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
     for module in (transformer, vae):
         nn.Module.to(module, dtype)
     encoder = load_encoder(checkpoint, request.dtype)
-    size = video_size(request, vae.config, _default_size(checkpoint, vae.config))
+    made_for = _trained_size(checkpoint, vae.config)
+    size = video_size(request, vae.config, made_for or DEFAULT_SIZE)
     shape = _shape(size, vae, request)
     specs = _Specs(transformer, shape, request.dtype)
     chunk = max(1, min(shape.frames, DECODE_PIXELS // (shape.height * shape.width)))
@@ -86,15 +88,16 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
         ),
         tokenizer=lambda: tokenizer_json(checkpoint),
         scheduler=lambda: RectifiedFlow(size.height, size.width, size.frames, dtype),
+        cautions=size_cautions(size, made_for),
         check=lambda: _check_weights(checkpoint, transformer, vae),
     )
 
 
-def _default_size(checkpoint: Checkpoint, vae: VideoVAEConfig) -> VideoSize:
+def _trained_size(checkpoint: Checkpoint, vae: VideoVAEConfig) -> VideoSize | None:
     """What a checkpoint was made for, if it says so: published ones, made for many sizes, have null there."""
     sides = checkpoint.config("transformer").get("input_size")
     if not isinstance(sides, list) or len(sides) != 3 or not all(isinstance(side, int) for side in sides):
-        return DEFAULT_SIZE
+        return None
     frames, height, width = sides  # of the latents
     chunks = frames // vae.micro_latents
     return VideoSize(
@@ -280,7 +283,7 @@ def _spatial_decoder(vae: VideoVAE, shape: Shape) -> PartPlan:
             "decoder.": "spatial_vae.module.decoder.",
         },
         inputs=(Input(float_spec("latents", "fp32", "frames", shape.latents[0], "latent_height", "latent_width")),),
-        outputs=(TensorSpec(name="frames", dtype="uint8", shape=("frames", "height", "width", 3)),),
+        outputs=frame_specs("frames"),
         reference=module.forward,
         check_sizes=tuple(
             {"frames": n, "latent_height": h, "latent_width": w, "height": h * factor, "width": w * factor}

@@ -138,7 +138,7 @@ class TemporalDecoder(nn.Module):
 
 
 class SpatialDecoder(nn.Module):
-    """latents (N, 4, h, w) fp32 of N frames -> frames (N, H, W, 3) uint8."""
+    """latents (N, 4, h, w) fp32 of N frames -> frames (N, H, W, 3) uint8, frame_means (N,) fp32."""
 
     def __init__(self, vae: VideoVAE) -> None:
         super().__init__()
@@ -146,9 +146,9 @@ class SpatialDecoder(nn.Module):
         self.post_quant_conv = module.post_quant_conv if module.config.use_post_quant_conv else nn.Identity()
         self.decoder = module.decoder
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         scaled = latents.to(self.decoder.conv_in.weight.dtype) / SPATIAL_FACTOR
         pixels = self.decoder(self.post_quant_conv(scaled)).float().permute(0, 2, 3, 1)
         shades = (pixels.clamp(-1, 1) + 1) / 2 * 255
         # rounded half up, as in the original; the cast is last: TensorRT has uint8 at the border of a graph only
-        return (shades + 0.5).floor().to(torch.uint8)  # type: ignore[no-any-return]
+        return (shades + 0.5).floor().to(torch.uint8), pixels.mean((1, 2, 3))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ....engines.errors import InvalidRequest
-from ..base import Request
+from ..base import Request, untrained
 from .vae import CHANNELS, VideoVAEConfig
 
 RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p")
@@ -98,6 +98,23 @@ def video_size(request: Request, vae: VideoVAEConfig, default: VideoSize = DEFAU
             "that the VAE decodes"
         )
     return VideoSize(height, width, frames)
+
+
+def size_cautions(size: VideoSize, trained: VideoSize | None) -> tuple[str, ...]:
+    """What a checkpoint was not trained on: any size but `trained`, or where that is None, any that is in no table."""
+    if trained is not None:
+        return tuple(
+            caution
+            for name in ("height", "width", "frames")
+            for caution in untrained(name, getattr(size, name), getattr(trained, name))
+        )
+    sides = {sides for sizes in ASPECTS.values() for sides in sizes}
+    known = () if (size.height, size.width) in sides else (_no_row("resolution", f"{size.height} x {size.width}"),)
+    return known + (() if size.frames in (1, *DURATIONS.values()) else (_no_row("duration", f"{size.frames} frames"),))
+
+
+def _no_row(table: str, got: str) -> str:
+    return f"{table}: {got} is in no table of what the checkpoint was trained on; videos may be torn or drift apart"
 
 
 def _refuse_both(presets: str, names: tuple[object, ...], numbers: tuple[object, ...]) -> None:
