@@ -7,6 +7,7 @@
 #                   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #               With that build, bench-gpu has no torch to compare with.
 #   ARGS        more arguments for pytest: make test ARGS="-k sampler"
+#   WORKERS     processes that share the tests: make test WORKERS=0 runs them in pytest's own
 #   MODELS      what to measure: make bench-gpu MODELS=cogvideox-5b
 #   GPU_EXTRAS  what test-gpu and bench-gpu need besides; without TensorRT: make test-gpu GPU_EXTRAS=cuda
 
@@ -15,6 +16,8 @@ EXTRAS := export,video,report,dev
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+WORKERS := 2
+SPREAD := --numprocesses=$(WORKERS) --dist=loadfile
 GPU_EXTRAS := cuda,tensorrt
 GPU_READY := $(VENV)/ready-$(GPU_EXTRAS)
 GPU_INDEX := https://pypi.nvidia.com
@@ -38,10 +41,10 @@ demo: $(READY) ## export the demo checkpoint and make a video with it, with and 
 	@echo "What was reused, and what that changed: open $(DEMO)/report.html in a browser; in numbers, $(DEMO)/trace.json."
 
 test: $(READY) ## run the tests, but for the slow ones
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 test-all: $(READY) ## run all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" $(SPREAD) $(ARGS)
 
 test-rtx: $(READY) ## build engines of real size with TensorRT-RTX, without a GPU, and check their memory
 	$(BIN)/python -m pytest -m rtx $(ARGS)

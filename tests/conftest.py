@@ -6,6 +6,7 @@ whether one is still up to date, but it does not know of changes to the exporter
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,18 @@ LIGHT: dict[str, Any] = {"text": {"num_layers": 1}, "vae": {"block_out_channels"
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that exported bundles go to."""
     kept = os.environ.get("FORESIGHT_TEST_BUNDLES")
-    return Path(kept) if kept else tmp_path_factory.mktemp("bundles")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # by all processes that run this session
+    folder = Path(kept) if kept else shared / "bundles"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _export(output: Path, model: str, request: Request, checkpoint: Path | None = None) -> Path:
+    """The bundle `output`, exported by whoever comes first; others wait for it."""
+    with output.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return Export(model, request, None if checkpoint is None else str(checkpoint), output).run().path
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +57,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path, bundles: Path) -> Path:
     """The main bundle, fp32; tests that damage it copy it first."""
-    return Export("latte", Request(), str(checkpoint), bundles / "tiny").run().path
+    return _export(bundles / "tiny", "latte", Request(), checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -58,31 +70,31 @@ def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def wide_bundle(wide_checkpoint: Path, bundles: Path) -> Path:
     """The bundle of `wide_checkpoint`, for frames of 8 x 16 pixels."""
-    return Export("latte", Request(width=16, max_batch=1), str(wide_checkpoint), bundles / "wide").run().path
+    return _export(bundles / "wide", "latte", Request(width=16, max_batch=1), wide_checkpoint)
 
 
 @pytest.fixture(scope="session")
 def half_bundle(checkpoint: Path, bundles: Path) -> Path:
     """The same checkpoint in fp16."""
-    return Export("latte", Request(dtype="fp16"), str(checkpoint), bundles / "half").run().path
+    return _export(bundles / "half", "latte", Request(dtype="fp16"), checkpoint)
 
 
 @pytest.fixture(scope="session")
 def demo_bundle(bundles: Path) -> Path:
     """The trained demo checkpoint, fp32."""
-    return Export("latte-demo", Request(), output=bundles / "demo").run().path
+    return _export(bundles / "demo", "latte-demo", Request())
 
 
 @pytest.fixture(scope="session")
 def demo_half_bundle(bundles: Path) -> Path:
     """The trained demo checkpoint in fp16."""
-    return Export("latte-demo", Request(dtype="fp16"), output=bundles / "demo-half").run().path
+    return _export(bundles / "demo-half", "latte-demo", Request(dtype="fp16"))
 
 
 @pytest.fixture(scope="session")
 def demo_bf16_bundle(bundles: Path) -> Path:
     """The trained demo checkpoint in bf16, which runs on GPUs only."""
-    return Export("latte-demo", Request(dtype="bf16"), output=bundles / "demo-bf16").run().path
+    return _export(bundles / "demo-bf16", "latte-demo", Request(dtype="bf16"))
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +107,7 @@ def single_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def single_bundle(single_checkpoint: Path, bundles: Path) -> Path:
     """The bundle of `single_checkpoint`."""
-    return Export("latte", Request(max_batch=1), str(single_checkpoint), bundles / "single").run().path
+    return _export(bundles / "single", "latte", Request(max_batch=1), single_checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +120,7 @@ def cogvideox_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cogvideox_bundle(cogvideox_checkpoint: Path, bundles: Path) -> Path:
     """The bundle of `cogvideox_checkpoint`."""
-    return Export("cogvideox-5b", Request(), str(cogvideox_checkpoint), bundles / "cogvideox").run().path
+    return _export(bundles / "cogvideox", "cogvideox-5b", Request(), cogvideox_checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +132,7 @@ def open_sora_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def open_sora_bundle(open_sora_checkpoint: Path, bundles: Path) -> Path:
     """The bundle of `open_sora_checkpoint`, for 34 frames, which two stages of the decoder make."""
-    return Export("open-sora", Request(frames=34), str(open_sora_checkpoint), bundles / "open-sora").run().path
+    return _export(bundles / "open-sora", "open-sora", Request(frames=34), open_sora_checkpoint)
 
 
 @pytest.fixture(scope="session")
