@@ -77,8 +77,8 @@ def check_finite(part: Part, arrays: Arrays, tensors: Mapping[str, Array]) -> No
     for spec in part.outputs:
         if spec.dtype not in FLOATS or spec.name.startswith("new_"):
             continue
-        values = tensors[spec.name]
-        if not bool(arrays.xp.isfinite(values.astype(np.float32, copy=False)).all()):
+        values = tensors[spec.name].astype(np.float32) if spec.dtype == "bf16" else tensors[spec.name]
+        if not bool(arrays.xp.isfinite(values).all()):
             raise EngineError(
                 f"{part.name}: got values that are not finite in {spec.name}, expected finite ones; lower the "
                 "guidance, or export with --dtype bf16 or fp32"

@@ -165,13 +165,14 @@ def test_the_two_decoders_in_a_row_are_the_vae(frames: int, chunks: list[int]) -
     between = torch.cat([parts.TemporalDecoder(model, n)(some) for n, some in zip(chunks, cut, strict=True)])
     assert between.shape == (frames, 4, 5, 3)
     assert between.dtype == torch.float32
-    pictures = parts.SpatialDecoder(model)(between)
+    pictures, means = parts.SpatialDecoder(model)(between)
     video = model.decode(latents[None], frames)[0]
     shades = ((video.clamp(-1, 1) + 1) / 2 * 255 + 0.5).permute(1, 2, 3, 0)
     assert pictures.shape == (frames, 10, 6, 3)
     assert pictures.dtype == torch.uint8
     assert (pictures - shades).abs().max() <= 1 + 1e-3
     assert (pictures == shades.to(torch.uint8)).float().mean() > 0.999
+    torch.testing.assert_close(means, video.mean((0, 2, 3)))
 
 
 # Timesteps

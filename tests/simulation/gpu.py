@@ -304,6 +304,10 @@ class ndarray(NDArrayOperatorsMixin):
             stream.synchronize()
         return host
 
+    def astype(self, dtype: Any) -> ndarray:
+        """A copy on the device, of another type."""
+        return _made(self.use().astype(dtype))
+
     def copy(self) -> ndarray:
         """A copy on the device."""
         return _made(self.use())
