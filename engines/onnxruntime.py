@@ -3,11 +3,13 @@
 All sessions of a process share one arena of memory: a bundle has dozens of them, and an arena for each would keep
 dozens of times the scratch that one block needs. Each has threads of its own, which sleep while it does not run. One
 pool for all would be fewer threads, but a process that has such a pool refuses every session that does not ask for it,
-and those of other libraries do not. On a GPU the sessions share its stream as well.
+and those of other libraries do not. Where another library has made such a pool, sessions run in that: there is no other
+way. On a GPU the sessions share its stream as well.
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import threading
@@ -15,6 +17,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
@@ -85,6 +88,7 @@ class OnnxRuntimeBackend:
             session = ort.InferenceSession(str(graph), self._options, providers=[self._provider])
         except ORT_ERRORS as error:
             raise EngineError(f"{part.name}: ONNX Runtime cannot load {graph.name}: {one_line(error)}") from error
+        _Process.sessions.add(session)
         got = session.get_providers()[0]
         expected = self._provider if isinstance(self._provider, str) else self._provider[0]
         if got != expected:
@@ -165,7 +169,10 @@ def _session_options(threads: int, optimize: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others need the cores meanwhile
-    options.add_session_config_entry("session.use_env_allocators", "1")
+    if _Process.inherited:
+        options.enable_cpu_mem_arena = False
+    else:
+        options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = 3
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -186,6 +193,8 @@ class _Process:
 
     lock = threading.Lock()
     has_arena = False
+    inherited = False  # the arena, by a fork: whoever used it then may have locked it for ever
+    sessions: ClassVar[WeakSet[ort.InferenceSession]] = WeakSet()
     gpus: ClassVar[dict[int, GpuArrays]] = {}
 
 
@@ -198,6 +207,26 @@ def _share_arena() -> None:
             )
             native.create_and_register_allocator(memory, None)
             _Process.has_arena = True
+
+
+def _forked() -> None:
+    """In a child: what it has inherited is never freed, as that is to wait for threads which are not there."""
+    _Process.lock = threading.Lock()
+    if not _Process.has_arena:
+        return
+    _Process.inherited = True
+    for session in list(_Process.sessions):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+    # The library's own globals wait for threads as well, when the process ends. They went last anyway: leave them out.
+    # Such functions run in turn, the newest first, and get the exit status.
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "on_exit") and hasattr(libc, "fcloseall"):
+        libc.on_exit(libc._exit, None)
+        libc.on_exit(libc.fcloseall, None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _share_gpu(arrays: GpuArrays) -> GpuArrays:

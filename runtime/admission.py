@@ -21,9 +21,9 @@ class CancelToken(Protocol):
 
 
 def check_cancelled(cancel: CancelToken | None, when: str) -> None:
-    """Raises Cancelled where the token is set; `when` says how far the request got."""
+    """Raises Cancelled where the token is set; `when` says how far the request got. A token may know `why`."""
     if cancel is not None and cancel.is_set():
-        raise Cancelled(f"request: cancelled {when}")
+        raise Cancelled(f"request: cancelled {when}{getattr(cancel, 'why', '')}")
 
 
 class OneAtATime:

@@ -64,14 +64,6 @@ def check_policy(policy: Policy | None) -> Policy:
     return policy
 
 
-def check_callbacks(on_step: Any, cancel: Any) -> None:
-    """What a request will call: a function, and something like threading.Event."""
-    if on_step is not None and not callable(on_step):
-        raise InvalidRequest(f"on_step: got {on_step!r}, expected a function of steps done, their number and the trace")
-    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
-        raise InvalidRequest(f"cancel: got {cancel!r}, expected something with is_set(), as threading.Event has it")
-
-
 def check_count(name: str, value: Any) -> None:
     """A whole number of 1 or more, or None."""
     try:

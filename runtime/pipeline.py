@@ -18,7 +18,6 @@ from ..engines.errors import EngineError, InvalidRequest
 from ..engines.manifest import Part, part_files
 from .admission import CancelToken, OneAtATime, Room, check_cancelled
 from .arguments import (
-    check_callbacks,
     check_count,
     check_guidance,
     check_policy,
@@ -28,8 +27,10 @@ from .arguments import (
 )
 from .budget import Profile, choose_cached
 from .cache import Layout, create_cache
+from .callbacks import check_callbacks
 from .decode import check_finite, decode, run_part
 from .denoise import OnStep, Request, Transformer, denoise
+from .lifecycle import Calls, Lifecycle
 from .memory import MemoryPlan, plan_memory
 from .policies import Policy, policy_settings
 from .sampler import Noise, Sampler, Schedule, load_table
@@ -81,9 +82,10 @@ class VideoPipeline:
         self.cache_memory = cache_memory
         self.cache_profile = cache_profile
         self.fixed_slots = fixed_slots
-        self._tokenizer = Tokenizer(bundle.file(self.manifest.text.tokenizer), self.manifest.text)
         self._table = load_table(bundle.file(self.manifest.sampler.table), self.manifest.sampler.max_steps)
-        self._engines = {} if low_memory else {part.name: backend.load(bundle, part) for part in self.manifest.parts}
+        self._engines: dict[str, Engine] = {}
+        self._life = Lifecycle(self._engines, backend)
+        self._tokenizer = self._load()
         self._files = Unchanged(bundle)
         self._turns = OneAtATime() if low_memory else None
         self._room = Room(backend.arrays)
@@ -147,6 +149,7 @@ class VideoPipeline:
         Raises InvalidRequest before anything runs; Cancelled, OutOfMemory and EngineError, which also tells of results
         that are not finite, leave the pipeline usable.
         """
+        self._life.check()
         defaults = self.manifest.defaults
         prompts = self._check_prompts(prompt)
         schedule = self._table.schedule(defaults.steps if steps is None else steps)
@@ -167,15 +170,9 @@ class VideoPipeline:
             seeds=seeds,
             latents_given=latents is not None,
         )
-        job = _Job(schedule, policy, self._choose_cached(policy, trace), latents, on_step, cancel, to_host)
-        check_cancelled(cancel, "before it began")
-        turn = nullcontext() if self._turns is None else self._turns.turn(cancel)
-        with turn, self.backend.arrays.active():
-            try:
-                frames, final = self._run(job, trace)
-            finally:
-                if self.low_memory:
-                    self.backend.trim()
+        calls = Calls(self._life, on_step, cancel)
+        job = _Job(schedule, policy, self._choose_cached(policy, trace), latents, calls.on_step, calls, to_host)
+        frames, final = calls.run(lambda: self._take_turn(job, trace))
         videos = [
             Video(frames=f, latents=x, fps=defaults.fps, prompt=text, seed=s, trace=trace)
             for f, x, text, s in zip(frames, final, prompts, seeds, strict=True)
@@ -186,6 +183,54 @@ class VideoPipeline:
         """What a request takes of the device's memory. Raises InvalidRequest where `cache_memory` is too small."""
         policy = check_policy(policy)
         return self._plan_memory(policy, prompts, guided, sum(self._slots(policy, prompts * (2 if guided else 1))))
+
+    def close(self, *, cancel: bool = False, timeout: float | None = None) -> bool:
+        """Refuse new requests, wait for those that run, and free the engines; from any thread, as often as one likes.
+
+        With `cancel` those that run are cancelled. Waits for at most `timeout` seconds (None: for ever); inside a
+        callback of one of its own requests it does not wait. Returns whether all is free. If not, no request is let in
+        any more, the last one to leave frees the engines, and close may be called again, with `cancel` say. In a forked
+        child, which may not use the pipeline, it does nothing. Raises InvalidRequest.
+        """
+        return self._life.close(cancel, timeout)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called: requests are refused."""
+        return self._life.closed
+
+    def __enter__(self) -> VideoPipeline:
+        """Raises InvalidRequest where the pipeline is closed."""
+        self._life.check()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Close it; on an error, requests that still run are cancelled."""
+        self.close(cancel=kind is not None)
+
+    def _load(self) -> Tokenizer:
+        """The tokenizer; and load what stays loaded. Raises Cancelled where the interpreter exits meanwhile."""
+        calls = Calls(self._life, None, None)
+
+        def load_all() -> Tokenizer:
+            tokenizer = Tokenizer(self.bundle.file(self.manifest.text.tokenizer), self.manifest.text)
+            for part in () if self.low_memory else self.manifest.parts:
+                check_cancelled(calls, "while its engines were loaded")
+                self._engines[part.name] = self.backend.load(self.bundle, part)
+            return tokenizer
+
+        return calls.run(load_all)
+
+    def _take_turn(self, job: _Job, trace: Trace) -> tuple[list[Array], Array]:
+        """`_run`, when it is the request's turn."""
+        check_cancelled(job.cancel, "before it began")
+        turn = nullcontext() if self._turns is None else self._turns.turn(job.cancel)
+        with turn, self.backend.arrays.active():
+            try:
+                return self._run(job, trace)
+            finally:
+                if self.low_memory:
+                    self.backend.trim()
 
     def _run(self, job: _Job, trace: Trace) -> tuple[list[Array], Array]:
         """Frames and final latents of every prompt; fills the trace."""

@@ -1,0 +1,226 @@
+"""The life of a pipeline: which requests are inside, whether more may come in, and what ends them.
+
+A request is ended by its caller's token, by `close(cancel=True)`, or by the interpreter's exit: a thread that is
+inside an engine when Python ends takes the process down with it, so the exit waits until all have left. A pipeline
+belongs to the process that loaded it. In a forked child its engines' threads do not exist, and so it is refused there
+and never freed: to free an engine is to wait for its threads.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+from ..engines.backend import Backend, Engine
+from ..engines.errors import Cancelled, InvalidRequest
+from .admission import CancelToken, check_cancelled
+from .callbacks import check_result
+from .denoise import OnStep
+from .trace import Trace
+
+POLL_SECONDS = 0.01  # between two looks, at exit, at who is still inside an engine
+CLOSED = ", as its pipeline was closed"
+EXITING = ", as the interpreter exits"
+
+T = TypeVar("T")
+
+
+class Lifecycle:
+    """Of one pipeline. `engines` are those that stay loaded; they are cleared when the pipeline is closed.
+
+    Thread-safe, and usable from a signal handler that interrupts a request.
+    """
+
+    def __init__(self, engines: dict[str, Engine], backend: Backend) -> None:
+        self.engines = engines
+        self.backend = backend
+        self.closed = False
+        self._pid = os.getpid()
+        self._freed = False
+        self._running: list[Calls] = []
+        self._changed = threading.Condition()
+        _alive[id(self)] = self
+        self.why = EXITING if _Process.exiting else None  # requests are to stop; read without the lock
+
+    def check(self) -> None:
+        """Whether a request may come in. Raises InvalidRequest, and Cancelled while the interpreter exits."""
+        if self.inherited:
+            raise InvalidRequest(
+                f"pipeline: loaded by process {self._pid}, called in {os.getpid()}, which was forked from it; load it "
+                "after the fork, or start processes with multiprocessing's spawn"
+            )
+        if self.why == EXITING:
+            raise Cancelled(f"request: cancelled before it began{EXITING}")
+        if self.closed:
+            raise InvalidRequest("pipeline: got a request after close(), expected none; load the bundle again")
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a child of the process that loaded the pipeline."""
+        return os.getpid() != self._pid
+
+    def close(self, cancel: bool, timeout: float | None) -> bool:
+        """See VideoPipeline.close."""
+        if not (timeout is None or (isinstance(timeout, (int, float)) and timeout >= 0)):
+            raise InvalidRequest(f"timeout: got {timeout!r}, expected seconds of 0 or more, or None to wait for ever")
+        if self.inherited:
+            return True
+        with self._changed:
+            self.closed = True
+            if cancel:
+                self.why = self.why or CLOSED
+            self._free_if_empty()
+            me = threading.get_ident()
+            if any(calls.thread == me for calls in self._running):  # it would wait for itself
+                return False
+            wait = None if timeout is None or math.isinf(timeout) else min(timeout, threading.TIMEOUT_MAX)
+            return self._changed.wait_for(lambda: self._freed, wait)
+
+    def enter(self, calls: Calls) -> None:
+        """Let a request in; see `check`."""
+        self.check()
+        with self._changed:
+            self.check()
+            self._running.append(calls)
+
+    def leave(self, calls: Calls) -> None:
+        """A request is over. The last one to leave a closed pipeline frees it."""
+        if self.inherited:
+            return
+        with self._changed:
+            self._running.remove(calls)
+            self._free_if_empty()
+            self._changed.notify_all()
+
+    def end(self) -> bool:
+        """The interpreter exits: cancel all requests. Returns whether there were any."""
+        self.why = EXITING
+        return bool(self._running)
+
+    def wait_outside(self) -> None:
+        """Until no thread is inside an engine. One that is in a callback is let into none any more."""
+        with self._changed:
+            while not all(calls.outside for calls in self._running):
+                self._changed.wait(POLL_SECONDS)
+
+    def _free_if_empty(self) -> None:
+        if self._freed or not self.closed or self._running:
+            return
+        try:
+            with self.backend.arrays.active():
+                self.engines.clear()
+            self.backend.trim()
+        finally:
+            self._freed = True
+            self._changed.notify_all()
+
+
+class Calls:
+    """One request inside a pipeline, and what it calls of its caller's. Is the request's cancel token.
+
+    What a callback raises reaches the caller as it is, whatever is made of it on the way there.
+    """
+
+    def __init__(self, life: Lifecycle, on_step: OnStep | None, cancel: CancelToken | None) -> None:
+        self.thread = threading.get_ident()
+        self.outside = False  # of all engines: in a callback
+        self.on_step = None if on_step is None else self._step
+        self._life = life
+        self._caller_on_step = on_step
+        self._caller_cancel = cancel
+        self._raised: BaseException | None = None
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do the request's work. Raises what `Lifecycle.check` does, what the work does, or what a callback did."""
+        self._life.enter(self)
+        try:
+            return work()
+        except BaseException as error:
+            if self._raised is None or error is self._raised:
+                raise
+        finally:
+            self._life.leave(self)
+        raise self._raised  # from here, so that it gets no context that its caller did not give it
+
+    @property
+    def why(self) -> str:
+        """Who cancelled the request, where it was not its caller."""
+        return self._life.why or ""
+
+    def is_set(self) -> bool:
+        """Whether to stop."""
+        if self._life.why is None and self._caller_cancel is not None:
+            answer = self._call(self._caller_cancel.is_set)
+            check_result("cancel.is_set", answer)
+            if answer:
+                return True
+        return self._life.why is not None
+
+    def _step(self, done: int, total: int, trace: Trace) -> None:
+        assert self._caller_on_step is not None
+        check_result("on_step", self._call(self._caller_on_step, done, total, trace))
+        if self._life.why is not None:
+            check_cancelled(self, f"after step {done} of {total}")
+
+    def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        self.outside = threading.get_ident() == self.thread
+        try:
+            return function(*arguments)
+        except BaseException as error:
+            self._raised = error
+            raise
+        finally:
+            self.outside = False
+            if self._life.inherited:  # the callback has forked, and this is the child
+                self._life.check()
+
+
+class _Process:
+    exiting = False
+
+
+_alive: WeakValueDictionary[int, Lifecycle] = WeakValueDictionary()
+
+
+def _exit() -> None:
+    """Before Python ends: threads that it waits for are done, the others are stopped here."""
+    _Process.exiting = True
+    mine = [life for life in _known() if not life.inherited]
+    ended = [life.end() for life in mine]  # every one, before any is waited for
+    if any(ended):
+        _hush()
+    for life in mine:
+        life.wait_outside()
+
+
+def _hush() -> None:
+    """Threads that nobody waits for end by Cancelled now: print no traceback of that."""
+
+    def without_cancelled(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+        return lambda args: None if isinstance(args.exc_value, Cancelled) else hook(args)
+
+    threading.excepthook = without_cancelled(threading.excepthook)
+    sys.unraisablehook = without_cancelled(sys.unraisablehook)
+
+
+def _forked() -> None:
+    """In a child: what it has inherited is never freed, not even when the child ends."""
+    for life in _known():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(life))
+
+
+def _known() -> list[Lifecycle]:
+    """Those that are there now, while other threads make more."""
+    return [life for reference in _alive.valuerefs() if (life := reference()) is not None]
+
+
+atexit.register(_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
