@@ -13,7 +13,8 @@ import numpy as np
 
 from ..engines.arrays import HostArray
 from ..engines.errors import InvalidRequest, OutputError
-from .video import Video, check_output, write_whole
+from .video import Video, check_output
+from .whole import write_whole
 
 SUFFIXES = {"frames": ".npy", "latents": ".npy", "report": ".html", "trace": ".json"}
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +14,21 @@ import numpy as np
 from ..engines.arrays import Array, HostArray
 from ..engines.errors import InvalidRequest, OutputError, one_line
 from .trace import Trace
+from .whole import holds_only_frames, write_whole
 
-FRAME_NAME = re.compile(r"frame-\d{4,}\.png")
+Metadata = Mapping[str, str]
+Writer = Callable[[HostArray, int, Path, Metadata], None]
+
+
+@dataclass(frozen=True)
+class _Colours:
+    """A standard's number as ITU-T H.273 has it, and what the conversion calls its matrix."""
+
+    tag: int
+    matrix: str
+
+
+BT709, BT601, LIMITED_RANGE = _Colours(1, "ITU709"), _Colours(6, "ITU601"), 1
 
 
 @dataclass(frozen=True)
@@ -35,27 +46,33 @@ class Video:
     seed: int
     trace: Trace
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], metadata: Metadata | None = None) -> Path:
         """Write the frames as the suffix says: .mp4, .gif, .npy, or none for a folder of png files.
 
-        The file appears whole or not at all. Raises InvalidRequest for another suffix or what is no path, OutputError.
+        The file appears whole or not at all. mp4 is H.264 with its index first, in colours tagged BT.709 from a height
+        of 720 on, else BT.601. `metadata`, names and texts, is written into all but .npy: texts of each png; the
+        comment of mp4 and gif, as JSON, where `prompt` is also the mp4's title. None is prompt and seed, {} nothing.
+        Raises InvalidRequest for another suffix or what is no path, OutputError.
         """
-        return save_frames(self.frames if isinstance(self.frames, np.ndarray) else self.frames.get(), self.fps, path)
+        if metadata is None:
+            metadata = {"prompt": self.prompt, "seed": str(self.seed)}
+        frames = self.frames if isinstance(self.frames, np.ndarray) else self.frames.get()
+        return save_frames(frames, self.fps, path, metadata)
 
 
-def save_frames(frames: HostArray, fps: int, path: str | os.PathLike[str]) -> Path:
-    """Write frames (frames, height, width, 3) uint8; see Video.save."""
+def save_frames(frames: HostArray, fps: int, path: str | os.PathLike[str], metadata: Metadata | None = None) -> Path:
+    """Write frames (frames, height, width, 3) uint8, with no metadata unless some is given; see Video.save."""
     try:
         target = Path(path)
     except TypeError as error:
         raise InvalidRequest(
             f"output: got {type(path).__name__}, expected a path such as 'video.mp4'; the frames are in video.frames"
         ) from error
-    write = check_output(target)
-    return write_whole(target, lambda temporary: write(frames, fps, temporary))
+    write, texts = check_output(target), _check_metadata(metadata or {})
+    return write_whole(target, lambda temporary: write(frames, fps, temporary, texts))
 
 
-def check_output(path: Path) -> Callable[[HostArray, int, Path], None]:
+def check_output(path: Path) -> Writer:
     """The writer for a path's suffix. Call it before the work that makes the frames.
 
     Raises InvalidRequest for another suffix, OutputError where the library that writes it is missing. A folder is
@@ -63,11 +80,28 @@ def check_output(path: Path) -> Callable[[HostArray, int, Path], None]:
     """
     if path.suffix.lower() not in WRITERS:
         raise InvalidRequest(f"output: got {path.name!r}, expected a name ending in .mp4, .gif, .npy, or a folder")
-    if path.is_dir() and not all(FRAME_NAME.fullmatch(entry.name) for entry in path.iterdir()):
+    if not _may_replace(path):
         raise InvalidRequest(f"output: folder {path} holds other things than frames; name one that is new")
     if path.suffix.lower() in LIBRARIES:
         _check_library(path, *LIBRARIES[path.suffix.lower()])
     return WRITERS[path.suffix.lower()]
+
+
+def _check_metadata(metadata: Metadata) -> dict[str, str]:
+    """Names that every format takes, and texts in valid Unicode. Raises InvalidRequest."""
+    for name in metadata:
+        if not (isinstance(name, str) and name.isascii() and name.isidentifier() and len(name) < 80):
+            raise InvalidRequest(f"metadata: got the name {name!r}, expected one like 'prompt', of ASCII letters")
+    return {name: str(text).encode("utf-8", "replace").decode() for name, text in metadata.items()}
+
+
+def _may_replace(path: Path) -> bool:
+    try:
+        return not path.is_dir() or holds_only_frames(path)
+    except FileNotFoundError:  # somebody else replaces it at this moment
+        return True
+    except OSError as error:
+        raise OutputError(f"output {path}: {error.strerror or error}; name a folder that can be read") from error
 
 
 def _check_library(path: Path, library: str, module: str) -> None:
@@ -80,56 +114,59 @@ def _check_library(path: Path, library: str, module: str) -> None:
         ) from error
 
 
-def write_whole(target: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary path beside `target`, then rename it. Raises OutputError; leaves no remains."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            temporary = Path(folder) / target.name
-            write(temporary)
-            if target.is_dir() and temporary.is_dir():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
-    except OSError as error:
-        raise OutputError(
-            f"output {target}: {error.strerror or error}; check the path, its permissions and the free space"
-        ) from error
-    return target
-
-
-def _write_mp4(frames: HostArray, fps: int, path: Path) -> None:
+def _write_mp4(frames: HostArray, fps: int, path: Path, metadata: Metadata) -> None:
     import av
 
     _, height, width, _ = frames.shape
     # 4:2:0 video has even sides only: repeat the last row or column of odd ones
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with av.open(str(path), "w") as container:
+    standard = BT709 if frames.shape[1] >= 720 else BT601  # as players guess where nothing is said
+    # the name is a file's, whatever it looks like; its index goes first, so that it plays while it is fetched
+    with av.open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        if metadata:
+            container.metadata["title"] = metadata.get("prompt", "").replace("\0", "\N{REPLACEMENT CHARACTER}")
+            container.metadata["comment"] = _comment(metadata)
         stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         stream.pix_fmt = "yuv420p"
+        codec = stream.codec_context
+        codec.color_primaries = codec.color_trc = codec.colorspace = standard.tag
+        codec.color_range = LIMITED_RANGE
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=standard.matrix, dst_color_range=LIMITED_RANGE
+            )
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
 
-def _write_gif(frames: HostArray, fps: int, path: Path) -> None:
+def _write_gif(frames: HostArray, fps: int, path: Path, metadata: Metadata) -> None:
     from PIL import Image
 
     first, *rest = [Image.fromarray(frame) for frame in frames]
+    first.info.update({"comment": _comment(metadata).encode()} if metadata else {})
     first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
 
 
-def _write_npy(frames: HostArray, fps: int, path: Path) -> None:
+def _write_npy(frames: HostArray, fps: int, path: Path, metadata: Metadata) -> None:
     with path.open("wb") as file:  # given a name, np.save would add .npy to x.NPY
         np.save(file, frames, allow_pickle=False)
 
 
-def _write_pngs(frames: HostArray, fps: int, path: Path) -> None:
-    from PIL import Image
+def _write_pngs(frames: HostArray, fps: int, path: Path, metadata: Metadata) -> None:
+    from PIL import Image, PngImagePlugin
 
+    texts = PngImagePlugin.PngInfo()
+    for name, text in metadata.items():
+        texts.add_itxt(name, text)
     path.mkdir()
     for index, frame in enumerate(frames):
-        Image.fromarray(frame).save(path / f"frame-{index:04d}.png")
+        Image.fromarray(frame).save(path / f"frame-{index:04d}.png", pnginfo=texts)
+
+
+def _comment(metadata: Metadata) -> str:
+    """One text of several; JSON, so that any text survives."""
+    return json.dumps(dict(metadata), ensure_ascii=False)
 
 
 # What a writer needs beyond the base install: a library, and its module.

@@ -18,7 +18,8 @@ from ...engines.errors import InvalidRequest, OutputError, one_line
 from ..policies import NoReuse
 from ..quality import psnr, ssim
 from ..trace import Trace
-from ..video import Video, write_whole
+from ..video import Video
+from ..whole import write_whole
 from .charts import bars, block_map, changes, hover, step_ticks
 from .film import film
 from .wording import cycle_of, decibels, duration, memory, plural, similarity

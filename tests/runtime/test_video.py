@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from PIL import Image
 
 from foresight.engines.errors import InvalidRequest, OutputError
 from foresight.runtime.pipeline import VideoPipeline
-from foresight.runtime.video import check_output, save_frames, write_whole
+from foresight.runtime.video import check_output, save_frames
+from foresight.runtime.whole import write_whole
 
 
 def moving_square(count: int = 5, height: int = 32, width: int = 48) -> Any:
@@ -162,7 +164,91 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (250, 60, 10), (30, 200, 180), (9, 9, 90)]
+# H.273: luma's share of red and of blue
+MATRICES = {1: (0.2126, 0.0722), 6: (0.299, 0.114)}
+
+
+def rgb_from_yuv(luma: Any, blue: Any, red: Any, matrix: int) -> Any:
+    """Colours as a player shows them that goes by the tags; limited range."""
+    share_of_red, share_of_blue = MATRICES[matrix]
+    luma, blue, red = (luma - 16) / 219, (blue - 128) / 224, (red - 128) / 224
+    r = luma + 2 * (1 - share_of_red) * red
+    b = luma + 2 * (1 - share_of_blue) * blue
+    g = (luma - share_of_red * r - share_of_blue * b) / (1 - share_of_red - share_of_blue)
+    return 255 * np.clip(np.stack([r, g, b], -1), 0, 1)
+
+
+@pytest.mark.parametrize(("height", "tag"), [(64, 6), (718, 6), (719, 1), (720, 1)])
+def test_the_colours_of_an_mp4_are_right_where_its_tags_are_followed(tmp_path: Path, height: int, tag: int) -> None:
+    frames = np.repeat(np.array(COLOURS, np.uint8), 32, 0)[None, None].repeat(height, 1)
+    path = save_frames(frames, 8, tmp_path / "video.mp4")
+    with av.open(str(path)) as container:
+        codec = container.streams.video[0].codec_context
+        assert (codec.color_primaries, codec.color_trc, codec.colorspace, codec.color_range) == (tag, tag, tag, 1)
+        planes = next(container.decode(video=0)).to_ndarray().astype(float)
+    rows, width = height + height % 2, frames.shape[2]
+    blue, red = planes[rows:].reshape(2, rows // 2, width // 2)
+    middle = np.arange(16, width, 32)
+    seen = rgb_from_yuv(planes[20, middle], blue[10, middle // 2], red[10, middle // 2], tag)
+    assert np.abs(seen - COLOURS).max() < 5
+    assert b"colr" in path.read_bytes()
+
+
+def test_the_index_of_an_mp4_comes_first(tmp_path: Path) -> None:
+    content = save_frames(moving_square(), 8, tmp_path / "video.mp4").read_bytes()
+    boxes, at = [], 0
+    while at < len(content):
+        boxes.append(content[at + 4 : at + 8])
+        at += int.from_bytes(content[at : at + 4], "big")
+    assert boxes.index(b"moov") < boxes.index(b"mdat")
+
+
+PROMPTS = ["a dog", 'ü \N{LINE SEPARATOR}"quoted"\n\tund\\', "nul \0, \x1b, \N{DOG FACE}\u200d", "long " * 2000]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
+def test_prompt_and_seed_are_in_the_file(tmp_path: Path, prompt: str) -> None:
+    metadata = {"prompt": prompt, "seed": "7"}
+    with av.open(str(save_frames(moving_square(2), 8, tmp_path / "video.mp4", metadata))) as container:
+        assert json.loads(container.metadata["comment"]) == metadata
+        assert container.metadata["title"] == prompt.replace("\0", "\ufffd")
+    with Image.open(save_frames(moving_square(2), 8, tmp_path / "video.gif", metadata)) as image:
+        assert json.loads(image.info["comment"]) == metadata
+    folder = save_frames(moving_square(2), 8, tmp_path / "video", metadata)
+    for path in folder.iterdir():
+        with Image.open(path) as image:
+            assert {name: str(text) for name, text in image.info.items()} == metadata
+
+
+def test_no_metadata_is_none(tmp_path: Path) -> None:
+    with av.open(str(save_frames(moving_square(2), 8, tmp_path / "video.mp4"))) as container:
+        assert {"comment", "title"}.isdisjoint(container.metadata)
+    with Image.open(save_frames(moving_square(2), 8, tmp_path / "video.gif")) as image:
+        assert "comment" not in image.info
+
+
+@pytest.mark.parametrize("name", ["", "two words", "ü", "x" * 80, 3])
+def test_a_name_that_no_format_takes_is_refused(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"metadata: got the name .*, expected one like 'prompt'"):
+        save_frames(moving_square(2), 8, tmp_path / "video.mp4", {name: "text"})
+
+
+def test_a_name_that_looks_like_an_address_is_a_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a:b%03d.mp4", "-y.mp4", "100%.mp4"):
+        assert len(read_mp4(save_frames(moving_square(), 8, name).absolute())[0]) == 5
+
+
 def test_a_video_saves_its_own_frames_at_its_own_rate(pipeline: VideoPipeline, tmp_path: Path) -> None:
     video = pipeline("a red circle", steps=2)
     read, rate = read_mp4(video.save(tmp_path / "deep" / "er" / "video.mp4"))
     assert read.shape == video.frames.shape and rate == video.fps
+
+
+def test_a_video_names_its_prompt_and_seed_unless_told_otherwise(pipeline: VideoPipeline, tmp_path: Path) -> None:
+    video = pipeline("a red circle", steps=1, seed=5)
+    with Image.open(video.save(tmp_path / "said.gif")) as image:
+        assert json.loads(image.info["comment"]) == {"prompt": "a red circle", "seed": "5"}
+    with Image.open(video.save(tmp_path / "silent.gif", {})) as image:
+        assert "comment" not in image.info
