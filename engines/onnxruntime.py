@@ -14,7 +14,7 @@ import io
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -30,6 +30,8 @@ from .manifest import Part
 MOST_THREADS = 16  # unless asked for more: every session has so many
 CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16, for which numpy has no type that bindings know
+
+HAS_GLOBAL_POOL = "use_per_session_threads must be false"
 
 # These share no base class but Exception.
 ORT_ERRORS: tuple[type[Exception], ...] = (
@@ -85,7 +87,7 @@ class OnnxRuntimeBackend:
                 "with --dtype, or use a GPU"
             )
         try:
-            session = ort.InferenceSession(str(graph), self._options, providers=[self._provider])
+            session = self._session(graph)
         except ORT_ERRORS as error:
             raise EngineError(f"{part.name}: ONNX Runtime cannot load {graph.name}: {one_line(error)}") from error
         _Process.sessions.add(session)
@@ -97,6 +99,20 @@ class OnnxRuntimeBackend:
                 "without onnxruntime, which shares its folder; or use --device cpu"
             )
         return OnnxRuntimeEngine(session, part, self.arrays)
+
+    def _session(self, graph: Path) -> ort.InferenceSession:
+        """Raises ORT_ERRORS."""
+        # Without its own fallback, which prints and then loads for another device.
+        try:
+            return ort.InferenceSession(str(graph), self._options, [self._provider], enable_fallback=0)
+        except ORT_ERRORS as error:
+            if HAS_GLOBAL_POOL not in str(error) or not self._options.use_per_session_threads:
+                raise
+        # The process got a pool for all sessions, from another library: with the arena gone, if it was there before.
+        _share_arena(anew=True)
+        self._options.use_per_session_threads = False
+        self._options.intra_op_num_threads = 0
+        return ort.InferenceSession(str(graph), self._options, [self._provider], enable_fallback=0)
 
     def compiled(self, bundle: Bundle) -> None:
         """See Backend.compiled."""
@@ -111,7 +127,7 @@ class OnnxRuntimeBackend:
             "backend": self.name,
             "version": ort.__version__,
             "device": self.arrays.device,
-            "threads": str(self.threads),
+            "threads": str(self.threads) if self._options.use_per_session_threads else "the process's pool",
         }
 
 
@@ -198,14 +214,15 @@ class _Process:
     gpus: ClassVar[dict[int, GpuArrays]] = {}
 
 
-def _share_arena() -> None:
+def _share_arena(anew: bool = False) -> None:
     """Make the process's one arena of host memory, if there is none yet."""
     with _Process.lock:
-        if not _Process.has_arena:
+        if anew or not _Process.has_arena:
             memory = native.OrtMemoryInfo(
                 "Cpu", native.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, native.OrtMemType.DEFAULT
             )
-            native.create_and_register_allocator(memory, None)
+            with suppress(*ORT_ERRORS):  # another library has made one: that is shared then
+                native.create_and_register_allocator(memory, None)
             _Process.has_arena = True
 
 

@@ -63,3 +63,37 @@ def test_the_number_of_threads_does_not_change_the_frames(bundle: Path) -> None:
         for threads in ("1", "2")
     }
     assert len(digests) == 1
+
+
+OTHERS = {
+    "a pool for all sessions, made before": ("ort.set_global_thread_pool_sizes(2, 1)", ""),
+    "a pool for all sessions, made later": ("", "ort.set_global_thread_pool_sizes(2, 1)"),
+    "an arena for all sessions, made before": ("arena()", ""),
+    "an arena for all sessions, made later": ("", "arena()"),
+    "both, made before": ("arena(); ort.set_global_thread_pool_sizes(2, 1)", ""),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_others_share_in_the_process_is_shared(single_bundle: Path, kind: str) -> None:
+    before, later = OTHERS[kind]
+    program = f"""
+import sys, onnxruntime as ort, foresight
+from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+def arena():
+    kind = native.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    native.create_and_register_allocator(native.OrtMemoryInfo("Cpu", kind, 0, native.OrtMemType.DEFAULT), None)
+
+{before}
+first = foresight.load(sys.argv[1], threads=1)
+video = first("a dog", steps=2)
+{later}
+again, second = first("a dog", steps=2), foresight.load(sys.argv[1], threads=1)("a dog", steps=2)
+print(len({{one.latents.tobytes() for one in (video, again, second)}}), second.trace.backend["threads"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(single_bundle)], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == ("1 the process's pool\n" if "pool" in kind + before else "1 1\n")
+    assert done.stderr == ""
