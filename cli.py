@@ -13,23 +13,31 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 try:
     import click
+    from click.core import ParameterSource
 
     import foresight
     from foresight.engines.errors import ForesightError, InvalidRequest, OutputError
-except ModuleNotFoundError as missing:  # run from a clone that nothing was installed from
+except ModuleNotFoundError as missing:  # run from a clone, by a Python that nothing was installed into
+    _python = Path(__file__).resolve().parent / ".venv" / "bin" / "python"
+    if __name__ == "__main__" and _python.exists() and Path(sys.prefix) != _python.parents[1]:
+        os.execv(_python, [str(_python), *sys.argv])  # the one that make installed everything into
     sys.exit(f"{missing.name} is not installed; run: pip install -e '.[export,video,report]' -c constraints.txt")
+except KeyboardInterrupt:
+    sys.stderr.write("error: interrupted\n")
+    sys.exit(130)
 
 if TYPE_CHECKING:
     from foresight.engines.bundle import Bundle
     from foresight.engines.compiled import Compiled
     from foresight.engines.tensorrt import BuildSettings
+    from foresight.runtime.comparison import Comparison
     from foresight.runtime.files import Targets
     from foresight.runtime.pipeline import VideoPipeline
     from foresight.runtime.policies import Policy
@@ -96,7 +104,7 @@ def bundle_argument(command: Command) -> Command:
 @click.option(
     "--model",
     required=True,
-    help="latte, cogvideox-2b, cogvideox-5b or open-sora; latte-demo, cogvideox-demo or open-sora-demo: in demo/.",
+    help="latte, cogvideox-2b, cogvideox-5b or open-sora; in a clone also latte-demo, cogvideox-demo, open-sora-demo.",
 )
 @click.option("--checkpoint", help="A diffusers folder or a hub id instead of the model's own.")
 @click.option("--output", type=click.Path(path_type=Path), help="The bundle to write.  [default: bundles/MODEL]")
@@ -157,14 +165,16 @@ def export(
     summary = {
         "bundle": str(bundle.path),
         "id": bundle.id,
+        "was_up_to_date": job.was_up_to_date,
         "bytes": written,
         "blocks": len(bundle.manifest.blocks),
         "cache_bytes": plan.cache_bytes,
         "largest_difference": {"part": worst.name, "value": worst.max_difference},
         "cautions": list(bundle.manifest.cautions),
     }
+    found = "is up to date: " if job.was_up_to_date else ""
     lines = [
-        f"{bundle.path}: {len(bundle.manifest.blocks)} blocks, {written / MEBI:.1f} MiB, {dtype}",
+        f"{bundle.path}: {found}{len(bundle.manifest.blocks)} blocks, {written / MEBI:.1f} MiB, {dtype}",
         f"largest difference from eager: {worst.max_difference:.2g} ({worst.name})",
         f"cache for one guided prompt: {plan.cache_bytes / MEBI:.1f} MiB",
         *map(_caution, plan.cautions),
@@ -240,9 +250,9 @@ def build(
 )
 @click.option("--cuda-graphs", is_flag=True, help="TensorRT: record every block once, and replay it.")
 @common
-@click.pass_obj
+@click.pass_context
 def run(
-    finished: list[Row],
+    context: click.Context,
     /,
     bundle: Path | None,
     prompt: str | None,
@@ -278,6 +288,8 @@ def run(
     from foresight.runtime.pipeline import load
     from foresight.runtime.policies import policy_from_settings
 
+    finished: list[Row] = context.obj
+    given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     policy = policy_from_settings(policy_name, **policy_flags)
     if not any((output, save_latents, save_frames)):
         output = Path("video.mp4")
@@ -309,7 +321,7 @@ def run(
     for index, text in enumerate(texts):
         request = {**settings, "seed": seed + index}
         own = targets.numbered(index, len(texts))
-        finished.append(_make(pipeline, text, policy, request, own, compare))
+        finished.append(_make(pipeline, text, policy, request, own, compare, given))
         if not as_json:
             _echo("\n".join(_describe_run(finished[-1])))
     if as_json:
@@ -547,22 +559,40 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         if prompt is not None and not prompt.strip():
             raise InvalidRequest("prompt: got an empty text, expected some words; leave --prompt out for the sample")
         return [] if prompt is None else [prompt]
-    try:
-        texts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"prompts {file}: cannot be read ({error}); expected UTF-8 text") from error
-    if not texts:
-        raise InvalidRequest(f"prompts {file}: has no prompt, expected one a line")
-    return texts
+    from foresight.runtime.files import read_prompts
+
+    return read_prompts(file)
 
 
 def _make(
-    pipeline: VideoPipeline, text: str, policy: Policy, request: dict[str, Any], targets: Targets, compare: bool
+    pipeline: VideoPipeline,
+    text: str,
+    policy: Policy,
+    request: dict[str, Any],
+    targets: Targets,
+    compare: bool,
+    given: Collection[str],
 ) -> Row:
     """Make and write one video; what is left of it in memory is its row."""
-    reference = _generate(pipeline, text, foresight.NoReuse(), request, "without reuse") if compare else None
-    video = _generate(pipeline, text, policy, request, "denoising")
-    return _run_summary(video, reference, targets.write(video, reference))
+    from foresight.runtime.comparison import compare_in_turns
+    from foresight.runtime.notes import notes_on
+
+    comparison = None
+    if compare:
+        comparison = compare_in_turns(
+            lambda: _generate(pipeline, text, policy, request, "with reuse"),
+            lambda: _generate(pipeline, text, foresight.NoReuse(), request, "without reuse"),
+        )
+    video = comparison.video if comparison else _generate(pipeline, text, policy, request, "denoising")
+    notes = notes_on(video.trace, given, draws_noise=pipeline.draws_noise(video.trace.steps_requested))
+    written = targets.write(video, comparison.reference if comparison else None)
+    return {
+        "bundle": str(pipeline.bundle.path),
+        "model": pipeline.manifest.model,
+        **_run_summary(video, written),
+        **({"compared": _comparison_summary(comparison)} if comparison else {}),
+        "notes": [*pipeline.manifest.cautions, *notes],
+    }
 
 
 def _generate(pipeline: VideoPipeline, text: str, policy: Policy, request: dict[str, Any], label: str) -> Video:
@@ -572,7 +602,7 @@ def _generate(pipeline: VideoPipeline, text: str, policy: Policy, request: dict[
     return video
 
 
-def _run_summary(video: Video, reference: Video | None, written: list[Path]) -> Row:
+def _run_summary(video: Video, written: list[Path]) -> Row:
     trace = video.trace
     summary: Row = {
         "prompt": video.prompt,
@@ -595,23 +625,31 @@ def _run_summary(video: Video, reference: Video | None, written: list[Path]) -> 
     }
     if trace.truncated_prompts:
         summary["truncated"] = True
-    if reference is not None:
-        from foresight.runtime.quality import psnr, ssim
-
-        decibel = psnr(video.frames, reference.frames)
-        summary["compared"] = {
-            "denoise_ms": reference.trace.denoise_ms,
-            "speedup": reference.trace.denoise_ms / trace.denoise_ms,
-            "psnr_db": decibel if math.isfinite(decibel) else None,
-            "ssim": ssim(video.frames, reference.frames),
-            "identical": math.isinf(decibel),
-        }
     return summary
+
+
+def _comparison_summary(comparison: Comparison) -> Row:
+    decibel = comparison.psnr_db
+    return {
+        "denoise_ms": comparison.reference.trace.denoise_ms,
+        "speedup": comparison.speedup,
+        "speedups": list(comparison.speedups),
+        "ceiling": comparison.ceiling if math.isfinite(comparison.ceiling) else None,
+        "noisy": comparison.noisy,
+        "psnr_db": decibel if math.isfinite(decibel) else None,
+        "ssim": comparison.ssim,
+        "identical": math.isinf(decibel),
+    }
 
 
 def _describe_run(row: Row) -> list[str]:
     steps = row["blocks_possible"]
+    frames, height, width, _ = row["frames"]
     lines = [f"{path}" for path in row["files"]]
+    lines.append(
+        f"made by {row['bundle']} ({row['model']}) of {row['prompt']!r}, seed {row['seed']}: "
+        f"{frames} frames of {height} x {width}"
+    )
     lines.append(
         f"blocks: {row['blocks_computed']} of {steps} run, {row['blocks_reused']} reused, {row['blocks_dead']} dead "
         f"({100 * row['share_skipped']:.1f} % skipped)"
@@ -623,9 +661,20 @@ def _describe_run(row: Row) -> list[str]:
     if row["uncached"]:
         lines.append(f"no room to cache, so always run: {', '.join(row['uncached'])}")
     if "compared" in row:
-        other = row["compared"]
-        quality = "identical" if other["identical"] else f"PSNR {other['psnr_db']:.1f} dB, SSIM {other['ssim']:.4f}"
-        lines.append(f"against no reuse ({other['denoise_ms']:.0f} ms): {other['speedup']:.2f}x as fast, {quality}")
+        lines += _describe_comparison(row["compared"])
+    return lines + [f"note: {note}" for note in row["notes"]]
+
+
+def _describe_comparison(row: Row) -> list[str]:
+    pairs, ceiling = row["speedups"], row["ceiling"]
+    quality = "identical" if row["identical"] else f"PSNR {row['psnr_db']:.1f} dB, SSIM {row['ssim']:.4f}"
+    spread = "one pair of runs" if len(pairs) == 1 else f"{min(pairs):.2f} to {max(pairs):.2f} in {len(pairs)} pairs"
+    most = "" if ceiling is None else f"; at most {ceiling:.2f}x, by the blocks that ran"
+    lines = [
+        f"against no reuse ({row['denoise_ms']:.0f} ms): {row['speedup']:.2f}x as fast ({spread}{most}), {quality}"
+    ]
+    if row["noisy"]:
+        lines.append("note: speed-up: the machine is noisy, so the times tell little; measure again when it is idle")
     return lines
 
 

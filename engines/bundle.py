@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import msgspec
 from .consistency import contradictions
 from .errors import BundleError, IntegrityError, InvalidRequest, OutputError
 from .manifest import FileRecord, Manifest
+from .wording import command
 
 SCHEMA = 3
 MANIFEST = "manifest.json"
@@ -58,7 +59,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         raw = (folder / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "has no manifest.json, so it is no bundle or a half-written one" if folder.is_dir() else "not found"
-        raise BundleError(f"bundle {folder}: {what}; make it with: python cli.py export --model NAME") from error
+        raise BundleError(f"bundle {folder}: {what}; make it with: {command('export --model NAME')}") from error
     except OSError as error:
         raise _unreadable(folder, MANIFEST, error) from error
     try:
@@ -82,12 +83,35 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def newest_bundle(root: str | os.PathLike[str] = "bundles") -> Path:
-    """The most recently written bundle under `root`. Raises BundleError."""
-    found = sorted(Path(root).glob(f"*/{MANIFEST}"), key=lambda file: file.stat().st_mtime)
+    """The bundle under `root` that was last exported, or found up to date by an export. Raises BundleError."""
+    found = sorted(Path(root).glob(f"*/{MANIFEST}"), key=_last_exported)
     found = [file for file in found if not file.parent.name.endswith(".partial")]
     if not found:
-        raise BundleError(f"no bundle under {root}/: make one with: python cli.py export --model latte-demo")
+        raise BundleError(f"no bundle under {root}/: make one with: {command('export --model NAME')}")
     return found[-1].parent
+
+
+def _last_exported(manifest: Path) -> float:
+    return max(manifest.stat().st_mtime, manifest.parent.stat().st_mtime)
+
+
+def mark_as_newest(bundle: Bundle) -> None:
+    """Let `newest_bundle` take it; none of its files is touched, as it may be served."""
+    with suppress(OSError):  # somebody else's folder: then it is not the newest
+        os.utime(bundle.path)
+
+
+def refuse_inside_bundle(path: Path) -> None:
+    """Refuse to write a file into a bundle, which would no longer be the one its manifest vouches for.
+
+    Raises InvalidRequest.
+    """
+    for folder in path.resolve().parents:
+        if (folder / MANIFEST).is_file() and any(folder.glob("*.onnx")):
+            raise InvalidRequest(
+                f"output: got {path}, which lies in the bundle {folder}, expected a place outside it: a bundle with "
+                "other files in it is refused"
+            )
 
 
 def verify_files(bundle: Bundle) -> None:

@@ -18,6 +18,7 @@ import msgspec
 from .bundle import COMPILED, PLAIN_NAME, Bundle
 from .errors import BundleError, IntegrityError
 from .manifest import FileRecord
+from .wording import command
 
 INDEX = "engines.json"
 PARTIAL = ".partial"
@@ -164,4 +165,4 @@ def verify_compiled(compiled: Compiled) -> None:
 
 
 def _remedy(bundle: Path, backend: str) -> str:
-    return f"build them with: python cli.py build {bundle} --backend {backend}"
+    return f"build them with: {command(f'build {bundle} --backend {backend}')}"

@@ -33,7 +33,9 @@ from ..engines.bundle import (
     Bundle,
     empty_folder,
     file_record,
+    mark_as_newest,
     open_bundle,
+    refuse_inside_bundle,
     sole_writer,
     verify_files,
     write_atomically,
@@ -111,6 +113,7 @@ class Export:
         self.model = model
         self.row = find_model(model)
         self.request = request or Request()
+        self.was_up_to_date = False
         self.opset = opset
         self.output = output or Path("bundles") / model
         if self.output.name in ("", ".."):
@@ -147,12 +150,14 @@ class Export:
     def run(self, progress: Progress = lambda done, total, name: None) -> Bundle:
         """Write the bundle, or find that it is there already, made from the same checkpoint in the same way.
 
+        `was_up_to_date` then says which; either way it is the newest, which `run` takes where it is given none.
         `progress` is told the parts done, their number and the one that comes next. Raises CheckpointError,
         ExportError, OutputError.
         """
         present = self._present()
+        self.was_up_to_date = present is not None
         if present is not None:
-            log.info("bundle %s is up to date", self.output)
+            mark_as_newest(present)
             return present
         _check_free(self.output)
         self.split.check()
@@ -408,7 +413,8 @@ def _is_as_recorded(path: Path, state: _State) -> bool:
 
 
 def _check_free(output: Path) -> None:
-    """Refuse to write over anything but a bundle or an empty folder. Raises OutputError."""
+    """Refuse to write into a bundle, or over anything but one. Raises InvalidRequest, OutputError."""
+    refuse_inside_bundle(output)
     if output.is_dir() and ((output / MANIFEST).is_file() or not any(output.iterdir())):
         return
     if output.exists():

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..engines.arrays import MEBI
 from ..engines.errors import InvalidRequest
+from ..engines.wording import mebibytes
 from .cache import Layout
 from .policies import CacheMode, Decision
 
@@ -48,10 +48,8 @@ def choose_cached(
         raise InvalidRequest(f"cache_profile: got a trace of {profile.blocks} blocks, this bundle has {blocks}")
     slots = layout.slots(blocks, limit // buffer_bytes)
     if slots < 0:
-        least = layout.buffers(blocks, 0) * buffer_bytes
-        raise InvalidRequest(
-            f"cache_memory: got {limit / MEBI:.1f} MiB, expected at least {least / MEBI:.1f} for a request of this size"
-        )
+        got, least = mebibytes(limit, layout.buffers(blocks, 0) * buffer_bytes)
+        raise InvalidRequest(f"cache_memory: got {got} MiB, expected at least {least} for a request of this size")
     chosen = set(rank_blocks(layout.mode, blocks, profile)[:slots])
     return tuple(block in chosen for block in range(blocks))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import tempfile
 import zipfile
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..engines.arrays import HostArray
-from ..engines.errors import InvalidRequest, OutputError
+from ..engines.bundle import refuse_inside_bundle
+from ..engines.errors import InvalidRequest, OutputError, one_line
 from .video import Video, check_output
 from .whole import write_whole
 
@@ -46,6 +48,7 @@ class Targets:
             check_libraries()
         places = [path.absolute() for path in self._wanted()]
         for path in places:
+            refuse_inside_bundle(path)
             if places.count(path) > 1:
                 raise InvalidRequest(f"output: got {path.name} for two results, expected a name for each")
         for path in self._wanted():
@@ -100,10 +103,32 @@ def save_array(path: Path, array: HostArray) -> None:
     write_whole(path, write)
 
 
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a UTF-8 file, one a line; blank lines count for nothing. Raises InvalidRequest.
+
+    Lines end at line feeds, with or without a carriage return: whatever else Unicode calls a line break is part of a
+    prompt. A byte order mark, which some systems put first, is not.
+    """
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = "UTF-16 text" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else one_line(error)
+        raise InvalidRequest(f"prompts {path}: got {found}, expected UTF-8; save it as UTF-8") from error
+    except OSError as error:
+        raise InvalidRequest(f"prompts {path}: cannot be read ({error.strerror or error}); check the path") from error
+    if "\0" in text:
+        raise InvalidRequest(f"prompts {path}: got characters of value 0, expected UTF-8 text; save it as UTF-8")
+    prompts = [line.strip(" \t\r") for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise InvalidRequest(f"prompts {path}: has no prompt, expected one a line")
+    return prompts
+
+
 def read_trace(path: Path) -> Any:
     """Read what `run --trace` wrote. Raises InvalidRequest."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InvalidRequest(f"trace {path}: cannot be read ({error}); expected a file that --trace wrote") from error
 

@@ -232,6 +232,17 @@ class VideoPipeline:
                 if self.low_memory:
                     self.backend.trim()
 
+    def draws_noise(self, steps: int) -> bool:
+        """Whether the sampler adds noise, drawn from a request's seeds, after the first. Raises InvalidRequest."""
+        return bool(self._table.schedule(steps).noise_coefficients.any())
+
+    def __repr__(self) -> str:
+        shape = self.manifest.shape
+        return (
+            f"<VideoPipeline {self.manifest.model} of {self.bundle.path}: {shape.frames} frames of {shape.height} x "
+            f"{shape.width}, {self.backend.name} on {self.backend.arrays.device}>"
+        )
+
     def _run(self, job: _Job, trace: Trace) -> tuple[list[Array], Array]:
         """Frames and final latents of every prompt; fills the trace."""
         arrays, prompts = self.backend.arrays, len(trace.prompts)

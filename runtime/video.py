@@ -16,6 +16,7 @@ from ..engines.errors import InvalidRequest, OutputError, one_line
 from .trace import Trace
 from .whole import holds_only_frames, write_whole
 
+QUOTED = 40  # characters of a prompt, in messages
 Metadata = Mapping[str, str]
 Writer = Callable[[HostArray, int, Path, Metadata], None]
 
@@ -31,7 +32,7 @@ class _Colours:
 BT709, BT601, LIMITED_RANGE = _Colours(1, "ITU709"), _Colours(6, "ITU601"), 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Video:
     """One result, owned by the caller.
 
@@ -45,6 +46,14 @@ class Video:
     prompt: str
     seed: int
     trace: Trace
+
+    def __repr__(self) -> str:
+        frames, height, width, _ = self.frames.shape
+        seconds = frames / self.fps
+        return (
+            f"<Video of {self.prompt[:QUOTED]!r}{'…' if len(self.prompt) > QUOTED else ''}, seed {self.seed}: {frames} "
+            f"frames of {height} x {width}, {seconds:.1f} s, {100 * self.trace.share_skipped:.0f} % of blocks skipped>"
+        )
 
     def save(self, path: str | os.PathLike[str], metadata: Metadata | None = None) -> Path:
         """Write the frames as the suffix says: .mp4, .gif, .npy, or none for a folder of png files.
@@ -78,6 +87,8 @@ def check_output(path: Path) -> Writer:
     Raises InvalidRequest for another suffix, OutputError where the library that writes it is missing. A folder is
     refused if anything but frames of an earlier video lies in it: it will be replaced.
     """
+    if path.name == "-":
+        raise InvalidRequest("output: got '-', expected a file or folder; videos are not written to stdout")
     if path.suffix.lower() not in WRITERS:
         raise InvalidRequest(f"output: got {path.name!r}, expected a name ending in .mp4, .gif, .npy, or a folder")
     if not _may_replace(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -201,14 +202,52 @@ def test_every_dependency_has_one_pin_within_its_bounds(python: str) -> None:
         assert requirement.specifier.contains(versions[0]), line
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
     everything = (".*", "__pycache__", "build", "bundles", "dist", "latte", "out", "work", "*.egg-info")
-    shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(*everything))
+    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*everything))
     build = (
         "import os, sys; from setuptools import build_meta; os.chdir(sys.argv[1]); build_meta.build_wheel(sys.argv[2])"
     )
-    run_python(build, str(tmp_path / "source"), str(tmp_path))
-    (wheel,) = tmp_path.glob("*.whl")
+    run_python(build, str(folder / "source"), str(folder))
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.mark.parametrize("arguments", [["export", "--model", "latte-demo"], ["export", "--model", "x"], ["inspect"]])
+def test_an_installed_package_speaks_of_no_clone(wheel: Path, tmp_path: Path, arguments: list[str]) -> None:
+    site = wheel.parent / "site"
+    if not site.exists():
+        zipfile.ZipFile(wheel).extractall(site)
+    code = "import sys; sys.argv[0] = '/usr/bin/foresight'; from foresight.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (2, 3) and done.stderr.startswith("error: ")
+    assert "cli.py" not in done.stderr and "demo/" not in done.stderr
+    if arguments[-1] == "x":
+        assert "latte-demo" not in done.stderr
+    if arguments == ["inspect"]:
+        assert "foresight export --model NAME" in done.stderr
+
+
+def test_a_clone_is_run_by_what_make_installed_into_it(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "cli.py", tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "the other one: $@"\n')
+    python.chmod(0o755)
+    bare = [sys.executable, "-S", "-I", str(tmp_path / "cli.py"), "env", "--json"]  # finds no installed package
+    done = subprocess.run(bare, capture_output=True, text=True, check=False)
+    assert done.stdout == f"the other one: {tmp_path / 'cli.py'} env --json\n"
+    python.unlink()
+    done = subprocess.run(bare, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("click is not installed; run: pip install")
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     others = (path for part in SUBPACKAGES for path in (ROOT / part).rglob("*.*") if "__pycache__" not in path.parts)
     expected = {path.relative_to(ROOT).as_posix() for path in (*source_files().values(), *others)}

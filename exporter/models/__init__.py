@@ -28,6 +28,12 @@ class Model:
     checkpoint: str | Mapping[str, str]
     defaults: Defaults
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the checkpoint can be had: those of the demos are folders beside the package, in a clone only."""
+        place = self.checkpoint
+        return not isinstance(place, str) or not Path(place).is_absolute() or Path(place).is_dir()
+
 
 COGVIDEOX = Defaults(
     prompt="a panda playing a guitar by a stream in a bamboo forest",
@@ -97,9 +103,15 @@ REGISTRY = {
 
 def find_model(name: str) -> Model:
     """The registry row of a model name. Raises InvalidRequest."""
-    if name not in REGISTRY:
-        raise InvalidRequest(f"model: got {name!r}, expected one of {', '.join(REGISTRY)}")
-    return REGISTRY[name]
+    here = {known: row for known, row in REGISTRY.items() if row.is_here}
+    if name in here:
+        return here[name]
+    if name in REGISTRY:
+        raise InvalidRequest(
+            f"model: got {name!r}, whose checkpoint comes with a clone of the repository and not with an installed "
+            f"package, expected one of {', '.join(here)}"
+        )
+    raise InvalidRequest(f"model: got {name!r}, expected one of {', '.join(here)}")
 
 
 def split_checkpoint(family: str, checkpoint: Checkpoint, request: Request) -> Split:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...engines.errors import InvalidRequest, OutputError, one_line
+from ..notes import cycle_of
 from ..policies import NoReuse
 from ..quality import psnr, ssim
 from ..trace import Trace
@@ -22,7 +23,7 @@ from ..video import Video
 from ..whole import write_whole
 from .charts import bars, block_map, changes, hover, step_ticks
 from .film import film
-from .wording import cycle_of, decibels, duration, memory, plural, similarity
+from .wording import decibels, duration, memory, plural, similarity
 
 # What a trace and that of its reference must have in common.
 COMPARABLE = ("bundle", "prompts", "negative_prompt", "steps_requested", "guidance", "latents_given", "backend")

@@ -4,17 +4,6 @@ from __future__ import annotations
 
 import math
 
-from ..policies import POLICIES, Cycle, policy_from_settings
-from ..trace import Trace
-
-
-def cycle_of(trace: Trace) -> Cycle | None:
-    """When the policy allowed reuse; None if it never did, or is none of this package's."""
-    settings = dict(trace.policy)
-    name = settings.pop("name")
-    policy = policy_from_settings(name, **settings) if name in POLICIES else None
-    return policy if isinstance(policy, Cycle) else None
-
 
 def plural(count: int, noun: str) -> str:
     """A count and its noun."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from foresight.engines.errors import InvalidRequest, OutputError
-from foresight.runtime.files import Targets, read_latents, save_array
+from foresight.runtime.files import Targets, read_latents, read_prompts, read_trace, save_array
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import Foresight
+from tests.support import copy_bundle, snapshot
 
 
 @pytest.mark.parametrize(
@@ -131,3 +133,47 @@ def test_objects_are_no_latents(tmp_path: Path) -> None:
     np.save(tmp_path / "latents.npy", np.array([None]), allow_pickle=True)
     with pytest.raises(InvalidRequest, match="cannot be read"):
         read_latents(tmp_path / "latents.npy")
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"\xef\xbb\xbfa red circle\r\na blue square\r\n", ["a red circle", "a blue square"]),
+        ("one\u2028still one\ntwo\x0bstill\x0ctwo\nthree\x85still\x1cthree".encode(), 3),
+        (b"one\rstill one\n\n \t\n  two  ", ["one\rstill one", "two"]),
+        ("\u2028inside\u2029\n".encode(), ["\u2028inside\u2029"]),
+    ],
+)
+def test_lines_of_a_prompt_file_end_at_line_feeds_alone(tmp_path: Path, content: bytes, prompts: Any) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    found = read_prompts(tmp_path / "prompts.txt")
+    assert len(found) == prompts if isinstance(prompts, int) else found == prompts
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+def test_prompts_in_another_encoding_are_refused(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "prompts.txt").write_text("ein grüner Kreis\n", encoding=encoding)
+    with pytest.raises(InvalidRequest, match=r"prompts .*: got .*, expected UTF-8.*; save it as UTF-8"):
+        read_prompts(tmp_path / "prompts.txt")
+
+
+def test_a_trace_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "trace.json").write_text('{"blocks": []}', encoding="utf-8-sig")
+    assert read_trace(tmp_path / "trace.json") == {"blocks": []}
+
+
+def test_no_result_is_written_into_a_bundle(bundle: Path, tmp_path: Path) -> None:
+    copy = copy_bundle(bundle, tmp_path / "bundle")
+    (tmp_path / "link").symlink_to(copy)
+    before = snapshot(copy)
+    for place in (copy, copy / "engines", copy / "new" / "folder", tmp_path / "link", copy / ".." / "bundle"):
+        for field, name in {"output": "x.mp4", "frames": "x.npy", "report": "x.html", "trace": "x.json"}.items():
+            with pytest.raises(InvalidRequest, match=r"output: got .*, which lies in the bundle .*"):
+                Targets(**{field: place / name}).check()
+    assert snapshot(copy) == before
+    Targets(output=tmp_path / "x.mp4").check()
+
+
+def test_stdout_is_no_place_for_a_video() -> None:
+    with pytest.raises(InvalidRequest, match="output: got '-'"):
+        Targets(output=Path("-")).check()

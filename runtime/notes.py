@@ -1,0 +1,42 @@
+"""What a caller should know of a request that ran: settings that had no effect, sizes the model was not made for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from .policies import POLICIES, Cycle, NoReuse, policy_from_settings
+from .trace import Trace
+
+
+def notes_on(trace: Trace, given: Collection[str], *, draws_noise: bool = False) -> list[str]:
+    """One sentence for each setting of a finished request that changed nothing.
+
+    `given` names the settings that the caller chose, whatever their values: `seed`, `threads`, `negative_prompt`,
+    `cache_profile`, `compare`. `draws_noise` says that the sampler adds noise from the seed in later steps.
+    """
+    notes = []
+    cycle, steps = cycle_of(trace), trace.steps_requested
+    if cycle is not None and not any(cycle.allows(step, steps) for step in range(steps)):
+        notes.append(
+            f"warmup: ends after step {cycle.warmup_steps(steps)}, and the last of the {steps} is always computed, so "
+            "nothing could be reused; choose a shorter one, or more steps"
+        )
+    if trace.guidance == 1 and "negative_prompt" in given:
+        notes.append("negative_prompt: not read, as guidance 1 runs without it; choose a guidance above 1")
+    if trace.latents_given and "seed" in given and not draws_noise:
+        notes.append("seed: not used, as the noise was given as latents; leave one of them out")
+    if "cache_profile" in given and not trace.uncached:
+        notes.append("cache_profile: not used, as the outputs of all blocks fit; it is for a smaller cache_memory")
+    if "threads" in given and not trace.backend.get("device", "").startswith("cpu"):
+        notes.append(f"threads: not used on {trace.backend.get('device')}, where the device computes")
+    if "compare" in given and trace.policy["name"] == NoReuse.name:
+        notes.append("compare: both runs are the same, as policy none reuses nothing")
+    return notes
+
+
+def cycle_of(trace: Trace) -> Cycle | None:
+    """When the policy allowed reuse; None if it never did, or is none of this package's."""
+    settings = dict(trace.policy)
+    name = settings.pop("name")
+    policy = policy_from_settings(name, **settings) if name in POLICIES else None
+    return policy if isinstance(policy, Cycle) else None
