@@ -17,6 +17,10 @@ and the other libraries are turned into these where they are called, with the or
 
 from __future__ import annotations
 
+import reprlib
+
+QUOTED = 40  # characters of what users sent that a message may repeat
+
 
 class ForesightError(Exception):
     """Root of the tree; `exit_code` is what the command line exits with."""
@@ -69,3 +73,18 @@ class Cancelled(ForesightError):
 def one_line(reason: object) -> str:
     """What a library gave as its reason, without line breaks."""
     return " ".join(str(reason).split())
+
+
+def quoted(value: object) -> str:
+    """What a caller passed, in one line for a message: as Python writes it, of at most `QUOTED` characters and `…`."""
+    if isinstance(value, (str, bytes)):
+        text = repr(value[: QUOTED + 1])
+        return text if len(value) <= QUOTED and len(text) <= QUOTED + 2 else f"{text[: QUOTED + 1]}…"
+    try:
+        text = one_line(_SHORT.repr(value))
+    except Exception:  # noqa: BLE001 - of any type's own __repr__
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]}…"
+
+
+_SHORT = reprlib.Repr()  # looks at the first few items of what is long

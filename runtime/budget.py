@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..engines.errors import InvalidRequest
+from ..engines.errors import InvalidRequest, quoted
 from ..engines.wording import mebibytes
 from .cache import Layout
 from .policies import CacheMode, Decision
@@ -30,7 +30,9 @@ class Profile:
         try:
             return cls(len(trace["blocks"]), tuple(_wanted(step) for step in trace["steps"]))
         except (KeyError, TypeError, AttributeError) as error:
-            raise InvalidRequest(f"cache_profile: got no trace of a request ({error!r}), see run --trace") from error
+            raise InvalidRequest(
+                f"cache_profile: got no trace of a request ({quoted(error)}), see run --trace"
+            ) from error
 
 
 def choose_cached(

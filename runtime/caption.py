@@ -6,23 +6,35 @@ those of `_clean_caption` of diffusers' pipelines, which are applied twice.
 
 Two of the steps are libraries: Beautiful Soup takes HTML apart and ftfy repairs text that was decoded wrongly. Neither
 changes plain English text, so they are only asked for, and needed, where a caption has other characters.
+
+A caption may come from anyone, so each rule takes time in proportion to its length. Where theirs begins anew at every
+character of a run that it has already searched in vain, ours enters each run once, and finds the same.
 """
 
 from __future__ import annotations
 
 import html
 import re
+from collections.abc import Callable
+from io import StringIO
 from urllib.parse import unquote_plus
 
-from ..engines.errors import InvalidRequest
+from ..engines.errors import InvalidRequest, one_line, quoted
+from .admission import CancelToken, check_cancelled
 
 PLAIN = re.compile(r"[\t\n -%'-;=-~]*")  # what Beautiful Soup and ftfy leave alone: ASCII without & and <
-_DOMAIN = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+_RUN = r"[a-zA-Z0-9.\-]"
+_DOMAIN = rf"{_RUN}+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 _FILE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 _DASHES = (
     "\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58"
     "\ufe63\uff0d"
 )
+
+
+def _address(scheme: str) -> tuple[str, str]:
+    """Addresses with a scheme, and domains. A run of letters in which no domain ends is kept whole, up to a scheme."""
+    return rf"\b(?:{scheme}:(?:/{{1,3}}|[a-zA-Z0-9%])|{_DOMAIN})|\b((?:(?!\b{scheme}:){_RUN})+)", r"\1"
 
 
 def _rules(*rules: tuple[str, str]) -> tuple[tuple[re.Pattern[str], str], ...]:
@@ -31,8 +43,8 @@ def _rules(*rules: tuple[str, str]) -> tuple[tuple[re.Pattern[str], str], ...]:
 
 ADDRESSES = _rules(
     ("<person>", "person"),
-    (rf"\b(?:https?:(?:/{{1,3}}|[a-zA-Z0-9%])|{_DOMAIN})", ""),
-    (rf"\b(?:www:(?:/{{1,3}}|[a-zA-Z0-9%])|{_DOMAIN})", ""),
+    _address("https?"),
+    _address("www"),
 )
 SIGNS = _rules(
     (r"@\w+\b", ""),  # nicknames
@@ -48,11 +60,11 @@ SIGNS = _rules(
     (r"#\d{1,3}\b", ""),
     (r"#\d{5,}\b", ""),
     (r"\b\d{6,}\b", ""),
-    (rf"\S+\.(?:{_FILE_TYPES})", ""),
+    (rf"(?<!\S)\S+\.(?:{_FILE_TYPES})", ""),
     ("[\"']{2,}", '"'),
     (r"\.{2,}", " "),
     (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " "),
-    (r"\s+\.\s+", " "),
+    (r"(?<!\s)\s+\.\s+", " "),
 )
 WORDS = _rules(
     (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # article numbers: jc6640
@@ -63,8 +75,8 @@ WORDS = _rules(
     (r"\bclick\b\s(?:for|on)\s\w+", ""),
     (rf"\b(?:{_FILE_TYPES})(?:\simages?)?", ""),
     (r"\bpage\s+\d+\b", ""),
-    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
-    (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # sizes: 10x15, with a Latin or a Cyrillic x
+    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d[a-zA-Z\d]*\b", " "),
+    (r"\b\d+(?:\.\d*)?[xх×]\d+(?:\.\d*)?\b", ""),  # sizes: 10x15, with a Latin or a Cyrillic x
     (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
@@ -78,12 +90,13 @@ ENDS = _rules(
 JOINED = re.compile("[-_]")
 
 
-def clean_caption(text: str) -> str:
-    """A caption as the models' own text preparation leaves it.
+def clean_caption(text: str, cancel: CancelToken | None = None) -> str:
+    """A caption as the models' own text preparation leaves it. `cancel` is looked at before each of its two passes.
 
-    Raises InvalidRequest where that needs Beautiful Soup and ftfy, and they are not installed.
+    Raises InvalidRequest where that needs Beautiful Soup and ftfy and they are not installed, or cannot read it.
     """
     for _ in range(2):
+        check_cancelled(cancel, "while its text was prepared")
         text = _clean_once(text)
     return text
 
@@ -93,7 +106,7 @@ def _clean_once(text: str) -> str:
     text = _apply(SIGNS, _without_tags(text))
     if len(JOINED.findall(text)) > 3:  # this-is-my-cute-cat
         text = JOINED.sub(" ", text)
-    text = html.unescape(html.unescape(_repaired(text)))
+    text = _with_library("HTML entities", _unescape, _repaired(text))
     return _apply(ENDS, _apply(WORDS, text)).strip()
 
 
@@ -110,7 +123,8 @@ def _without_tags(text: str) -> str:
         from bs4 import BeautifulSoup
     except ImportError as error:
         raise _missing(text, "beautifulsoup4") from error
-    return str(BeautifulSoup(text, features="html.parser").text)
+    # As a file: of a string that looks like an address or a file's name it warns.
+    return _with_library("HTML", lambda text: str(BeautifulSoup(StringIO(text), features="html.parser").text), text)
 
 
 def _repaired(text: str) -> str:
@@ -120,11 +134,26 @@ def _repaired(text: str) -> str:
         import ftfy
     except ImportError as error:
         raise _missing(text, "ftfy") from error
-    return str(ftfy.fix_text(text))
+    return _with_library("Unicode", ftfy.fix_text, text)
+
+
+def _unescape(text: str) -> str:
+    return html.unescape(html.unescape(text))
+
+
+def _with_library(kind: str, clean: Callable[[str], str], text: str) -> str:
+    """What a library makes of text from anyone; whatever it raises is the text's fault."""
+    try:
+        return clean(text)
+    except Exception as error:
+        raise InvalidRequest(
+            f"prompt {quoted(text)}: got {kind} that cannot be read ({quoted(one_line(error))}), expected a caption; "
+            "use plain letters"
+        ) from error
 
 
 def _missing(text: str, library: str) -> InvalidRequest:
     return InvalidRequest(
-        f"prompt {text[:40]!r}: got more than plain English letters, which this model's text preparation cleans with "
+        f"prompt {quoted(text)}: got more than plain English letters, which this model's text preparation cleans with "
         f"{library}, which is not installed; install foresight-engines[captions], or use plain letters"
     )

@@ -25,7 +25,7 @@ from ..engines.arrays import Array, Arrays, HostArray, numpy_dtype
 from ..engines.backend import Backend, Engine
 from ..engines.bundle import Bundle
 from ..engines.compiled import Compiled
-from ..engines.errors import EngineError, InvalidRequest, one_line
+from ..engines.errors import EngineError, InvalidRequest, one_line, quoted
 from ..engines.manifest import FRAME_MEANS, Manifest, Part, TensorSpec
 from .pipeline import VideoPipeline
 from .policies import NoReuse
@@ -90,7 +90,7 @@ def compare_backends(
             f'compare: polygraphy is not installed ({one_line(error)}); pip install "polygraphy>=0.53"'
         ) from error
     if tolerance is not None and not 0 < tolerance < math.inf:
-        raise InvalidRequest(f"tolerance: got {tolerance}, expected a number above 0")
+        raise InvalidRequest(f"tolerance: got {quoted(tolerance)}, expected a number above 0")
     dtype = bundle.manifest.dtype
     comparison = _Comparison(
         bundle=bundle,
@@ -114,7 +114,9 @@ def _check_parts(manifest: Manifest, parts: Sequence[str] | None) -> set[str]:
     known = {part.name for part in manifest.parts}
     wanted = known if parts is None else set(parts)
     for name in sorted(wanted - known) or ([] if wanted else [""]):
-        raise InvalidRequest(f"parts: got {name!r}, expected names of this bundle's parts: {', '.join(sorted(known))}")
+        raise InvalidRequest(
+            f"parts: got {quoted(name)}, expected names of this bundle's parts: {', '.join(sorted(known))}"
+        )
     return wanted
 
 

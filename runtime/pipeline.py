@@ -14,7 +14,7 @@ import numpy as np
 from ..engines.arrays import Array, Arrays
 from ..engines.backend import Backend, Engine, choose_backend, create_backend
 from ..engines.bundle import Bundle, Unchanged, open_bundle, verify_files
-from ..engines.errors import EngineError, InvalidRequest
+from ..engines.errors import EngineError, InvalidRequest, quoted
 from ..engines.manifest import Part, part_files
 from .admission import CancelToken, OneAtATime, Room, check_cancelled
 from .arguments import (
@@ -151,7 +151,7 @@ class VideoPipeline:
         """
         self._life.check()
         defaults = self.manifest.defaults
-        prompts = self._check_prompts(prompt)
+        prompts = check_prompts(prompt, self.manifest.shape.max_batch)
         schedule = self._table.schedule(defaults.steps if steps is None else steps)
         policy = check_policy(policy)
         check_callbacks(on_step, cancel)
@@ -263,7 +263,7 @@ class VideoPipeline:
         noise = Noise(trace.seeds, self.manifest.shape.latents, self.backend.arrays)
         initial = self._initial(job.latents, noise)
         with _timed(trace, "text_ms"):
-            condition = self._encode(trace)
+            condition = self._encode(trace, job.cancel)
         check_cancelled(job.cancel, "before its first step")
         with _timed(trace, "denoise_ms"):
             return self._denoise(self._request(condition, job.schedule.begin(initial, noise.draw), job, trace))
@@ -286,21 +286,12 @@ class VideoPipeline:
         trace.uncached = tuple(name for name, kept in zip(trace.blocks, cached, strict=True) if not kept)
         return cached
 
-    def _check_prompts(self, prompt: str | Sequence[str]) -> tuple[str, ...]:
-        prompts = check_prompts(prompt)
-        if len(prompts) > self.manifest.shape.max_batch:
-            raise InvalidRequest(
-                f"prompts: got {len(prompts)} at once, this bundle takes {self.manifest.shape.max_batch}; send fewer, "
-                "or export with a larger --max-batch"
-            )
-        return prompts
-
     def _check_negative(self, negative_prompt: str | None) -> str:
         default = self.manifest.defaults.negative_prompt
         text = check_text("negative_prompt", default if negative_prompt is None else negative_prompt, True)
         if self.manifest.text.null_caption and text:
             raise InvalidRequest(
-                f"negative_prompt: got {text[:40]!r}, expected none: this model reads a learnt null caption instead; "
+                f"negative_prompt: got {quoted(text)}, expected none: this model reads a learnt null caption instead; "
                 "leave it out"
             )
         return text
@@ -393,7 +384,7 @@ class VideoPipeline:
             got = f"a {type(latents).__name__}"
             raise InvalidRequest(f"latents: got {got}, expected a float32 array, numpy's or by DLPack") from error
 
-    def _encode(self, trace: Trace) -> dict[str, Array]:
+    def _encode(self, trace: Trace, cancel: CancelToken | None) -> dict[str, Array]:
         """The inputs that no step changes: the condition part's outputs, in the order of the guided batch.
 
         Unless the model reads padding too, a prompt and its negative are both cut to the prompt's length, as their
@@ -407,7 +398,7 @@ class VideoPipeline:
             halves.reverse()
         texts = [text for half, _ in halves for text in half]
         distinct = list(dict.fromkeys(texts))
-        tokens = self._tokenizer.encode(distinct)
+        tokens = self._tokenizer.encode(distinct, cancel)
         trace.truncated_prompts = tuple(text for text in prompts if tokens.truncated[distinct.index(text)])
         lengths = np.array([tokens.lengths[distinct.index(prompt)] for prompt in prompts] * len(halves))
         if settings.padded:

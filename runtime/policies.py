@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, get_args
 
-from ..engines.errors import InvalidRequest
+from ..engines.errors import InvalidRequest, quoted
 
 CacheMode = Literal["output", "residual"]
 CACHE_MODES: tuple[CacheMode, ...] = get_args(CacheMode)
@@ -92,16 +92,18 @@ class Cycle:
         for name in ("reuse_steps", "interval", "warmup"):
             value = getattr(self, name)
             if not isinstance(value, int) and not (name == "warmup" and value is None):
-                raise InvalidRequest(f"{name}: got {value!r}, expected a whole number")
+                raise InvalidRequest(f"{name}: got {quoted(value)}, expected a whole number")
         if self.reuse_steps < 1:
-            raise InvalidRequest(f"reuse_steps: got {self.reuse_steps}, expected 1 or more; for none use policy none")
+            raise InvalidRequest(
+                f"reuse_steps: got {quoted(self.reuse_steps)}, expected 1 or more; for none use policy none"
+            )
         if self.interval <= self.reuse_steps:
             raise InvalidRequest(
-                f"interval: got {self.interval}, expected more than reuse_steps ({self.reuse_steps}), so that every "
-                "cycle computes all blocks once"
+                f"interval: got {quoted(self.interval)}, expected more than reuse_steps ({quoted(self.reuse_steps)}), so "
+                "that every cycle computes all blocks once"
             )
         if self.warmup is not None and self.warmup < 2:
-            raise InvalidRequest(f"warmup: got {self.warmup}, expected 2 or more: a change needs two steps")
+            raise InvalidRequest(f"warmup: got {quoted(self.warmup)}, expected 2 or more: a change needs two steps")
 
     def warmup_steps(self, steps: int) -> int:
         """The number of warm-up steps of a request."""
@@ -147,7 +149,7 @@ class Foresight(Cycle):
         super().__post_init__()
         _check_cache(self.cache)
         if not isinstance(self.gamma, (int, float)) or not 0 < self.gamma <= 2:
-            raise InvalidRequest(f"gamma: got {self.gamma!r}, expected more than 0 and at most 2")
+            raise InvalidRequest(f"gamma: got {quoted(self.gamma)}, expected more than 0 and at most 2")
 
     def begin(self, steps: int, blocks: int) -> Decider:
         """See Policy.begin."""
@@ -162,7 +164,7 @@ POLICIES: dict[str, type[NoReuse] | type[Static] | type[Foresight]] = {
 def policy_from_settings(name: str, **settings: Any) -> Policy:
     """A policy by name; settings that are None keep their default, those that the policy lacks are refused."""
     if name not in POLICIES:
-        raise InvalidRequest(f"policy: got {name!r}, expected one of {', '.join(POLICIES)}")
+        raise InvalidRequest(f"policy: got {quoted(name)}, expected one of {', '.join(POLICIES)}")
     given = {key: value for key, value in settings.items() if value is not None}
     known = set(POLICIES[name].__dataclass_fields__)
     for key in sorted(set(given) - known):
@@ -268,4 +270,4 @@ def _weighted_sum(changes: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
 
 def _check_cache(cache: str) -> None:
     if cache not in CACHE_MODES:
-        raise InvalidRequest(f"cache: got {cache!r}, expected output or residual")
+        raise InvalidRequest(f"cache: got {quoted(cache)}, expected output or residual")

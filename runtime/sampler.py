@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..engines.arrays import Array, Arrays, HostArray
-from ..engines.errors import IntegrityError, InvalidRequest
+from ..engines.errors import IntegrityError, InvalidRequest, quoted
 
 VECTORS = ("timesteps", "input_scales", "noise_coefficients")
 MATRICES = ("sample_coefficients", "output_coefficients")
@@ -107,7 +107,9 @@ class SamplerTable:
     def schedule(self, steps: int) -> Schedule:
         """The schedule of that many steps. Raises InvalidRequest."""
         if not isinstance(steps, (int, np.integer)) or not 1 <= steps <= self.max_steps:
-            raise InvalidRequest(f"steps: got {steps}, expected 1 to {self.max_steps}, which the bundle has tables for")
+            raise InvalidRequest(
+                f"steps: got {quoted(steps)}, expected 1 to {self.max_steps}, which the bundle has tables for"
+            )
         first = steps * (steps - 1) // 2
         rows = {name: self._columns[name][first : first + steps] for name in (*VECTORS, *MATRICES)}
         return Schedule(**rows, noise_scale=float(self._columns["noise_scales"][steps - 1]))

@@ -11,8 +11,9 @@ import numpy as np
 from tokenizers import Tokenizer as _Tokenizer
 
 from ..engines.arrays import HostArray
-from ..engines.errors import IntegrityError
+from ..engines.errors import IntegrityError, quoted
 from ..engines.manifest import Text
+from .admission import CancelToken, check_cancelled
 from .caption import clean_caption
 
 log = logging.getLogger("foresight")
@@ -40,24 +41,24 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._settings = settings
 
-    def encode(self, texts: Sequence[str]) -> Tokens:
+    def encode(self, texts: Sequence[str], cancel: CancelToken | None = None) -> Tokens:
         """Tokens of each text, cut to the model's length as its own tokenizer does: the end token stays.
 
-        Raises InvalidRequest where a text cannot be cleaned, see runtime/caption.py.
+        `cancel` is looked at before each text. Raises Cancelled, and InvalidRequest where a text cannot be cleaned,
+        see runtime/caption.py.
         """
         settings = self._settings
         ids = np.full((len(texts), settings.max_tokens), settings.pad_id, np.int64)
         mask = np.zeros_like(ids)
         lengths, truncated = [], []
         for row, text in enumerate(texts):
-            found = self._tokenizer.encode(self._normalize(text)).ids
+            check_cancelled(cancel, "while its text was prepared")
+            found = self._tokenizer.encode(self._normalize(text, cancel)).ids
             if len(found) > settings.max_tokens:
                 log.warning(
-                    "prompt %r…: has %d tokens, the model reads %d; the rest is cut off",
-                    text[:40],
-                    len(found),
-                    settings.max_tokens,
+                    "a prompt has %d tokens, the model reads %d; the rest is cut off", len(found), settings.max_tokens
                 )
+                log.debug("that prompt is %s", quoted(text))
             kept = found if len(found) <= settings.max_tokens else [*found[: settings.max_tokens - 1], found[-1]]
             ids[row, : len(kept)] = kept
             mask[row, : len(kept)] = 1
@@ -65,10 +66,10 @@ class Tokenizer:
             truncated.append(len(kept) < len(found))
         return Tokens(ids, mask, tuple(lengths), tuple(truncated))
 
-    def _normalize(self, text: str) -> str:
+    def _normalize(self, text: str, cancel: CancelToken | None) -> str:
         settings = self._settings
         if settings.suffix and settings.suffix_unless not in text:
             text += settings.suffix
         if settings.cleaning == "caption":
-            return clean_caption(text)
+            return clean_caption(text, cancel)
         return text.lower().strip() if settings.cleaning == "lower" else text

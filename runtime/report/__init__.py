@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ...engines.errors import InvalidRequest, OutputError, one_line
+from ...engines.errors import InvalidRequest, OutputError, one_line, quoted
 from ..notes import cycle_of
 from ..policies import NoReuse
 from ..quality import psnr, ssim
@@ -79,7 +79,9 @@ def _check_reference(video: Video, reference: Video) -> None:
     )
     for name, expected in mine.items():
         if other[name] != expected:
-            raise InvalidRequest(f"reference: got {name} {other[name]!r}, expected {expected!r} as in the video")
+            raise InvalidRequest(
+                f"reference: got {name} {quoted(other[name])}, expected {quoted(expected)} as in the video"
+            )
 
 
 def _page(video: Video, reference: Video | None) -> dict[str, Any]:

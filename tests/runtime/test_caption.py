@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import threading
+import time
 from typing import Any
 
 import pytest
+from bs4.exceptions import ParserRejectedMarkup
 from diffusers import LattePipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foresight.engines.errors import InvalidRequest
-from foresight.runtime.caption import clean_caption
+from foresight.engines.errors import Cancelled, InvalidRequest
+from foresight.runtime.arguments import MAX_CHARACTERS
+from foresight.runtime.caption import ADDRESSES, SIGNS, WORDS, clean_caption
 
 CAPTIONS = [
     "a dog in astronaut suit and sunglasses floating in space",
@@ -83,3 +88,102 @@ def test_without_the_libraries_other_text_is_refused(monkeypatch: pytest.MonkeyP
         InvalidRequest, match=rf"{library}, which is not installed; install foresight-engines\[captions\]"
     ):
         clean_caption(text)
+
+
+# Rules as diffusers has them, which search a run anew from each of its characters: what they are about, and texts.
+DOMAIN = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+PLAIN_RULES = {
+    "https": (
+        rf"\b(?:https?:(?:/{{1,3}}|[a-zA-Z0-9%])|{DOMAIN})",
+        "",
+        "a .com .co . : http https :// @ - / _ é www h % s:",
+    ),
+    "www": (rf"\b(?:www:(?:/{{1,3}}|[a-zA-Z0-9%])|{DOMAIN})", "", "a .com .it . : http www www: w :/ @ - / _ é %"),
+    "png": (r"\S+\.(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)", "", "a . png jpeg jpg mp4 .png \u00a0 é"),
+    r"\.\s": (r"\s+\.\s+", " ", ". a \u3000 \u2028 \u0085"),
+    r"\d*[": (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " ", "1 2 a B é _ \u0663 -"),
+    "×": (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", "", "1 2 x х × . é _ \u0663"),
+}
+
+
+@pytest.mark.parametrize("about", PLAIN_RULES)
+def test_a_rule_that_enters_a_run_once_finds_what_the_plain_one_finds(about: str) -> None:
+    plain, replacement, alphabet = PLAIN_RULES[about]
+    ours = next(rule for rule in (*ADDRESSES, *SIGNS, *WORDS) if about in rule[0].pattern and rule[0].pattern != plain)
+
+    @given(st.lists(st.sampled_from([" ", *alphabet.split(" ")]), max_size=16).map("".join))
+    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    def check(text: str) -> None:
+        assert ours[0].sub(ours[1], text) == re.sub(plain, replacement, text)
+
+    check()
+
+
+@pytest.mark.filterwarnings("ignore::bs4.MarkupResemblesLocatorWarning")
+@given(
+    st.lists(
+        st.sampled_from([*"a.1×é@-_\"'# (\n", ".com", ".png", "://", "http", "x1", "free ", "page ", "click for"]),
+        max_size=9,
+    ),
+    st.integers(1, 60),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_long_texts_are_cleaned_as_diffusers_cleans_them(pieces: list[str], times: int) -> None:
+    text = ("".join(pieces) * times)[:MAX_CHARACTERS]
+    assert clean_caption(text) == reference(text)
+
+
+RUNS = [
+    "a.",
+    ".",
+    "x",
+    "1",
+    " ",
+    "\n",
+    "a.com@",
+    "a1a1",
+    "1x",
+    ". ",
+    "a-",
+    "http:",
+    "@a",
+    "é.",
+    "free ",
+    "&#1",
+    "a+",
+    "</a",
+]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("around", [("", ""), ("a1a", "é"), ("", "xxx"), ("a", " .")])
+def test_time_grows_no_faster_than_the_text(run: str, around: tuple[str, str]) -> None:
+    """A sixteenfold text takes sixteenfold time, where work per pair of characters would take 256-fold."""
+
+    def seconds(characters: int) -> float:
+        text = around[0] + (run * characters)[:characters] + around[1]
+        started = time.thread_time()
+        clean_caption(text)
+        return time.thread_time() - started
+
+    clean_caption("<é>")  # imports what it needs
+    short = max(min(seconds(MAX_CHARACTERS // 4) for _ in range(3)), 5e-4)
+    assert min(seconds(MAX_CHARACTERS * 4) for _ in range(2)) < 64 * short
+
+
+@pytest.mark.parametrize("text", ["a <![cat", "<![if cat]> a dog"])
+def test_what_a_library_cannot_read_is_one_line(text: str) -> None:
+    try:
+        expected = reference(text)
+    except ParserRejectedMarkup:
+        with pytest.raises(InvalidRequest, match=r"^prompt '[^\n]*': got HTML that cannot be read"):
+            clean_caption(text)
+    else:
+        assert clean_caption(text) == expected
+
+
+def test_a_text_is_not_cleaned_on_once_its_request_is_cancelled() -> None:
+    token = threading.Event()
+    token.set()
+    with pytest.raises(Cancelled, match="cancelled while its text was prepared"):
+        clean_caption("a dog", token)

@@ -16,7 +16,7 @@ from foresight.runtime.video import Video
 from tests.support import CancelAt, WatchedBackend, fail_at, watched_pipeline
 
 STEPS = 6
-LOOKS_BEFORE = 2  # at the cancel token, before the first block: at the beginning, and after the text
+LOOKS_BEFORE = 4  # at the cancel token, before the first block: at the beginning, before each text, and after them
 POLICIES: dict[str, Policy] = {
     "none": NoReuse(),
     "foresight-output": Foresight(gamma=2, warmup=2),
@@ -125,7 +125,9 @@ def test_a_request_after_one_that_was_cancelled_anywhere_is_as_if_alone(
     ("look", "when"),
     [
         (0, "before it began"),
-        (1, "before its first step"),
+        (1, "while its text was prepared"),
+        (2, "while its text was prepared"),
+        (3, "before its first step"),
         (LOOKS_BEFORE + STEPS * 4, "before its frames were decoded"),
         (LOOKS_BEFORE + STEPS * 4 + 1, "while its frames were decoded"),
     ],

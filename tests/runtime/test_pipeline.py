@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -99,6 +100,10 @@ def test_frames_decoded_a_few_at_a_time_are_the_same(pipeline: VideoPipeline, bu
 
 
 INVALID: dict[str, dict[str, Any]] = {
+    "an endless prompt": {"prompt": ["a dog", "a." * 10**5]},
+    "an endless negative prompt": {"negative_prompt": "a." * 10**5, "guidance": 4.0},
+    "guidance beyond fp64": {"guidance": 10**400},
+    "seeds without end": {"seed": itertools.count()},
     "no prompt": {"prompt": ""},
     "a blank prompt": {"prompt": "  "},
     "no prompts": {"prompt": []},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.checkpoints import WORDS
 from foresight.engines.bundle import open_bundle
-from foresight.engines.errors import InvalidRequest
-from foresight.runtime.arguments import check_prompts
+from foresight.engines.errors import Cancelled, InvalidRequest
+from foresight.runtime.arguments import MAX_CHARACTERS, check_prompts, check_text
 from foresight.runtime.text import Tokenizer
 
 TEXTS = st.one_of(
@@ -76,6 +77,20 @@ def test_truncation_is_logged_with_both_lengths(ours: Tokenizer, caplog: pytest.
     with caplog.at_level(logging.WARNING, logger="foresight"):
         ours.encode([" ".join(["dog"] * 200)])
     assert "has 201 tokens, the model reads 120" in caplog.text
+    assert "dog" not in caplog.text
+
+
+def test_what_was_truncated_is_logged_for_debugging_only(ours: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="foresight"):
+        ours.encode([" ".join(["dog"] * 200)])
+    assert {record.levelname for record in caplog.records if "dog" in record.getMessage()} == {"DEBUG"}
+
+
+def test_a_cancelled_request_encodes_no_further_text(ours: Tokenizer) -> None:
+    token = threading.Event()
+    token.set()
+    with pytest.raises(Cancelled, match="cancelled while its text was prepared"):
+        ours.encode(["a", "a red dog"], token)
 
 
 def test_arrays_are_int64_of_the_models_length(ours: Tokenizer) -> None:
@@ -94,3 +109,23 @@ def test_a_prompt_has_to_say_something(prompts: list[str]) -> None:
 def test_a_prompt_that_is_no_unicode_text_is_refused(prompt: str) -> None:
     with pytest.raises(InvalidRequest, match="prompt"):
         check_prompts([prompt])
+
+
+def test_a_prompt_may_be_long_but_not_endless() -> None:
+    longest = "a" * MAX_CHARACTERS
+    assert check_prompts([longest]) == (longest,)
+    assert check_text("negative_prompt", longest, may_be_empty=True) == longest
+    with pytest.raises(InvalidRequest, match=rf"prompt: got {MAX_CHARACTERS + 1} characters, expected at most"):
+        check_prompts([longest + "a"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\ud800" * 100, " " * 100, "a" * 10**6, "a\ud800" * 10**6, [["a" * 10**6]]],
+    ids=lambda text: repr(text[:3])[:9],
+)
+def test_a_message_quotes_the_beginning_of_a_prompt_only(text: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_prompts([text])
+    assert len(str(caught.value)) < 160
+    assert len(str(caught.value.__cause__ or "")) < 160
