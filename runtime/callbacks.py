@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from ..engines.errors import InvalidRequest
+from ..engines.errors import InvalidRequest, quoted
 
 _REMEDY = "hand work over from an ordinary one, say with asyncio.run_coroutine_threadsafe"
 
@@ -15,9 +15,13 @@ _REMEDY = "hand work over from an ordinary one, say with asyncio.run_coroutine_t
 def check_callbacks(on_step: Any, cancel: Any) -> None:
     """A function, and something like threading.Event; neither of them async. Raises InvalidRequest."""
     if on_step is not None and not callable(on_step):
-        raise InvalidRequest(f"on_step: got {on_step!r}, expected a function of steps done, their number and the trace")
+        raise InvalidRequest(
+            f"on_step: got {quoted(on_step)}, expected a function of steps done, their number and the trace"
+        )
     if cancel is not None and not callable(getattr(cancel, "is_set", None)):
-        raise InvalidRequest(f"cancel: got {cancel!r}, expected something with is_set(), as threading.Event has it")
+        raise InvalidRequest(
+            f"cancel: got {quoted(cancel)}, expected something with is_set(), as threading.Event has it"
+        )
     for name, function in (("on_step", on_step), ("cancel.is_set", getattr(cancel, "is_set", None))):
         if _runs_later(function):
             raise InvalidRequest(f"{name}: got an async function or a generator, expected a plain function; {_REMEDY}")

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from ..engines.backend import Backend, Engine
-from ..engines.errors import Cancelled, InvalidRequest
+from ..engines.errors import Cancelled, InvalidRequest, quoted
 from .admission import CancelToken, check_cancelled
 from .callbacks import check_result
 from .denoise import OnStep
@@ -69,7 +69,9 @@ class Lifecycle:
     def close(self, cancel: bool, timeout: float | None) -> bool:
         """See VideoPipeline.close."""
         if not (timeout is None or (isinstance(timeout, (int, float)) and timeout >= 0)):
-            raise InvalidRequest(f"timeout: got {timeout!r}, expected seconds of 0 or more, or None to wait for ever")
+            raise InvalidRequest(
+                f"timeout: got {quoted(timeout)}, expected seconds of 0 or more, or None to wait for ever"
+            )
         if self.inherited:
             return True
         with self._changed:

@@ -99,8 +99,8 @@ class Cycle:
             )
         if self.interval <= self.reuse_steps:
             raise InvalidRequest(
-                f"interval: got {quoted(self.interval)}, expected more than reuse_steps ({quoted(self.reuse_steps)}), so "
-                "that every cycle computes all blocks once"
+                f"interval: got {quoted(self.interval)}, expected more than reuse_steps ({quoted(self.reuse_steps)}), "
+                "so that every cycle computes all blocks once"
             )
         if self.warmup is not None and self.warmup < 2:
             raise InvalidRequest(f"warmup: got {quoted(self.warmup)}, expected 2 or more: a change needs two steps")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..engines.arrays import Array, HostArray
-from ..engines.errors import InvalidRequest, OutputError, one_line
+from ..engines.errors import InvalidRequest, OutputError, one_line, quoted
 from .trace import Trace
 from .whole import holds_only_frames, write_whole
 
@@ -102,7 +102,7 @@ def _check_metadata(metadata: Metadata) -> dict[str, str]:
     """Names that every format takes, and texts in valid Unicode. Raises InvalidRequest."""
     for name in metadata:
         if not (isinstance(name, str) and name.isascii() and name.isidentifier() and len(name) < 80):
-            raise InvalidRequest(f"metadata: got the name {name!r}, expected one like 'prompt', of ASCII letters")
+            raise InvalidRequest(f"metadata: got the name {quoted(name)}, expected one like 'prompt', of ASCII letters")
     return {name: str(text).encode("utf-8", "replace").decode() for name, text in metadata.items()}
 
 
