@@ -1,24 +1,24 @@
 """Compile every graph of a bundle for this machine.
 
 Each plan is built in a process of its own, one at a time unless asked otherwise, so a build needs the memory of one
-part and a crash of the library is an error like any other. Everything goes into `<folder>.partial`, whose index says
-what is done, and is renamed at the end: an interrupted build goes on where it stopped.
+part and a crash of the library is an error like any other. None of these processes outlives the build, however that
+ends. Everything goes into `<folder>.partial`, whose index says what is done, and is renamed at the end: an interrupted
+build goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import msgspec
 
+from .apart import Apart, Crashed
 from .arrays import Arrays
 from .bundle import Bundle, empty_folder, file_record, sole_writer, verify_files, write_atomically
 from .compiled import (
@@ -105,6 +105,7 @@ def _build_missing(
     # TensorRT-RTX asks a GPU about a cache that it is given, and builds without one. Builds side by side would write
     # over what the others found out.
     cache = partial / TIMING_CACHE if index.backend == "tensorrt" and jobs == 1 else None
+    apart = Apart()
     with ThreadPoolExecutor(jobs) as pool:
         futures = {
             pool.submit(
@@ -115,6 +116,7 @@ def _build_missing(
                 settings,
                 cache,
                 device,
+                apart,
             ): part.name
             for part in missing
         }
@@ -123,6 +125,7 @@ def _build_missing(
                 yield futures[future], _write_plan(partial / f"{futures[future]}.plan", future.result())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            apart.stop()
 
 
 def affordable_jobs(jobs: int, weights: Sequence[int], free: int | None) -> int:
@@ -153,22 +156,15 @@ def build_apart(
     settings: BuildSettings,
     timing_cache: Path | None = None,
     device: str = "cuda",
+    apart: Apart | None = None,
 ) -> Plan:
     """`build_plan` in a process of its own. Raises EngineError, also where the library crashes."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_mute) as process:
-        try:
-            return process.submit(build_plan, backend, graph, profile, settings, timing_cache, device).result()
-        except BrokenProcessPool as error:
-            raise EngineError(
-                f"{graph.stem}: {backend} crashed while building {graph.name}; see whether memory was short"
-            ) from error
-
-
-def _mute() -> None:
-    """In a worker: the libraries print, past their loggers, what the loggers are told as well."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        os.dup2(nowhere, descriptor)
+    try:
+        return (apart or Apart()).call(build_plan, backend, graph, profile, settings, timing_cache, device)
+    except Crashed as error:
+        raise EngineError(
+            f"{graph.stem}: {backend} crashed while building {graph.name}; see whether memory was short"
+        ) from error
 
 
 def _present(folder: Path, wanted: Index, bundle: Bundle) -> Compiled | None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import WeakSet
 
 from .arrays import Array, GpuArrays, create_arrays, gpu_facts, numpy_dtype, parse_device, select_device
-from .bundle import Bundle
+from .bundle import Bundle, write_atomically
 from .compiled import Compiled, find_compiled
 from .errors import BundleError, EngineError, InvalidRequest, one_line
 from .manifest import Part, TensorSpec
@@ -445,7 +445,7 @@ def _build(
     if memory is None:
         return None, len(attentions)
     if timing_cache is not None:
-        timing_cache.write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
+        write_atomically(timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
     return bytes(memoryview(memory)), len(attentions)
 
 
