@@ -1,8 +1,8 @@
 """The command line: a thin face on exporter, engines and runtime, and the only module that prints.
 
 Results go to stdout (with --json as one JSON document), everything else to stderr. Exit codes: 0 done, 1 failed,
-2 usage, 3 bundle or engine missing or incompatible, 4 integrity. Where the reader of stdout goes away, as `head` does,
-the command ends with 1 and says nothing.
+2 usage, 3 bundle or engine missing or incompatible, 4 integrity, 130 interrupted, 143 terminated. Where the reader of
+stdout goes away, as `head` does, the command ends with 1 and says nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -49,6 +51,29 @@ MEBI = 2**20
 HELP = {"-h", "--help", "--version"}
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: nothing half-written and no process is left."""
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Unless somebody else already handles it."""
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+        raise Terminated
+
+    if mine:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@_sigterm_interrupts()
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -63,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         failure: BaseException = error
     except (KeyboardInterrupt, click.Abort) as interruption:
         code, message, failure = 130, "interrupted", interruption
+        if isinstance(interruption.__cause__ or interruption, Terminated):  # click raises Abort from it
+            code, message = 143, "terminated"
     except OSError as error:
         if HELP.isdisjoint(arguments):  # help is printed by click, all else by _echo
             raise

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +100,26 @@ def test_an_interrupted_build_goes_on_where_it_stopped(copy: tuple[Bundle, Compi
     build_engines(bundle, RTX, settings=BuildSettings(level=1), progress=lambda done, *_: found.append(done))
     assert found[0] >= 3 and found[-1] == len(bundle.manifest.parts)
     assert not list(bundle.path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_command_that_is_ended_leaves_no_process(
+    copy: tuple[Bundle, Compiled], number: signal.Signals, code: int
+) -> None:
+    bundle, compiled = copy
+    shutil.rmtree(compiled.folder)
+    command = [sys.executable, "-m", "foresight.cli", "build", str(bundle.path), "--backend", RTX, "--jobs", "2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as build:
+        workers: list[psutil.Process] = []
+        while not any(worker.cpu_times().user > 0.5 for worker in workers):  # one is at work
+            assert build.poll() is None
+            workers = psutil.Process(build.pid).children(recursive=True)
+        build.send_signal(number)
+        _, told = build.communicate(timeout=60)
+    assert build.returncode == code
+    assert told.strip().endswith("error: terminated" if number == signal.SIGTERM else "") and "Traceback" not in told
+    psutil.wait_procs(workers, 60)
+    assert not any(worker.is_running() for worker in workers)
 
 
 def test_a_plan_that_was_damaged_before_resuming_is_built_again(copy: tuple[Bundle, Compiled]) -> None:
