@@ -8,7 +8,6 @@ checkpoints with `.bin` weights only are refused.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..engines.bundle import file_record
-from ..engines.errors import CheckpointError
+from ..engines.errors import CheckpointError, one_line
+from .weights import Files, LocalFiles, Stored, Weights, find_weights, read_json
 
 COMPONENTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 READ_SUFFIXES = (".json", ".safetensors", ".model")
-WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 
 
 class Checkpoint:
@@ -31,11 +30,14 @@ class Checkpoint:
     `elsewhere` has the folders of components that do not lie in it.
     """
 
-    def __init__(self, name: str, folder: Path, elsewhere: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self, name: str, folder: Path, elsewhere: Mapping[str, Path] | None = None, variant: str | None = None
+    ) -> None:
         self.name = name
         self.folder = folder
         self._elsewhere = dict(elsewhere or {})
-        self._weight_files: dict[str, dict[str, Path]] = {}
+        self.variant = variant
+        self._found: dict[str, Weights] = {}
 
     def require_pipeline(self, expected: str, components: dict[str, str]) -> None:
         """Refuse a checkpoint of another pipeline, or one with components of another class."""
@@ -60,28 +62,44 @@ class Checkpoint:
         """The class name that `model_index.json` gives for a component."""
         return str((self._index.get(component) or [None, None])[1])
 
+    def component_library(self, component: str) -> str:
+        """The library that `model_index.json` gives for a component; transformers, as Open-Sora uses, without one."""
+        if not (self.folder / "model_index.json").is_file():
+            return "transformers"
+        return str((self._index.get(component) or ["diffusers"])[0])
+
+    def label(self, component: str) -> str:
+        """How messages about a component begin."""
+        return f"checkpoint {self.name}: {component}"
+
+    def files(self, component: str) -> Files:
+        """The files of a component."""
+        return LocalFiles(self.label(component), self.component_folder(component))
+
     def config(self, component: str, file: str = "config.json") -> dict[str, Any]:
         """A component's configuration."""
         return self._read_json(self.component_folder(component) / file, f"{component}/{file}")
 
     def tensor(self, component: str, name: str) -> torch.Tensor:
         """One weight, in the dtype it is stored in; memory-mapped, and unmapped when the tensor goes."""
-        file = self._files(component).get(name)
-        if file is None:
-            raise CheckpointError(f"checkpoint {self.name}: {component} has no weight {name}; download it again")
+        stored = self.stored(component).get(name)
+        if stored is None:
+            raise CheckpointError(f"{self.label(component)} has no weight {name}; download it again")
         try:
-            with safe_open(file, framework="pt") as weights:
+            with safe_open(self.component_folder(component) / stored.file, framework="pt") as weights:
                 return weights.get_tensor(name)  # type: ignore[no-any-return]
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"checkpoint {self.name}: cannot read {name} from {file.name}: {error}") from error
+            raise CheckpointError(
+                f"{self.label(component)} cannot read {name} from {stored.file} ({one_line(error)}); download it again"
+            ) from error
 
-    def tensor_names(self, component: str) -> Iterable[str]:
-        """The names of all weights that a component stores."""
-        return self._files(component).keys()
+    def stored(self, component: str) -> Mapping[str, Stored]:
+        """All weights that a component stores, as the headers of its files have them. Raises CheckpointError."""
+        return self._weights(component).stored
 
     def has_tensor(self, component: str, name: str) -> bool:
         """Whether a component stores a weight under that name."""
-        return name in self._files(component)
+        return name in self.stored(component)
 
     @cached_property
     def sha256(self) -> str:
@@ -108,46 +126,17 @@ class Checkpoint:
                 if path.is_file() and path.suffix in READ_SUFFIXES:
                     yield (Path(component) / path.relative_to(top)).as_posix(), path
 
-    def _files(self, component: str) -> dict[str, Path]:
-        """The file that stores each of a component's weights."""
-        if component not in self._weight_files:
-            self._weight_files[component] = self._find_weights(component)
-        return self._weight_files[component]
-
-    def _find_weights(self, component: str) -> dict[str, Path]:
-        folder = self.component_folder(component)
-        for stem in WEIGHT_STEMS:
-            index = folder / f"{stem}.safetensors.index.json"
-            if index.is_file():
-                table = self._read_json(index, f"{component}/{index.name}").get("weight_map")
-                if not isinstance(table, dict) or any(Path(str(file)).name != file for file in table.values()):
-                    raise CheckpointError(
-                        f"checkpoint {self.name}: {index.name} has no table of weights and files; download it again"
-                    )
-                return {name: folder / file for name, file in table.items()}
-        named = [folder / f"{stem}.safetensors" for stem in WEIGHT_STEMS]
-        whole = next((file for file in named if file.is_file()), named[0])
-        try:
-            with safe_open(whole, framework="pt") as weights:
-                return dict.fromkeys(weights.keys(), whole)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"checkpoint {self.name}: {component} has no readable {whole.name} ({error}); only safetensors are "
-                "read, so convert other formats with diffusers' save_pretrained(safe_serialization=True)"
-            ) from error
+    def _weights(self, component: str) -> Weights:
+        if component not in self._found:
+            self._found[component] = find_weights(
+                self.files(component), self.component_library(component), self.variant
+            )
+        return self._found[component]
 
     def _read_json(self, path: Path, name: str) -> dict[str, Any]:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(
-                f"checkpoint {self.name}: no {name}; expected the model's published folders"
-            ) from error
-        except ValueError as error:
-            raise CheckpointError(f"checkpoint {self.name}: {name} is not valid JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"checkpoint {self.name}: {name} is not a JSON object")
-        return content
+        if not path.exists() and not path.is_symlink():
+            raise CheckpointError(f"checkpoint {self.name}: no {name}; expected the model's published folders")
+        return read_json(path, f"checkpoint {self.name}: {name}")
 
 
 def find_checkpoint(source: str | Mapping[str, str]) -> Checkpoint:

@@ -55,6 +55,7 @@ from ..engines.manifest import (
 )
 from ..engines.onnxruntime import OnnxRuntimeBackend
 from .checkpoint import Checkpoint, find_checkpoint
+from .coverage import check_coverage, has_any_weights
 from .graph import Graph, graph_from_module, widen, write_graph
 from .models import find_model, split_checkpoint
 from .models.base import PartPlan, Split, assign_parameters
@@ -124,6 +125,14 @@ class Export:
     def plan(self) -> ExportPlan:
         """What `run` would do; writes nothing. Raises OutputError where that could not be written."""
         _check_free(self.output)
+        cautions = self.split.cautions
+        if has_any_weights(self.checkpoint):
+            check_coverage(self.split, self.checkpoint)
+        else:
+            cautions = (
+                *cautions,
+                f"checkpoint {self.checkpoint.name} has configurations alone; no weights were checked",
+            )
         parts = {plan.name: _weight_bytes(plan) for plan in self.split.parts}
         rows = 2
         cached = [plan.outputs[: len(self.split.streams)] for plan in self.split.blocks]
@@ -144,7 +153,7 @@ class Export:
             bundle_bytes=sum(parts.values()),
             cache_bytes=cache,
             free_disk_bytes=shutil.disk_usage(parent).free,
-            cautions=self.split.cautions,
+            cautions=cautions,
         )
 
     def run(self, progress: Progress = lambda done, total, name: None) -> Bundle:
@@ -160,7 +169,7 @@ class Export:
             mark_as_newest(present)
             return present
         _check_free(self.output)
-        self.split.check()
+        self.check()
         partial = self.output.with_name(self.output.name + ".partial")
         try:
             with sole_writer(partial):
@@ -175,6 +184,11 @@ class Export:
                 f"export to {self.output}: {error.strerror or error}; {hint} and export again, it goes on from here"
             ) from error
         return open_bundle(self.output)
+
+    def check(self) -> None:
+        """Refuse a checkpoint whose weights are not those that the export reads. Raises CheckpointError."""
+        check_coverage(self.split, self.checkpoint)
+        self.split.check()
 
     @property
     def key(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -119,6 +119,11 @@ class PartPlan:
     check_sizes: tuple[Mapping[str, int], ...]
     aliases: tuple[tuple[str, str], ...] = ()
 
+    def reads(self, checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every weight that the part is made of, by the checkpoint's name for it, with its shape."""
+        for name, parameter in self.module.named_parameters():
+            yield self._tensor_name(checkpoint, name), tuple(parameter.shape)
+
     def parameter(self, checkpoint: Checkpoint, name: str) -> Tensor:
         """The value of one of the module's parameters, in the dtype the module has it in. Raises CheckpointError."""
         wanted = self.module.get_parameter(name)
@@ -160,8 +165,10 @@ class StagePlan:
 class Split:
     """A checkpoint taken apart. Parts as in engines.manifest.Manifest.
 
-    `cautions` are sentences on sizes that the checkpoint was not trained on. `check` refuses weights that are not the
-    ones expected, before the first of them is exported: CheckpointError.
+    `cautions` are sentences on sizes that the checkpoint was not trained on. Of what components store beside what the
+    parts read, `unneeded` has patterns of names that are of no use, and `also_stored` names and shapes that have to be
+    there for `check`, which refuses values that are not the ones expected, before the first is exported:
+    CheckpointError.
     """
 
     shape: Shape
@@ -178,6 +185,8 @@ class Split:
     tokenizer: Callable[[], str]
     scheduler: Callable[[], Any]
     cautions: tuple[str, ...] = ()
+    unneeded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    also_stored: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     check: Callable[[], None] = lambda: None
 
     @property

@@ -34,7 +34,10 @@ from .base import (
     untrained,
 )
 from .cogvideox_vae import check_vae, count_latent_frames, decoder_stage
-from .t5 import TOKENIZER, load_encoder, text_encoder_plan, tokenizer_json
+from .t5 import TOKENIZER, UNNEEDED, load_encoder, text_encoder_plan, tokenizer_json
+
+TABLES = ("patch_embed.pos_embedding",)  # constants, which diffusers computes anew as well
+ENCODER = ("encoder.*", "quant_conv.*")  # of the VAE
 
 
 class Condition(nn.Module):
@@ -270,6 +273,7 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
         tokenizer=lambda: tokenizer_json(checkpoint),
         scheduler=lambda: scheduler_from_checkpoint(checkpoint),
         cautions=_cautions(transformer, vae, shape),
+        unneeded={"text_encoder": UNNEEDED, "transformer": TABLES, "vae": ENCODER},
     )
 
 

@@ -39,10 +39,12 @@ from .base import (
     mean_squared_change,
     untrained,
 )
-from .t5 import TOKENIZER, load_encoder, text_encoder_plan, tokenizer_json
+from .t5 import TOKENIZER, UNNEEDED, load_encoder, text_encoder_plan, tokenizer_json
 
 MAX_TOKENS = 120  # LattePipeline.encode_prompt pads every prompt to this
 DECODE_PIXELS = 512 * 512  # of frames that the VAE decodes at a time
+TABLES = ("pos_embed.pos_embed", "temp_pos_embed")  # constants, which diffusers computes anew as well
+ENCODER = ("encoder.*", "quant_conv.*")  # of the VAE
 
 
 class Block(nn.Module):
@@ -237,6 +239,7 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
         tokenizer=lambda: tokenizer_json(checkpoint),
         scheduler=lambda: scheduler_from_checkpoint(checkpoint),
         cautions=(*untrained("height", shape.height, side), *untrained("width", shape.width, side)),
+        unneeded={"text_encoder": UNNEEDED, "transformer": TABLES, "vae": ENCODER},
     )
 
 

@@ -13,6 +13,7 @@ from ..checkpoint import Checkpoint
 from .base import TORCH_DTYPES, Input, PartPlan, draw_mask, float_spec
 
 TOKENIZER = "tokenizer.json"
+UNNEEDED = ("shared.weight", "decoder.*", "lm_head.weight")  # of a whole T5, of which the encoder is read
 
 
 class TextEncoder(nn.Module):
@@ -61,12 +62,13 @@ def text_encoder_plan(encoder: T5EncoderModel, dtype: Dtype, max_tokens: int, ma
         kind="text_encoder",
         module=module,
         component="text_encoder",
-        prefixes={"encoder.": ""},
+        # where both names of the one embedding are stored, and differ, transformers takes this one
+        prefixes={"encoder.": "", "encoder.shared.": "encoder.embed_tokens."},
         inputs=(ids, mask) if masked else (ids,),
         outputs=(float_spec("text_states", dtype, "batch", max_tokens, encoder.config.d_model),),
         reference=module.forward,
         check_sizes=({"batch": 1}, {"batch": 2}),
-        aliases=(("shared.weight", "encoder.embed_tokens.weight"),),
+        aliases=(("encoder.embed_tokens.weight", "shared.weight"),),
     )
 
 

@@ -29,17 +29,19 @@ from ..base import (
     float_spec,
     frame_specs,
 )
-from ..t5 import TOKENIZER, load_encoder, text_encoder_plan, tokenizer_json
+from ..t5 import TOKENIZER, UNNEEDED, load_encoder, text_encoder_plan, tokenizer_json
 from .parts import Block, Condition, Epilogue, Prologue, SpatialDecoder, TemporalDecoder, temporal_rotation
 from .presets import DEFAULT_SIZE, VideoSize, size_cautions, video_size
 from .schedule import RectifiedFlow
 from .stdit3 import STDiT3, STDiT3Config, rotary_frequencies
 from .vae import VideoVAE, VideoVAEConfig
-from .weights import check_names
 
 FPS, FPS_OF_AN_IMAGE = 24, 120  # what the model is told; it was trained on images as very fast videos
 SCORE = "aesthetic score:"  # captions of the training set end in one
 DECODE_PIXELS = 512 * 512  # of frames that the image VAE decodes at a time
+ENCODERS = tuple(
+    f"{stage}.{layers}" for stage in ("spatial_vae.module", "temporal_vae") for layers in ("encoder.*", "quant_conv.*")
+)
 OLD_ATTENTION = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"))
 
 
@@ -89,7 +91,9 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
         tokenizer=lambda: tokenizer_json(checkpoint),
         scheduler=lambda: RectifiedFlow(size.height, size.width, size.frames, dtype),
         cautions=size_cautions(size, made_for),
-        check=lambda: _check_weights(checkpoint, transformer, vae),
+        unneeded={"text_encoder": UNNEEDED, "vae": ENCODERS},
+        also_stored={"transformer": {"rope.freqs": tuple(transformer.rope.freqs.shape)}},
+        check=lambda: _check_rotations(checkpoint, transformer),
     )
 
 
@@ -107,12 +111,8 @@ def _trained_size(checkpoint: Checkpoint, vae: VideoVAEConfig) -> VideoSize | No
     )
 
 
-def _check_weights(checkpoint: Checkpoint, transformer: STDiT3, vae: VideoVAE) -> None:
-    """Loading is strict: what the files store is what the modules have, and the stored rotations are the known ones."""
-    for component, module, aliases in (("transformer", transformer, ()), ("vae", vae, OLD_ATTENTION)):
-        expected = module.state_dict()
-        what = f"checkpoint {checkpoint.name}: {component}"
-        check_names(what, expected, list(checkpoint.tensor_names(component)), aliases)
+def _check_rotations(checkpoint: Checkpoint, transformer: STDiT3) -> None:
+    """The stored rotations are the known ones, which the graphs have as constants."""
     stored = checkpoint.tensor("transformer", "rope.freqs").float()
     known = rotary_frequencies(transformer.config.head_dim)
     if stored.shape != known.shape or not torch.allclose(stored, known, rtol=1e-2):
