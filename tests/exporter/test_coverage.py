@@ -233,9 +233,9 @@ def full_model(name: str, component: str) -> dict[str, torch.Tensor]:
             model: torch.nn.Module = (
                 STDiT3(STDiT3Config.from_json(config)) if of_transformer else VideoVAE(VideoVAEConfig.from_json(config))
             )
-            return model.state_dict()
+            return dict(model.state_dict())
         kind = getattr(diffusers, PUBLISHED[name]["model_index.json"][component][1])
-        return kind.from_config(config).state_dict()  # type: ignore[no-any-return]
+        return dict(kind.from_config(config).state_dict())
 
 
 @pytest.mark.parametrize("name", ["latte", "cogvideox-2b", "cogvideox-5b", "open-sora"])
