@@ -227,7 +227,7 @@ def full_model(name: str, component: str) -> dict[str, torch.Tensor]:
     config = PUBLISHED[name][f"{component}/config.json"]
     with init_empty_weights():
         if component == "text_encoder":
-            return T5EncoderModel(T5Config.from_dict(config)).state_dict()
+            return dict(T5EncoderModel(T5Config.from_dict(config)).state_dict())
         if name == "open-sora":
             of_transformer = component == "transformer"
             model: torch.nn.Module = (
