@@ -6,6 +6,8 @@ allocation on the right device, the way to the host and back, the address that a
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +95,8 @@ class Arrays:
 
     def trim(self) -> None:
         """Give memory that is kept for later arrays back to the device."""
+        if _malloc_trim is not None:
+            _malloc_trim(0)
 
 
 class GpuArrays(Arrays):
@@ -249,6 +253,7 @@ class _OnItsWay:
         return self._values
 
 
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # of glibc
 _SMALLER = "use fewer prompts at once, a smaller --cache-memory, or --low-memory"
 CGROUP = Path("/sys/fs/cgroup")
 

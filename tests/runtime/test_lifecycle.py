@@ -192,6 +192,20 @@ def outcome(code: str, *arguments: object) -> tuple[int, str, str]:
     return run.returncode, run.stdout, run.stderr
 
 
+@on_the_cpu
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and glibc gives memory back")
+def test_close_gives_memory_back_to_the_system(demo_bundle: Path) -> None:
+    code = """
+        import pathlib, sys, foresight
+        resident = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+        pipeline = foresight.load(sys.argv[1], threads=1)
+        before = resident()
+        pipeline.close()
+        print(before - resident() > pipeline.memory().weights)
+    """
+    assert outcome(code, demo_bundle) == (0, "True\n", "")
+
+
 IN_REQUESTS = """
     import sys, threading, foresight
     from foresight.engines.backend import create_backend
