@@ -172,14 +172,15 @@ class Calls:
             check_cancelled(self, f"after step {done} of {total}")
 
     def _call(self, function: Callable[..., T], *arguments: Any) -> T:
-        self.outside = threading.get_ident() == self.thread
+        mine = threading.get_ident() == self.thread  # else somebody looks at the token meanwhile
+        self.outside = self.outside or mine
         try:
             return function(*arguments)
         except BaseException as error:
             self._raised = error
             raise
         finally:
-            self.outside = False
+            self.outside = self.outside and not mine
             if self._life.inherited:  # the callback has forked, and this is the child
                 self._life.check()
 

@@ -52,7 +52,7 @@ def test_stop_ends_what_runs_and_lets_nothing_begin() -> None:
         apart.call(divmod, 7, 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_call_ends_with_its_caller(number: signal.Signals) -> None:
     code = f"import re; from foresight.engines.apart import Apart; Apart().call(re.match, *{ENDLESS[1:]})"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as caller:
