@@ -66,12 +66,16 @@ def engine_step(bundle: Path, threads: int, pool: str) -> Step:
     from foresight.engines.bundle import open_bundle
     from foresight.runtime.cache import Layout, create_cache
 
-    backend = backend_module.OnnxRuntimeBackend(threads=threads)
+    class Spinning(backend_module.OnnxRuntimeBackend):
+        def _options(self, weights: Any) -> Any:
+            options = super()._options(weights)
+            options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+            return options
+
+    backend = (backend_module.OnnxRuntimeBackend if pool == "own" else Spinning)(threads=threads)
     if pool == "shared":
         ort.set_global_thread_pool_sizes(threads, 1)
-        backend._options.use_per_session_threads = False
-    if pool != "own":
-        backend._options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        backend._own_threads = False
     opened = open_bundle(bundle)
     manifest = opened.manifest
     parts = (manifest.prologue, *manifest.blocks, manifest.epilogue)

@@ -55,7 +55,7 @@ class Backend(Protocol):
         """Library, version and device, for traces and reports."""
 
 
-# name -> (module, factory, default device); the factory takes (device, threads, cuda_graphs).
+# name -> (module, factory, default device); the factory takes (device, threads, cuda_graphs, shared_weights).
 REGISTRY: dict[str, tuple[str, str, str]] = {
     "onnxruntime": ("onnxruntime", "OnnxRuntimeBackend", "cpu"),
     "tensorrt": ("tensorrt", "TensorRTBackend", "cuda"),
@@ -95,15 +95,25 @@ def choose_backend(bundle: Bundle, device: str | None = None) -> str:
 
 
 def create_backend(
-    name: str = DEFAULT, device: str | None = None, threads: int | None = None, cuda_graphs: bool = False
+    name: str = DEFAULT,
+    device: str | None = None,
+    threads: int | None = None,
+    cuda_graphs: bool = False,
+    shared_weights: bool = False,
 ) -> Backend:
     """A backend by its registered name; its library is imported only now.
 
     `device` None is the backend's own default. `threads` is for CPU backends; None means the number of cores this
     process may use. `cuda_graphs` records every engine once per set of addresses and replays that; TensorRT only.
+    `shared_weights` leaves weights mapped from the bundle, for several processes to share; ONNX Runtime on CPUs only.
     """
     if name not in REGISTRY:
         raise InvalidRequest(f"backend: got {name!r}, expected one of {', '.join(REGISTRY)}")
     module, factory, default = REGISTRY[name]
     create = cast(Callable[..., Backend], getattr(import_module(f".{module}", __package__), factory))
-    return create(device=default if device is None else device, threads=threads, cuda_graphs=cuda_graphs)
+    return create(
+        device=default if device is None else device,
+        threads=threads,
+        cuda_graphs=cuda_graphs,
+        shared_weights=shared_weights,
+    )

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -24,6 +24,7 @@ import msgspec
 from .consistency import contradictions
 from .errors import BundleError, IntegrityError, InvalidRequest, OutputError
 from .manifest import FileRecord, Manifest
+from .verify import Stamp, changed, read_unchanged, unreadable, verify_file
 from .wording import command
 
 SCHEMA = 3
@@ -34,15 +35,23 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. `id` is the SHA-256 of its manifest, and so of its whole content."""
+    """An opened bundle. `id` is the SHA-256 of its manifest, and so of its whole content.
+
+    `stamps` are those of its files when `verify_files`, which fills them in, had hashed them.
+    """
 
     path: Path
     manifest: Manifest
     id: str
+    stamps: dict[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
 
     def file(self, name: str) -> Path:
         """The path of one of the bundle's files."""
         return self.path / name
+
+    def read(self, name: str) -> bytes:
+        """The content of one of its files, as it was verified. Raises IntegrityError, BundleError."""
+        return read_unchanged(self.path, name, self.stamps.get(name), self.manifest.files[name])
 
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -61,7 +70,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         what = "has no manifest.json, so it is no bundle or a half-written one" if folder.is_dir() else "not found"
         raise BundleError(f"bundle {folder}: {what}; make it with: {command('export --model NAME')}") from error
     except OSError as error:
-        raise _unreadable(folder, MANIFEST, error) from error
+        raise unreadable(folder, MANIFEST, error) from error
     try:
         schema = msgspec.json.decode(raw, type=_SchemaOnly).schema
         if schema < 1:
@@ -123,12 +132,13 @@ def verify_files(bundle: Bundle) -> None:
     try:
         entries = sorted(bundle.path.iterdir())
     except OSError as error:
-        raise _unreadable(bundle.path, "it", error) from error
+        raise unreadable(bundle.path, "it", error) from error
     for entry in entries:
         if entry.name not in expected and entry.name not in (MANIFEST, COMPILED):
             raise IntegrityError(f"bundle {bundle.path}: {entry.name} is not in its manifest; remove it")
     with ThreadPoolExecutor(max_workers=4) as pool:
-        list(pool.map(lambda item: _verify_file(bundle.path, *item), expected.items()))
+        stamps = list(pool.map(lambda item: verify_file(bundle.path, *item), expected.items()))
+    bundle.stamps.update(zip(expected, stamps, strict=True))
 
 
 def file_record(path: Path) -> FileRecord:
@@ -185,32 +195,26 @@ def check_request_shape(manifest: Manifest, height: int | None, width: int | Non
 
 
 class Unchanged:
-    """Tells whether files of a bundle are still those that were there when this was made, without reading them."""
+    """Tells whether files of a bundle are still those that were verified, without reading them.
+
+    Of a bundle that was not verified: those that were there when this was made.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._known = {name: self._stamp(name) for name in bundle.manifest.files}
+        self._known = {name: bundle.stamps.get(name) or self._stamp(name) for name in bundle.manifest.files}
 
     def check(self, *names: str) -> None:
-        """Raises IntegrityError where one of these was replaced or written to."""
-        for name in names:
+        """Raises IntegrityError where one of these, or of all where none is named, was replaced or written to."""
+        for name in names or self._known:
             if self._stamp(name) != self._known[name]:
-                raise IntegrityError(
-                    f"bundle {self._bundle.path}: {name} was changed after the bundle was loaded; load it again"
-                )
+                raise changed(self._bundle.path, name)
 
-    def _stamp(self, name: str) -> tuple[int, int, int] | None:
+    def _stamp(self, name: str) -> Stamp | None:
         try:
-            found = self._bundle.file(name).stat()
+            return Stamp.of(self._bundle.file(name))
         except OSError:
             return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _unreadable(folder: Path, name: str, error: OSError) -> BundleError:
-    return BundleError(
-        f"bundle {folder}: {name} cannot be read ({error.strerror or error}); check its owner and permissions"
-    )
 
 
 class _SchemaOnly(msgspec.Struct):
@@ -235,24 +239,3 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
     for part in manifest.parts:
         if not part.graph.endswith(".onnx"):
             raise IntegrityError(f"bundle {folder}: graph {part.graph} is not an .onnx file; export again")
-
-
-def _verify_file(folder: Path, name: str, record: FileRecord) -> None:
-    path = folder / name
-    if path.is_symlink():
-        raise IntegrityError(f"bundle {folder}: {name} is a link; a bundle holds plain files only")
-    if not path.is_file():
-        raise IntegrityError(f"bundle {folder}: {name} is missing; export again")
-    size = path.stat().st_size
-    if size != record.bytes:
-        raise IntegrityError(f"bundle {folder}: {name} has {size} bytes, expected {record.bytes}; export again")
-    try:
-        got = file_record(path).sha256
-    except OSError as error:
-        raise _unreadable(folder, name, error) from error
-    if got != record.sha256:
-        raise IntegrityError(
-            f"bundle {folder}: {name} was altered (SHA-256 {got[:12]}…, expected {record.sha256[:12]}…); export again"
-        )
-    if path.suffix == ".onnx" and b"EPContext" in path.read_bytes():
-        raise IntegrityError(f"bundle {folder}: {name} carries native code (an EPContext node), which is never run")

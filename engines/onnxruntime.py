@@ -5,6 +5,10 @@ dozens of times the scratch that one block needs. Each has threads of its own, w
 pool for all would be fewer threads, but a process that has such a pool refuses every session that does not ask for it,
 and those of other libraries do not. Where another library has made such a pool, sessions run in that: there is no other
 way. On a GPU the sessions share its stream as well.
+
+A session that reads weights by itself maps them, and keeps mapped what it does not repack: whoever truncates the file
+then ends the process, and whoever writes to it changes results. So it is given the bytes that were verified, unless
+processes are to share them.
 """
 
 from __future__ import annotations
@@ -25,11 +29,14 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from .arrays import Array, Arrays, GpuArrays, create_arrays, numpy_dtype
 from .bundle import Bundle
 from .errors import EngineError, InvalidRequest, one_line
-from .manifest import Part
+from .manifest import Part, part_files
 
 MOST_THREADS = 16  # unless asked for more: every session has so many
 CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16, for which numpy has no type that bindings know
+
+# Since 1.24. Before, what is not repacked stays mapped.
+TAKES_WEIGHTS = hasattr(ort.SessionOptions, "add_external_initializers_from_files_in_memory")
 
 HAS_GLOBAL_POOL = "use_per_session_threads must be false"
 
@@ -51,45 +58,59 @@ class OnnxRuntimeBackend:
 
     `threads` is the number of threads a block may use (default: the cores this process may use, up to 16); each engine
     has as many, the caller's own among them. `optimize=False` runs graphs without ONNX Runtime's own rewriting and
-    repacking of weights, which starts faster and needs less memory: meant for checking an export.
+    repacking of weights, which starts faster and needs less memory: meant for checking an export. `shared_weights`
+    leaves weights as they are, mapped from the bundle, so that processes which serve the same one share them.
     """
 
     name = "onnxruntime"
 
     def __init__(
-        self, device: str = "cpu", threads: int | None = None, cuda_graphs: bool = False, optimize: bool = True
+        self,
+        device: str = "cpu",
+        threads: int | None = None,
+        cuda_graphs: bool = False,
+        shared_weights: bool = False,
+        optimize: bool = True,
     ) -> None:
         if threads is not None and threads < 1:
             raise InvalidRequest(f"threads: got {threads}, expected 1 or more")
         if cuda_graphs:
             raise InvalidRequest("cuda_graphs: got onnxruntime, expected tensorrt or tensorrt-rtx, which can replay")
         self.arrays = create_arrays(device)
+        if shared_weights and self.arrays.kind != "cpu":
+            raise InvalidRequest(f"shared_weights: got {device}, expected cpu: a GPU has weights of its own")
         self.threads = threads or min(available_cores(), MOST_THREADS)
+        self.shared_weights = shared_weights
+        self._optimize = optimize
+        self._own_threads = True
         self._provider: Any = "CPUExecutionProvider"
         _share_arena()
         if isinstance(self.arrays, GpuArrays):
             self.threads = 1  # the device computes
             self.arrays = _share_gpu(self.arrays)
             self._provider = ("CUDAExecutionProvider", _cuda_options(self.arrays))
-        self._options = _session_options(self.threads, optimize)
-        if isinstance(self.arrays, GpuArrays):  # past the arena, which would keep them when their engine goes
-            self._options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
 
     def load(self, bundle: Bundle, part: Part) -> OnnxRuntimeEngine:
         """See Backend.load."""
-        return self.load_graph(bundle.file(part.graph), part)
+        if self.shared_weights or not TAKES_WEIGHTS:
+            return self.load_graph(bundle.file(part.graph), part)
+        graph, weights = part_files(part)
+        return self._load(bundle.read(graph), part, {weights: bundle.read(weights)})
 
     def load_graph(self, graph: Path, part: Part) -> OnnxRuntimeEngine:
         """The engine of a graph that lies in no bundle, or not yet. Raises EngineError."""
+        return self._load(str(graph), part, {})
+
+    def _load(self, graph: str | bytes, part: Part, weights: Mapping[str, bytes]) -> OnnxRuntimeEngine:
         if self.arrays.kind == "cpu" and any(spec.dtype == "bf16" for spec in (*part.inputs, *part.outputs)):
             raise EngineError(
                 f"{part.name}: got bf16, which ONNX Runtime cannot run on a CPU, expected fp32 or fp16; export again "
                 "with --dtype, or use a GPU"
             )
         try:
-            session = self._session(graph)
+            session = self._session(graph, weights)
         except ORT_ERRORS as error:
-            raise EngineError(f"{part.name}: ONNX Runtime cannot load {graph.name}: {one_line(error)}") from error
+            raise EngineError(f"{part.name}: ONNX Runtime cannot load {part.graph}: {one_line(error)}") from error
         _Process.sessions.add(session)
         got = session.get_providers()[0]
         expected = self._provider if isinstance(self._provider, str) else self._provider[0]
@@ -100,19 +121,41 @@ class OnnxRuntimeBackend:
             )
         return OnnxRuntimeEngine(session, part, self.arrays)
 
-    def _session(self, graph: Path) -> ort.InferenceSession:
+    def _session(self, graph: str | bytes, weights: Mapping[str, bytes]) -> ort.InferenceSession:
         """Raises ORT_ERRORS."""
         # Without its own fallback, which prints and then loads for another device.
         try:
-            return ort.InferenceSession(str(graph), self._options, [self._provider], enable_fallback=0)
+            return ort.InferenceSession(graph, self._options(weights), [self._provider], enable_fallback=0)
         except ORT_ERRORS as error:
-            if HAS_GLOBAL_POOL not in str(error) or not self._options.use_per_session_threads:
+            if HAS_GLOBAL_POOL not in str(error) or not self._own_threads:
                 raise
         # The process got a pool for all sessions, from another library: with the arena gone, if it was there before.
         _share_arena(anew=True)
-        self._options.use_per_session_threads = False
-        self._options.intra_op_num_threads = 0
-        return ort.InferenceSession(str(graph), self._options, [self._provider], enable_fallback=0)
+        self._own_threads = False
+        return ort.InferenceSession(graph, self._options(weights), [self._provider], enable_fallback=0)
+
+    def _options(self, weights: Mapping[str, bytes]) -> ort.SessionOptions:
+        """For one session: it copies what it needs of `weights`, the content of the files that its graph names."""
+        options = ort.SessionOptions()
+        options.use_per_session_threads = self._own_threads
+        options.intra_op_num_threads = self.threads if self._own_threads else 0
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others need the cores meanwhile
+        if _Process.inherited:
+            options.enable_cpu_mem_arena = False
+        else:
+            options.add_session_config_entry("session.use_env_allocators", "1")
+        options.log_severity_level = 3
+        if not self._optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if not self._optimize or self.shared_weights:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if self.arrays.kind == "cuda":  # past the arena, which would keep them when their engine goes
+            options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        if weights:
+            options.add_external_initializers_from_files_in_memory(
+                list(weights), list(weights.values()), [len(content) for content in weights.values()]
+            )
+        return options
 
     def compiled(self, bundle: Bundle) -> None:
         """See Backend.compiled."""
@@ -127,7 +170,7 @@ class OnnxRuntimeBackend:
             "backend": self.name,
             "version": ort.__version__,
             "device": self.arrays.device,
-            "threads": str(self.threads) if self._options.use_per_session_threads else "the process's pool",
+            "threads": str(self.threads) if self._own_threads else "the process's pool",
         }
 
 
@@ -179,21 +222,6 @@ def available_cores(cgroup: Path = CGROUP_CPU) -> int:
     except (OSError, ValueError):  # no container, or one without a limit, which says "max"
         return cores
     return max(1, min(cores, -(-quota // period)))
-
-
-def _session_options(threads: int, optimize: bool) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others need the cores meanwhile
-    if _Process.inherited:
-        options.enable_cpu_mem_arena = False
-    else:
-        options.add_session_config_entry("session.use_env_allocators", "1")
-    options.log_severity_level = 3
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    return options
 
 
 def _cuda_options(arrays: GpuArrays) -> dict[str, str]:

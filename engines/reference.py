@@ -45,7 +45,15 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def __init__(self, device: str = "cpu", threads: int | None = None, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self,
+        device: str = "cpu",
+        threads: int | None = None,
+        cuda_graphs: bool = False,
+        shared_weights: bool = False,
+    ) -> None:
+        if shared_weights:
+            raise InvalidRequest(f"shared_weights: got {self.name}, expected onnxruntime, which can map them")
         if device != "cpu":
             raise InvalidRequest(
                 f"device: got {device}, expected cpu, where {self.name} runs; use --device cpu, or another --backend"

@@ -215,7 +215,15 @@ class TensorRTBackend:
 
     name: ClassVar[str] = "tensorrt"
 
-    def __init__(self, device: str = "cuda", threads: int | None = None, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self,
+        device: str = "cuda",
+        threads: int | None = None,
+        cuda_graphs: bool = False,
+        shared_weights: bool = False,
+    ) -> None:
+        if shared_weights:
+            raise InvalidRequest(f"shared_weights: got {self.name}, expected onnxruntime, which can map them")
         arrays = create_arrays(device)
         if not isinstance(arrays, GpuArrays):
             raise InvalidRequest(

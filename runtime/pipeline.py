@@ -82,11 +82,11 @@ class VideoPipeline:
         self.cache_memory = cache_memory
         self.cache_profile = cache_profile
         self.fixed_slots = fixed_slots
+        self._files = Unchanged(bundle)
         self._table = load_table(bundle.file(self.manifest.sampler.table), self.manifest.sampler.max_steps)
         self._engines: dict[str, Engine] = {}
         self._life = Lifecycle(self._engines, backend)
         self._tokenizer = self._load()
-        self._files = Unchanged(bundle)
         self._turns = OneAtATime() if low_memory else None
         self._room = Room(backend.arrays)
 
@@ -214,12 +214,20 @@ class VideoPipeline:
 
         def load_all() -> Tokenizer:
             tokenizer = Tokenizer(self.bundle.file(self.manifest.text.tokenizer), self.manifest.text)
+            self._files.check(self.manifest.text.tokenizer, self.manifest.sampler.table)
             for part in () if self.low_memory else self.manifest.parts:
                 check_cancelled(calls, "while its engines were loaded")
-                self._engines[part.name] = self.backend.load(self.bundle, part)
+                self._engines[part.name] = self._load_engine(part)
             return tokenizer
 
         return calls.run(load_all)
+
+    def _load_engine(self, part: Part) -> Engine:
+        """The engine of the files that were verified, and of no others. Raises IntegrityError, EngineError."""
+        self._files.check(*part_files(part))
+        engine = self.backend.load(self.bundle, part)
+        self._files.check(*part_files(part))
+        return engine
 
     def _take_turn(self, job: _Job, trace: Trace) -> tuple[list[Array], Array]:
         """`_run`, when it is the request's turn."""
@@ -245,6 +253,7 @@ class VideoPipeline:
 
     def _run(self, job: _Job, trace: Trace) -> tuple[list[Array], Array]:
         """Frames and final latents of every prompt; fills the trace."""
+        self._files.check()
         arrays, prompts = self.backend.arrays, len(trace.prompts)
         plan = self._plan_memory(job.policy, prompts, _halves(trace.guidance) == 2, sum(job.cached))
         trace.planned_bytes = plan.total
@@ -350,8 +359,7 @@ class VideoPipeline:
             yield [self._engines[part.name] for part in parts]
             return
         self.backend.trim()
-        self._files.check(*(name for part in parts for name in part_files(part)))
-        engines = [self.backend.load(self.bundle, part) for part in parts]
+        engines = [self._load_engine(part) for part in parts]
         try:
             yield engines
         finally:
@@ -465,6 +473,7 @@ def load(
     cache_memory: int | None = None,
     cache_profile: Mapping[str, Any] | None = None,
     cuda_graphs: bool = False,
+    shared_weights: bool = False,
 ) -> VideoPipeline:
     """Open a bundle, verify all its files, and load its engines.
 
@@ -474,6 +483,9 @@ def load(
     request needs them. `cache_memory` is the most bytes for one request's stream and cache; what finds no room is not
     cached, chosen by what an earlier request reused if `cache_profile`, its `trace.to_dict()`, is given.
     `cuda_graphs`, with TensorRT, records every block's kernels and replays them; the cache then takes twice the memory.
+    `shared_weights`, on CPUs, leaves weights mapped from the bundle instead of copying and repacking them: processes
+    that serve the same bundle share them, each request takes some per cent longer, and to truncate a file of the
+    bundle while a request runs ends the process.
     Raises BundleError, IntegrityError, EngineError, InvalidRequest.
     """
     check_count("threads", threads)
@@ -482,7 +494,7 @@ def load(
     verify_files(opened)
     return VideoPipeline(
         opened,
-        create_backend(backend or choose_backend(opened, device), device, threads, cuda_graphs),
+        create_backend(backend or choose_backend(opened, device), device, threads, cuda_graphs, shared_weights),
         low_memory=low_memory,
         cache_memory=cache_memory,
         cache_profile=None if cache_profile is None else Profile.from_trace(cache_profile),

@@ -161,7 +161,7 @@ def test_with_low_memory_files_that_changed_after_loading_are_not_run(bundle: Pa
     weights = low.bundle.file("block.001.data")
     weights.write_bytes(bytes(weights.stat().st_size))
     with pytest.raises(
-        IntegrityError, match=r"block\.001\.data was changed after the bundle was loaded; load it again"
+        IntegrityError, match=r"block\.001\.data was changed or removed after it was verified; load the bundle again"
     ):
         low(PROMPT, steps=1)
 
