@@ -23,13 +23,13 @@ Writer = Callable[[HostArray, int, Path, Metadata], None]
 
 @dataclass(frozen=True)
 class _Colours:
-    """A standard's number as ITU-T H.273 has it, and what the conversion calls its matrix."""
+    """A number as files have it, of a standard ITU-T H.273's; and what the conversion calls it."""
 
     tag: int
-    matrix: str
+    name: str
 
 
-BT709, BT601, LIMITED_RANGE = _Colours(1, "ITU709"), _Colours(6, "ITU601"), 1
+BT709, BT601, LIMITED_RANGE = _Colours(1, "ITU709"), _Colours(6, "ITU601"), _Colours(1, "MPEG")
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,10 +142,10 @@ def _write_mp4(frames: HostArray, fps: int, path: Path, metadata: Metadata) -> N
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
         codec.color_primaries = codec.color_trc = codec.colorspace = standard.tag
-        codec.color_range = LIMITED_RANGE
+        codec.color_range = LIMITED_RANGE.tag
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=standard.matrix, dst_color_range=LIMITED_RANGE
+                format="yuv420p", dst_colorspace=standard.name, dst_color_range=LIMITED_RANGE.name
             )
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
