@@ -48,8 +48,16 @@ def run_part(
 ) -> dict[str, Array]:
     """Run a part whose outputs nobody has allocated yet; returns them."""
     outputs = {spec.name: arrays.empty(spec.resolve(sizes), spec.dtype) for spec in part.outputs}
-    engine.run({**inputs, **outputs})
+    run_engine(engine, {**inputs, **outputs})
     return outputs
+
+
+def run_engine(engine: Engine, tensors: dict[str, Array]) -> None:
+    """Run it; `tensors` is empty afterwards, so that an error that is kept keeps none of them."""
+    try:
+        engine.run(tensors)
+    finally:
+        tensors.clear()
 
 
 def _run_stage(

@@ -17,6 +17,7 @@ from ..engines.arrays import Array, Arrays, Download
 from ..engines.backend import Engine
 from .admission import CancelToken, check_cancelled
 from .cache import BlockCache
+from .decode import run_engine
 from .policies import Decider, Decision, eliminate_dead
 from .sampler import Sampler, Schedule
 from .trace import Trace
@@ -119,7 +120,7 @@ def _set_inputs(request: Request, step: int) -> None:
 
 def _run(engine: Engine, request: Request, tensors: Mapping[str, Array]) -> None:
     started = time.perf_counter()
-    engine.run({**request.tensors, **tensors})
+    run_engine(engine, {**request.tensors, **tensors})
     request.trace.engine_ms += 1e3 * (time.perf_counter() - started)
 
 

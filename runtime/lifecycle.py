@@ -23,6 +23,7 @@ from ..engines.errors import Cancelled, InvalidRequest, quoted
 from .admission import CancelToken, check_cancelled
 from .callbacks import check_result
 from .denoise import OnStep
+from .release import calls_callers
 from .trace import Trace
 
 POLL_SECONDS = 0.01  # between two looks, at exit, at who is still inside an engine
@@ -146,10 +147,15 @@ class Calls:
             return work()
         except BaseException as error:
             if self._raised is None or error is self._raised:
+                self._raised = None
                 raise
         finally:
             self._life.leave(self)
-        raise self._raised  # from here, so that it gets no context that its caller did not give it
+        raised, self._raised = self._raised, None
+        try:
+            raise raised  # from here, so that it gets no context that its caller did not give it
+        finally:
+            del raised  # or it would keep itself
 
     @property
     def why(self) -> str:
@@ -183,6 +189,9 @@ class Calls:
             self.outside = self.outside and not mine
             if self._life.inherited:  # the callback has forked, and this is the child
                 self._life.check()
+
+
+calls_callers(Calls._call.__code__)
 
 
 class _Process:

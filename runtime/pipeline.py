@@ -33,6 +33,7 @@ from .denoise import OnStep, Request, Transformer, denoise
 from .lifecycle import Calls, Lifecycle
 from .memory import MemoryPlan, plan_memory
 from .policies import Policy, policy_settings
+from .release import released
 from .sampler import Noise, Sampler, Schedule, load_table
 from .text import Tokenizer
 from .trace import Trace
@@ -147,7 +148,7 @@ class VideoPipeline:
         take over by DLPack; on the CPU they are numpy's in any case.
 
         Raises InvalidRequest before anything runs; Cancelled, OutOfMemory and EngineError, which also tells of results
-        that are not finite, leave the pipeline usable.
+        that are not finite, leave the pipeline usable, and hold none of the request's arrays.
         """
         self._life.check()
         defaults = self.manifest.defaults
@@ -235,7 +236,8 @@ class VideoPipeline:
         turn = nullcontext() if self._turns is None else self._turns.turn(job.cancel)
         with turn, self.backend.arrays.active():
             try:
-                return self._run(job, trace)
+                with released():
+                    return self._run(job, trace)
             finally:
                 if self.low_memory:
                     self.backend.trim()
@@ -457,10 +459,13 @@ class VideoPipeline:
         with self._loaded(*parts) as loaded:
             engines = {part.name: engine for part, engine in zip(parts, loaded, strict=True)}
             arrays = self.backend.arrays
-            return [
-                decode(self.manifest, engines, arrays, video, job.to_host, self._check_made, job.cancel)
-                for video in latents
-            ]
+            try:
+                return [
+                    decode(self.manifest, engines, arrays, video, job.to_host, self._check_made, job.cancel)
+                    for video in latents
+                ]
+            finally:
+                engines.clear()  # the comprehension's frame has it
 
 
 def load(
