@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 from .manifest import FRAME_MEANS, Manifest, Part, Stage, TensorSpec, chunk_sizes, left_by, stream_bytes_per_row
 
+MOST_KEPT = 32  # samples and model outputs that a sampler may ask for at once
+
 
 def contradictions(manifest: Manifest) -> Iterator[str]:
     """Every place where the manifest contradicts itself, in words; nothing for a sound one."""
@@ -53,6 +55,8 @@ def _in_defaults(manifest: Manifest) -> Iterator[str]:
     defaults = manifest.defaults
     if not 1 <= defaults.steps <= manifest.sampler.max_steps:
         yield f"the default of {defaults.steps} steps is not in 1 to {manifest.sampler.max_steps}"
+    if not 2 <= manifest.sampler.kept <= MOST_KEPT:
+        yield f"the sampler keeps {manifest.sampler.kept} arrays, not 2 to {MOST_KEPT}"
     if manifest.text.null_caption and defaults.negative_prompt:
         yield "it has a negative prompt and a null caption"
     if not (math.isfinite(defaults.guidance) and defaults.guidance >= 1):

@@ -128,11 +128,15 @@ class Text(_Record, frozen=True, kw_only=True):
 
 
 class Sampler(_Record, frozen=True, kw_only=True):
-    """The table of coefficients for 1 … `max_steps` steps, and the diffusers scheduler it was read off."""
+    """The table of coefficients for 1 … `max_steps` steps, and the diffusers scheduler it was read off.
+
+    `kept` is how many samples and model outputs, of the latents' size, it asks for at once.
+    """
 
     table: str
     scheduler: str
     max_steps: int
+    kept: int
 
 
 class Defaults(_Record, frozen=True, kw_only=True):

@@ -46,7 +46,6 @@ from ..engines.manifest import (
     FileRecord,
     Manifest,
     Part,
-    Sampler,
     Source,
     Stage,
     TensorSpec,
@@ -60,7 +59,7 @@ from .graph import Graph, graph_from_module, widen, write_graph
 from .models import find_model, split_checkpoint
 from .models.base import PartPlan, Split, assign_parameters
 from .models.base import Request as Request  # what Export takes
-from .sampler import MAX_STEPS, write_table
+from .sampler import sampler_from_table, write_table
 
 log = logging.getLogger("foresight")
 
@@ -289,7 +288,7 @@ class Export:
                 for stage in split.decoder
             ),
             text=split.text,
-            sampler=Sampler(table=SAMPLER, scheduler=type(split.scheduler()).__name__, max_steps=MAX_STEPS),
+            sampler=sampler_from_table(partial / SAMPLER, split.scheduler()),
             defaults=self.row.defaults,
             cache_bytes_per_row={
                 plan.name: stream_bytes_per_row(part[plan.name], split.streams, split.ranges) for plan in split.blocks

@@ -8,6 +8,10 @@ coefficients. Rows are then expressed by the last few samples and model outputs,
     x[t+1] = sum over i of a[i] x[t-i]  +  sum over i of b[i] m[t-i]  +  c n[t]
 
 Noise that a step adds is known, for the scheduler draws it from a generator of ours whose numbers can be drawn again.
+Schedulers are driven as diffusers' pipelines drive them: `eta` is 0 where a step takes one, whatever its own default,
+and steps begin with the first timestep also where rounding made the next one the same. Some call the model more often
+than there are steps, as PNDM does to warm up; each call is then a row of the table.
+
 The table is checked against the scheduler itself on large random vectors; what is not linear (clipping, thresholding)
 shows there and is refused.
 """
@@ -15,7 +19,8 @@ shows there and is refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +31,15 @@ import torch
 from diffusers import __version__ as diffusers_version
 from diffusers import schedulers
 
-from ..engines.errors import CheckpointError
+from ..engines.errors import CheckpointError, one_line
+from ..engines.manifest import Sampler
 from .checkpoint import Checkpoint
 
 MAX_STEPS = 100
-RECURRENCES = ((1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (3, 3), (3, 4))
+RECURRENCES = ((1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, 4), (3, 3), (3, 4), (4, 13))  # the last for PNDM
+# PNDM takes its first three steps in twelve calls of the model, and then one a step.
+WARM_UP = 12
+MOST_EXTRA = 9
 TOLERANCE = 1e-5
 MAX_DRAWS = 4  # of noise that one step may make
 SPARE = 8  # random elements beside the basis, so that even one step has more equations than coefficients
@@ -41,7 +50,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Steps:
-    """The table for one number of steps T, fp64.
+    """The table for one number of steps, which take T calls of the model, fp64.
 
     Timesteps, input scales and noise coefficients (T,), a (T, samples), b (T, outputs).
     """
@@ -73,8 +82,9 @@ def steps_from_scheduler(scheduler: Any, steps: int) -> Steps:
     Raises CheckpointError where the scheduler is not linear or needs a longer memory.
     """
     timesteps = _start(scheduler, steps)
-    more = torch.randn((steps + 1, SPARE), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    basis = torch.cat([torch.eye(steps + 1, dtype=torch.float64), more], dim=1)
+    calls = len(timesteps)
+    more = torch.randn((calls + 1, SPARE), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = torch.cat([torch.eye(calls + 1, dtype=torch.float64), more], dim=1)
     course = _run(scheduler, timesteps, basis[0], list(basis[1:]))
     for samples, outputs in RECURRENCES:
         solved = _solve(course, samples, outputs)
@@ -82,7 +92,7 @@ def steps_from_scheduler(scheduler: Any, steps: int) -> Steps:
             break
     else:
         raise CheckpointError(
-            f"scheduler {type(scheduler).__name__}: not linear in the last 3 samples and 4 model outputs; {_REMEDY}"
+            f"scheduler {type(scheduler).__name__}: not linear in the last samples and model outputs; {_REMEDY}"
         )
     table = Steps(
         timesteps=np.array([float(t) for t in timesteps]),
@@ -92,7 +102,7 @@ def steps_from_scheduler(scheduler: Any, steps: int) -> Steps:
         noise_coefficients=solved[2],
         noise_scale=float(getattr(scheduler, "init_noise_sigma", 1.0)),
     )
-    _check(scheduler, table)
+    _check(scheduler, steps, table)
     return table
 
 
@@ -101,26 +111,53 @@ def scheduler_from_checkpoint(checkpoint: Checkpoint) -> Any:
     config = checkpoint.config("scheduler", "scheduler_config.json")
     name = checkpoint.component_class("scheduler")
     scheduler = getattr(schedulers, name, None)
-    if scheduler is None:
+    if scheduler is None or not hasattr(scheduler, "from_config"):
         raise CheckpointError(
             f"checkpoint {checkpoint.name}: diffusers {diffusers_version} has no scheduler {name}; name one that it has"
         )
-    return scheduler.from_config(config)
+    with _told(name, "cannot be made of scheduler_config.json"):
+        return scheduler.from_config(config)
 
 
 def write_table(scheduler: Any, path: Path, max_steps: int = MAX_STEPS) -> None:
-    """Write the tables for 1 … max_steps steps, one after another; the table of T steps starts at row T (T - 1) / 2."""
-    tables = [steps_from_scheduler(scheduler, steps) for steps in range(1, max_steps + 1)]
+    """Write the tables for 1 … max_steps steps, one after another; `calls` says how many rows each has.
+
+    Where a scheduler refuses large numbers, there are fewer tables; where it refuses the first few, these have no rows.
+    Raises CheckpointError.
+    """
+    made: dict[int, Steps] = {}
+    for steps in range(1, max_steps + 1):
+        try:
+            made[steps] = steps_from_scheduler(scheduler, steps)
+        except _Refused:
+            if made:
+                break
+            if steps == max_steps:
+                raise
+    missing = min(made) - 1
+    tables = list(made.values())
     np.savez(
         path,
         allow_pickle=False,
+        calls=np.array([0] * missing + [len(table.timesteps) for table in tables], np.float64),
         timesteps=np.concatenate([table.timesteps for table in tables]),
         input_scales=np.concatenate([table.input_scales for table in tables]),
         sample_coefficients=_stack([table.sample_coefficients for table in tables]),
         output_coefficients=_stack([table.output_coefficients for table in tables]),
         noise_coefficients=np.concatenate([table.noise_coefficients for table in tables]),
-        noise_scales=np.array([table.noise_scale for table in tables]),
+        noise_scales=np.array([0.0] * missing + [table.noise_scale for table in tables]),
     )
+
+
+def sampler_from_table(path: Path, scheduler: Any) -> Sampler:
+    """What the manifest says of a written file."""
+    with np.load(path, allow_pickle=False) as table:
+        return Sampler(
+            table=path.name,
+            scheduler=type(scheduler).__name__,
+            max_steps=len(table["calls"]),
+            kept=table["sample_coefficients"].shape[1] + table["output_coefficients"].shape[1],
+        )
 
 
 def _stack(tables: list[Floats]) -> Floats:
@@ -130,18 +167,36 @@ def _stack(tables: list[Floats]) -> Floats:
 
 
 def _start(scheduler: Any, steps: int) -> list[Any]:
-    try:
+    with _told(type(scheduler).__name__, f"refuses {steps} steps", _Refused):
         scheduler.set_timesteps(steps)
-    except ValueError as error:
-        raise CheckpointError(f"scheduler {type(scheduler).__name__}: refuses {steps} steps: {error}") from error
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
     # trailing spacing in diffusers counts down in fractions, which for some numbers ends one step below the last
     timesteps = [timestep for timestep in scheduler.timesteps if timestep >= 0]
-    if len(timesteps) != steps:
+    afterwards = [float(timestep) for timestep in timesteps[WARM_UP:]]
+    extra = len(timesteps) - steps
+    if not 0 <= extra <= MOST_EXTRA or (extra and len(set(afterwards)) < len(afterwards)):
         raise CheckpointError(
             f"scheduler {type(scheduler).__name__}: calls the model {len(timesteps)} times for {steps} steps; only "
-            "schedulers with one call a step can be exported"
+            "schedulers with one call a step, but for a warm-up, can be exported"
         )
     return timesteps
+
+
+class _Refused(CheckpointError):
+    """A scheduler does not take that number of steps."""
+
+
+@contextmanager
+def _told(scheduler: str, what: str, kind: type[CheckpointError] = CheckpointError) -> Iterator[None]:
+    """Whatever a scheduler raises becomes one line."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = one_line(error)[:200] or type(error).__name__
+        raise kind(f"scheduler {scheduler}: {what} ({reason}); use another scheduler") from error
 
 
 def _run(scheduler: Any, timesteps: list[Any], noise: torch.Tensor, outputs: list[torch.Tensor]) -> _Course:
@@ -153,13 +208,8 @@ def _run(scheduler: Any, timesteps: list[Any], noise: torch.Tensor, outputs: lis
     for index, output in enumerate(outputs):
         scales.append(float(scale(torch.ones(1, dtype=torch.float64), timesteps[index])))
         generator = torch.Generator().manual_seed(index)
-        try:
+        with _told(type(scheduler).__name__, "its step cannot be read off"):
             sample = step(output.view(shape), timesteps, index, sample, generator)
-        except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"scheduler {type(scheduler).__name__}: its step cannot be read off ({reason}); use another scheduler"
-            ) from error
         samples.append(sample.double().numpy().flatten())
         draws.append(_drawn(generator, index, sample.shape))
     return _Course(samples, [output.numpy() for output in outputs], np.array(scales), draws)
@@ -177,7 +227,7 @@ def _step_of(scheduler: Any) -> _Step:
     def step(
         output: torch.Tensor, timesteps: list[Any], index: int, sample: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        extra = {"generator": generator} if "generator" in known else {}
+        extra = {name: value for name, value in (("eta", 0.0), ("generator", generator)) if name in known}
         result: torch.Tensor = scheduler.step(output, timesteps[index], sample, **extra, return_dict=False)[0]
         return result
 
@@ -231,19 +281,19 @@ def _solve(course: _Course, samples: int, outputs: int) -> tuple[Floats, Floats,
     return a, b, c
 
 
-def _check(scheduler: Any, table: Steps) -> None:
-    steps = len(table.timesteps)
+def _check(scheduler: Any, steps: int, table: Steps) -> None:
+    calls = len(table.timesteps)
     generator = torch.Generator().manual_seed(steps)
-    draws = 30 * torch.randn((steps + 1, 64), dtype=torch.float64, generator=generator)
+    draws = 30 * torch.randn((calls + 1, 64), dtype=torch.float64, generator=generator)
     course = _run(scheduler, _start(scheduler, steps), draws[0], list(draws[1:]))
     got = [draws[0].numpy()]
-    for step in range(steps):
+    for step in range(calls):
         past = sum(c * got[step - i] for i, c in enumerate(table.sample_coefficients[step]) if i <= step)
         made = sum(c * draws[1 + step - i].numpy() for i, c in enumerate(table.output_coefficients[step]) if i <= step)
         got.append(past + made + table.noise_coefficients[step] * course.noise[step])
         expected = course.samples[step + 1]
         if not np.abs(got[-1] - expected).max() <= TOLERANCE * np.abs(expected).max():
             raise CheckpointError(
-                f"scheduler {type(scheduler).__name__}: step {step} of {steps} is not linear in the sample and the "
+                f"scheduler {type(scheduler).__name__}: call {step} of {calls} is not linear in the sample and the "
                 f"model outputs; {_REMEDY}"
             )

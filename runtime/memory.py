@@ -13,7 +13,7 @@ from .cache import Layout
 
 # fp32 arrays of the latents' size that the sampler has at hand besides the samples and outputs its table asks for:
 # the noise, and the terms of a sum.
-SAMPLER_ARRAYS = 6
+SAMPLER_ARRAYS = 4
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def plan_memory(
     cache = layout.buffers(blocks, blocks if slots is None else slots) * buffer
     sizes = {name: largest for name, (_, largest) in manifest.ranges.items()} | {"batch": rows}
     latents = 4 * prompts * math.prod(manifest.shape.latents)
+    sampler = (SAMPLER_ARRAYS + manifest.sampler.kept) * latents
     condition = _bytes(manifest.condition.outputs, sizes)
     video = 3 * manifest.shape.frames * manifest.shape.height * manifest.shape.width
     denoise = (manifest.prologue, *manifest.blocks, manifest.epilogue)
@@ -114,7 +115,7 @@ def plan_memory(
         denoise=_phase(
             manifest,
             denoise,
-            cache + condition + _bytes(manifest.step_tensors, sizes) + SAMPLER_ARRAYS * latents,
+            cache + condition + _bytes(manifest.step_tensors, sizes) + sampler,
             compiled,
         ),
         decode=_phase(

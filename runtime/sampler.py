@@ -15,7 +15,7 @@ from ..engines.errors import IntegrityError, InvalidRequest, quoted
 
 VECTORS = ("timesteps", "input_scales", "noise_coefficients")
 MATRICES = ("sample_coefficients", "output_coefficients")
-COLUMNS = (*VECTORS, *MATRICES, "noise_scales")
+COLUMNS = ("calls", *VECTORS, *MATRICES, "noise_scales")
 
 
 class Noise:
@@ -37,7 +37,9 @@ class Noise:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One number of steps T: timesteps, input scales, c (T,), coefficients a (T, n) and b (T, m); all fp64.
+    """One number of steps, as T calls of the model, nearly always one each; all fp64.
+
+    Timesteps, input scales, c (T,), coefficients a (T, n) and b (T, m):
 
     x[t+1] = sum of a[t, i] x[t-i] over i, plus sum of b[t, i] m[t-i], plus c[t] n[t], with x the samples, m the model
     outputs and n standard normal noise, drawn only where c[t] is not 0.
@@ -98,10 +100,11 @@ class Sampler:
 
 
 class SamplerTable:
-    """The schedules of a bundle for 1 … `max_steps` steps."""
+    """The schedules of a bundle for 1 … `max_steps` steps, one below the other; `calls` says how long each is."""
 
     def __init__(self, columns: dict[str, HostArray], max_steps: int) -> None:
         self._columns = columns
+        self._calls = columns["calls"].astype(np.int64)
         self.max_steps = max_steps
 
     def schedule(self, steps: int) -> Schedule:
@@ -110,8 +113,14 @@ class SamplerTable:
             raise InvalidRequest(
                 f"steps: got {quoted(steps)}, expected 1 to {self.max_steps}, which the bundle has tables for"
             )
-        first = steps * (steps - 1) // 2
-        rows = {name: self._columns[name][first : first + steps] for name in (*VECTORS, *MATRICES)}
+        calls = self._calls[:steps]
+        if not calls[-1]:
+            fewest = 1 + int(np.argmax(self._calls > 0))
+            raise InvalidRequest(
+                f"steps: got {steps}, expected {fewest} to {self.max_steps}; the sampler takes no fewer"
+            )
+        last = int(calls.sum())
+        rows = {name: self._columns[name][last - int(calls[-1]) : last] for name in (*VECTORS, *MATRICES)}
         return Schedule(**rows, noise_scale=float(self._columns["noise_scales"][steps - 1]))
 
 
@@ -123,8 +132,11 @@ def load_table(path: Path, max_steps: int) -> SamplerTable:
             columns = {name: table[name] for name in COLUMNS}
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise IntegrityError(f"{path}: is not a sampler table ({error}); export again") from error
-    rows = max_steps * (max_steps + 1) // 2
-    shapes = dict.fromkeys(VECTORS, (rows,)) | {"noise_scales": (max_steps,)}
+    calls = columns["calls"]
+    if calls.shape != (max_steps,) or calls.dtype != np.float64 or not _are_counts(calls):
+        raise IntegrityError(f"{path}: calls are no counts for 1 to {max_steps} steps; export again")
+    rows = int(calls.sum())
+    shapes = dict.fromkeys(VECTORS, (rows,)) | {"noise_scales": (max_steps,), "calls": (max_steps,)}
     for name, column in columns.items():
         fits = column.shape == shapes[name] if name in shapes else column.ndim == 2 and len(column) == rows
         if column.dtype != np.float64 or not fits:
@@ -132,3 +144,10 @@ def load_table(path: Path, max_steps: int) -> SamplerTable:
                 f"{path}: {name} is {column.dtype} {column.shape}, not fp64 for 1 to {max_steps} steps; export again"
             )
     return SamplerTable(columns, max_steps)
+
+
+def _are_counts(calls: HostArray) -> bool:
+    """Whether every number of steps has as many calls, or up to twelve times as many; or, the first few, none."""
+    steps = np.arange(1, len(calls) + 1)
+    fits = (calls == 0) | ((calls >= steps) & (calls <= 12 * steps) & (calls == np.floor(calls)))
+    return bool(fits.all() and calls[-1] > 0 and (np.diff((calls > 0).astype(int)) >= 0).all())
