@@ -133,7 +133,9 @@ def bundle_argument(command: Command) -> Command:
     required=True,
     help="latte, cogvideox-2b, cogvideox-5b or open-sora; in a clone also latte-demo, cogvideox-demo, open-sora-demo.",
 )
-@click.option("--checkpoint", help="A diffusers folder or a hub id instead of the model's own.")
+@click.option("--checkpoint", help="A diffusers folder, a hub id or its page's address, instead of the model's own.")
+@click.option("--revision", help="Branch, tag or commit of a checkpoint on the hub.  [default: main]")
+@click.option("--variant", help="Read model.VARIANT.safetensors, fp16 say, of components that have it.")
 @click.option("--output", type=click.Path(path_type=Path), help="The bundle to write.  [default: bundles/MODEL]")
 @click.option(
     "--dtype", default="fp32", show_default=True, help="fp32, fp16 or bf16 (GPUs only); the reuse metric stays fp32."
@@ -152,6 +154,8 @@ def bundle_argument(command: Command) -> Command:
 def export(
     model: str,
     checkpoint: str | None,
+    revision: str | None,
+    variant: str | None,
     output: Path | None,
     dtype: Any,
     height: int | None,
@@ -177,13 +181,14 @@ def export(
     if backend is not None:
         _check_compiler(backend)
     request = Request(dtype, height, width, frames, max_batch, resolution, aspect, duration)
-    job = Export(model, request, checkpoint, output, opset)
+    job = Export(model, request, checkpoint, output, opset, revision, variant)
     plan = job.plan()
     if dry_run:
         _print(plan, as_json, _describe_plan(plan))
         return
     if backend is not None:
         _check_target(backend)
+    job.fetch()  # with the progress bars of the hub's library
     with _progress(len(plan.parts), "exporting") as advance:
         bundle = job.run(lambda done, total, name: advance(done, name))
     written = sum(record.bytes for record in bundle.manifest.files.values())
@@ -458,7 +463,7 @@ def inspect(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> N
         f"cache per prompt: {manifest.cache_bytes(2) / MEBI:.1f} MiB, {manifest.cache_bytes(1) / MEBI:.1f} unguided",
         *map(_describe_memory, memory),
         f"sampler: {manifest.sampler.scheduler}, 1 to {manifest.sampler.max_steps} steps",
-        f"source: {manifest.source.checkpoint}, SHA-256 {manifest.source.sha256[:12]}",
+        f"source: {_describe_source(manifest.source)}, SHA-256 {manifest.source.sha256[:12]}",
         *map(_caution, manifest.cautions),
         "",
         f"{'part':14} {'kind':16} {'MiB':>9}  difference from eager",
@@ -705,11 +710,18 @@ def _describe_comparison(row: Row) -> list[str]:
     return lines
 
 
+def _describe_source(source: Any) -> str:
+    """The checkpoint of a plan or a manifest, with its revision and variant if it has any."""
+    told = [f"{name} {value}" for name in ("revision", "variant") if (value := getattr(source, name)) is not None]
+    return ", ".join([source.checkpoint, *told])
+
+
 def _describe_plan(plan: Any) -> list[str]:
     shape = plan.shape
     return [
-        f"would write {plan.output}: {plan.model} from {plan.checkpoint}, {plan.dtype}, opset {plan.opset}",
+        f"would write {plan.output}: {plan.model} from {_describe_source(plan)}, {plan.dtype}, opset {plan.opset}",
         f"video: {shape['frames']} frames of {shape['height']} x {shape['width']}",
+        *([f"download: {plan.download_bytes / MEBI:.1f} MiB"] if plan.download_bytes else []),
         f"graphs: {len(plan.parts)}, of which {plan.blocks} blocks of {plan.kinds} kinds",
         f"size: {plan.bundle_bytes / MEBI:.1f} MiB of weights ({plan.free_disk_bytes / MEBI:.0f} MiB free)",
         f"cache for one guided prompt: {plan.cache_bytes / MEBI:.1f} MiB",

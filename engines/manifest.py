@@ -88,10 +88,16 @@ def left_by(part: Part) -> tuple[TensorSpec, ...]:
 
 
 class Source(_Record, frozen=True, kw_only=True):
-    """Where the weights came from: the checkpoint as it was named, and a hash over its files."""
+    """Where the weights came from: the checkpoint as it was named, and a hash over its files.
+
+    `revision` is the commit of a checkpoint on the hub, after the name that was given for it; `variant` the one that
+    was read, such as fp16, where there were several.
+    """
 
     checkpoint: str
     sha256: str
+    revision: str | None = None
+    variant: str | None = None
 
 
 class Shape(_Record, frozen=True, kw_only=True):

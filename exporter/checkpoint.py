@@ -1,4 +1,4 @@
-"""A checkpoint on disk, read one tensor at a time.
+"""A checkpoint, read one tensor at a time.
 
 A checkpoint is a folder with a sub-folder per component: `config.json` and safetensors, whole or in shards; those of
 diffusers also have `model_index.json`. On the hub its components may be published apart. Nothing is unpickled:
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,27 +18,37 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..engines.bundle import file_record
-from ..engines.errors import CheckpointError, one_line
-from .weights import Files, LocalFiles, Stored, Weights, find_weights, read_json
+from ..engines.errors import CheckpointError, InvalidRequest, one_line
+from .hub import HubFiles, Place, Repository, place_from_url
+from .weights import DOWNLOAD_AGAIN, Files, LocalFiles, Source, Stored, find_source, read_headers, read_json
 
 COMPONENTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+WITH_WEIGHTS = ("text_encoder", "transformer", "vae")
 READ_SUFFIXES = (".json", ".safetensors", ".model")
 
 
 class Checkpoint:
     """The components of one checkpoint. `name` is how the user called it, `folder` where it lies.
 
-    `elsewhere` has the folders of components that do not lie in it.
+    `elsewhere` has the folders of components that do not lie in it, `hub` the files of those that are on the hub, of
+    which only configurations are downloaded before `fetch`. `variant` is the one to be read where there are several.
     """
 
     def __init__(
-        self, name: str, folder: Path, elsewhere: Mapping[str, Path] | None = None, variant: str | None = None
+        self,
+        name: str,
+        folder: Path,
+        elsewhere: Mapping[str, Path] | None = None,
+        variant: str | None = None,
+        hub: Mapping[str, HubFiles] | None = None,
     ) -> None:
         self.name = name
         self.folder = folder
-        self._elsewhere = dict(elsewhere or {})
         self.variant = variant
-        self._found: dict[str, Weights] = {}
+        self._elsewhere = dict(elsewhere or {})
+        self._hub = dict(hub or {})
+        self._sources: dict[str, Source] = {}
+        self._stored: dict[str, Mapping[str, Stored]] = {}
 
     def require_pipeline(self, expected: str, components: dict[str, str]) -> None:
         """Refuse a checkpoint of another pipeline, or one with components of another class."""
@@ -74,6 +85,8 @@ class Checkpoint:
 
     def files(self, component: str) -> Files:
         """The files of a component."""
+        if component in self._hub:
+            return replace(self._hub[component], label=self.label(component))
         return LocalFiles(self.label(component), self.component_folder(component))
 
     def config(self, component: str, file: str = "config.json") -> dict[str, Any]:
@@ -95,11 +108,55 @@ class Checkpoint:
 
     def stored(self, component: str) -> Mapping[str, Stored]:
         """All weights that a component stores, as the headers of its files have them. Raises CheckpointError."""
-        return self._weights(component).stored
+        if component not in self._stored:
+            self._stored[component] = read_headers(self.files(component), self._source(component))
+        return self._stored[component]
 
     def has_tensor(self, component: str, name: str) -> bool:
         """Whether a component stores a weight under that name."""
         return name in self.stored(component)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder, and not on the hub."""
+        return not self._hub
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that it is of, after the name that was given for it; None for a folder."""
+        revisions = {component: files.repository.revision for component, files in self._hub.items()}
+        if len(set(revisions.values())) > 1:
+            return ", ".join(f"{component} {revision}" for component, revision in revisions.items())
+        return next(iter(revisions.values()), None)
+
+    @property
+    def read_variant(self) -> str | None:
+        """The variant, where any component has it."""
+        return self.variant if any(self._source(name).variant for name in WITH_WEIGHTS) else None
+
+    def require_variant(self) -> None:
+        """Refuse a variant that no component has. Raises CheckpointError."""
+        if self.variant is not None and self.read_variant is None:
+            raise CheckpointError(
+                f"checkpoint {self.name}: no component has the variant {self.variant}, expected files like "
+                f"model.{self.variant}.safetensors; leave --variant out"
+            )
+
+    @property
+    def download_bytes(self) -> int:
+        """How much `fetch` has to download."""
+        return sum(repository.bytes_missing(names) for repository, names in self._wanted())
+
+    def fetch(self) -> None:
+        """Download all that an export reads, and is not in the hub's cache yet. Raises CheckpointError."""
+        for repository, names in self._wanted():
+            repository.fetch(names)
+        self._stored = {}  # from now on by what is on disk
+
+    def _wanted(self) -> Iterable[tuple[Repository, list[str]]]:
+        for component, files in self._hub.items():
+            names = [name for name in files.names if name.endswith(READ_SUFFIXES) and self._is_read(component, name)]
+            yield files.repository, [f"{files.folder}/{name}".lstrip("/") for name in names]
 
     @cached_property
     def sha256(self) -> str:
@@ -108,11 +165,6 @@ class Checkpoint:
         for name, path in sorted(self._read_files()):
             digest.update(f"{name} {file_record(path).sha256}\n".encode())
         return digest.hexdigest()
-
-    @property
-    def weight_bytes(self) -> int:
-        """Size of all weight files on disk."""
-        return sum(path.stat().st_size for _, path in self._read_files() if path.suffix == ".safetensors")
 
     @cached_property
     def _index(self) -> dict[str, Any]:
@@ -123,59 +175,93 @@ class Checkpoint:
         for component in COMPONENTS:
             top = self.component_folder(component)
             for path in (top, *top.rglob("*")):
-                if path.is_file() and path.suffix in READ_SUFFIXES:
+                if path.is_file() and path.suffix in READ_SUFFIXES and self._is_read(component, path.name):
                     yield (Path(component) / path.relative_to(top)).as_posix(), path
 
-    def _weights(self, component: str) -> Weights:
-        if component not in self._found:
-            self._found[component] = find_weights(
-                self.files(component), self.component_library(component), self.variant
-            )
-        return self._found[component]
+    def _is_read(self, component: str, name: str) -> bool:
+        """Whether a file of a component is one of those that are read: of weights, not every file is."""
+        is_of_weights = component in WITH_WEIGHTS and ".safetensors" in name
+        return not is_of_weights or name in self._source(component).files
+
+    def _source(self, component: str) -> Source:
+        if component not in self._sources:
+            library = self.component_library(component)
+            self._sources[component] = find_source(self.files(component), library, self.variant)
+        return self._sources[component]
 
     def _read_json(self, path: Path, name: str) -> dict[str, Any]:
         if not path.exists() and not path.is_symlink():
             raise CheckpointError(f"checkpoint {self.name}: no {name}; expected the model's published folders")
-        return read_json(path, f"checkpoint {self.name}: {name}")
+        return read_json(path, f"checkpoint {self.name}: {name}", DOWNLOAD_AGAIN)
 
 
-def find_checkpoint(source: str | Mapping[str, str]) -> Checkpoint:
-    """A local folder, or a model id on the Hugging Face hub, which is then downloaded into its usual cache.
+def find_checkpoint(
+    source: str | Mapping[str, str], revision: str | None = None, variant: str | None = None
+) -> Checkpoint:
+    """A local folder, or a model on the Hugging Face hub by its id or its page's address.
 
     A mapping says for every component where it is published: a model id, or one and a folder in it, owner/name/folder.
+    `revision` is a branch, tag or commit of all repositories, or COMPONENT=REVISION,… of some. Of what is on the hub,
+    configurations alone are downloaded. Raises CheckpointError, InvalidRequest.
     """
+    for name, value in (("revision", revision), ("variant", variant)):
+        if value is not None and not value.strip():
+            raise InvalidRequest(f"{name}: got {value!r}, expected a name; leave it out for the usual one")
     if not isinstance(source, str):
-        places = {component: _published(place) for component, place in source.items()}
-        name = next(iter(source.values()))
-        return Checkpoint(name, places[next(iter(source))].parent, places)
+        return _published_apart(source, revision, variant)
     folder = Path(source)
     if source and folder.is_dir():
-        return Checkpoint(source, folder)
-    if source.count("/") != 1 or source.startswith((".", "/")):
+        if revision is not None:
+            raise InvalidRequest(
+                f"revision: got {revision!r} for the folder {source}, expected a model on the hub; leave it out"
+            )
+        return Checkpoint(source, folder, variant=variant)
+    place = place_from_url(source)
+    if place is None and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise CheckpointError(f"checkpoint {source}: no such folder, and not a hub id of the form owner/name")
-    return Checkpoint(source, _download(source, _hub_patterns()))
+    place = place or Place(source)
+    if revision is not None and place.revision not in (None, revision):
+        raise InvalidRequest(
+            f"revision: got {revision!r} and an address of {place.revision!r}, expected one; leave one out"
+        )
+    return _published(replace(place, revision=revision or place.revision), variant)
 
 
-def _published(place: str) -> Path:
-    owner, name, *inner = place.split("/", 2)
-    prefix = f"{inner[0]}/" if inner else ""
-    return _download(f"{owner}/{name}", [f"{prefix}*{suffix}" for suffix in READ_SUFFIXES]) / prefix
+def _published(place: Place, variant: str | None) -> Checkpoint:
+    """A checkpoint whose components are folders of one repository."""
+    configs = [f"{component}/*.json" for component in COMPONENTS if component != "tokenizer"]
+    first = [place.path(name) for name in ("model_index.json", *configs)]
+    repository = Repository(place.repository, place.revision, first)
+    hub = {
+        component: HubFiles("", repository, place.path(component))
+        for component in COMPONENTS
+        if not component.endswith(".json")
+    }
+    return Checkpoint(place.repository, repository.folder / place.folder, variant=variant, hub=hub)
 
 
-def _download(model_id: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _published_apart(source: Mapping[str, str], revision: str | None, variant: str | None) -> Checkpoint:
+    """A checkpoint whose components are published by themselves."""
+    revisions = _revisions(source, revision)
+    hub = {}
+    for component, text in source.items():
+        owner, name, *inner = text.split("/", 2)
+        place = Place(f"{owner}/{name}", "/".join(inner), revisions[component])
+        first = [place.path("tokenizer_config.json" if component == "tokenizer" else "*.json")]
+        hub[component] = HubFiles("", Repository(place.repository, place.revision, first), place.folder)
+    folders = {component: files.repository.folder / files.folder for component, files in hub.items()}
+    first_folder = next(iter(folders.values()))
+    return Checkpoint(next(iter(source.values())), first_folder.parent, folders, variant, hub)
 
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"checkpoint {model_id}: neither a folder nor to be had from the hub ({reason}); check the name and the "
-            "network, or give a folder with --checkpoint"
-        ) from error
 
-
-def _hub_patterns() -> list[str]:
-    folders = [component for component in COMPONENTS if not component.endswith(".json")]
-    return ["model_index.json", *(f"{folder}/*{suffix}" for folder in folders for suffix in READ_SUFFIXES)]
+def _revisions(source: Mapping[str, str], revision: str | None) -> dict[str, str | None]:
+    """The revision of each component."""
+    if revision is None or "=" not in revision:
+        return dict.fromkeys(source, revision)
+    named = dict(pair.partition("=")[::2] for pair in revision.split(","))
+    unknown = sorted(named.keys() - source.keys())
+    if unknown or not all(named.values()):
+        raise InvalidRequest(
+            f"revision: got {revision!r}, expected COMPONENT=REVISION for some of {', '.join(source)}, or one revision"
+        )
+    return {component: named.get(component) for component in source}

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 
 from ..engines.errors import CheckpointError
-from .checkpoint import Checkpoint
+from .checkpoint import WITH_WEIGHTS, Checkpoint
 from .models.base import Split
 from .weights import QUANTISED_FILES, Stored, has_weights, quantised, some
 
@@ -24,17 +24,17 @@ SCALES = re.compile(
     r"|(nested_)?quant_(map|state)|(weight_)?zero_point|qweight|qzeros|qscales|q?zeros|(weight_)?g_idx"
     r"|weight_(packed|shape)|comfy_quant|_data|_scale|_shift|qdata|lut|svd_(up|down)"
 )
-COMPONENTS = ("text_encoder", "transformer", "vae")
 
 
 def check_coverage(split: Split, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that stores other weights than the split reads. Raises CheckpointError with the remedy."""
-    wanted: dict[str, dict[str, tuple[int, ...]]] = {component: {} for component in COMPONENTS}
+    checkpoint.require_variant()
+    wanted: dict[str, dict[str, tuple[int, ...]]] = {component: {} for component in WITH_WEIGHTS}
     for component, names in split.also_stored.items():
         wanted[component] |= names
     for plan in split.parts:
         wanted[plan.component].update(plan.reads(checkpoint))
-    for component in COMPONENTS:
+    for component in WITH_WEIGHTS:
         _refuse_quantised(checkpoint, component)
         label = checkpoint.label(component)
         check_names(label, wanted[component], checkpoint.stored(component), split.unneeded.get(component, ()))
@@ -42,7 +42,7 @@ def check_coverage(split: Split, checkpoint: Checkpoint) -> None:
 
 def has_any_weights(checkpoint: Checkpoint) -> bool:
     """Whether there is more than configurations, which are enough to tell what an export would take."""
-    return any(has_weights(checkpoint.files(component)) for component in COMPONENTS)
+    return any(has_weights(checkpoint.files(component)) for component in WITH_WEIGHTS)
 
 
 def check_names(

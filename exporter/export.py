@@ -56,6 +56,7 @@ from ..engines.onnxruntime import OnnxRuntimeBackend
 from .checkpoint import Checkpoint, find_checkpoint
 from .coverage import check_coverage, has_any_weights
 from .graph import Graph, graph_from_module, widen, write_graph
+from .hub import cache_free_bytes, free_bytes, on_one_disk
 from .models import find_model, split_checkpoint
 from .models.base import PartPlan, Split, assign_parameters
 from .models.base import Request as Request  # what Export takes
@@ -82,7 +83,10 @@ class _State(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What an export would write; sizes in bytes. `cache_bytes` is for one prompt with guidance (two rows)."""
+    """What an export would write; sizes in bytes. `cache_bytes` is for one prompt with guidance (two rows).
+
+    `download_bytes` is what has to be downloaded first, `revision` and `variant` what of the checkpoint is read.
+    """
 
     model: str
     checkpoint: str
@@ -96,11 +100,18 @@ class ExportPlan:
     bundle_bytes: int
     cache_bytes: int
     free_disk_bytes: int
+    revision: str | None
+    variant: str | None
+    download_bytes: int
     cautions: tuple[str, ...]
 
 
 class Export:
-    """One export: `model` is a registered name, `checkpoint` a folder or hub id (default: the model's own)."""
+    """One export: `model` is a registered name, `checkpoint` a folder or hub id (default: the model's own).
+
+    `revision` is of the hub, `variant` one that weights are there of, such as fp16. Of a checkpoint on the hub only
+    configurations and headers are downloaded before `fetch` or `run`.
+    """
 
     def __init__(
         self,
@@ -109,6 +120,8 @@ class Export:
         checkpoint: str | None = None,
         output: Path | None = None,
         opset: int = OPSET,
+        revision: str | None = None,
+        variant: str | None = None,
     ) -> None:
         self.model = model
         self.row = find_model(model)
@@ -118,26 +131,22 @@ class Export:
         self.output = output or Path("bundles") / model
         if self.output.name in ("", ".."):
             raise InvalidRequest(f"output: got {str(self.output)!r}, expected the name of the folder to make")
-        self.checkpoint: Checkpoint = find_checkpoint(checkpoint or self.row.checkpoint)
+        self.checkpoint: Checkpoint = find_checkpoint(checkpoint or self.row.checkpoint, revision, variant)
         self.split: Split = split_checkpoint(self.row.family, self.checkpoint, self.request)
 
     def plan(self) -> ExportPlan:
         """What `run` would do; writes nothing. Raises OutputError where that could not be written."""
         _check_free(self.output)
-        cautions = self.split.cautions
-        if has_any_weights(self.checkpoint):
+        checked = has_any_weights(self.checkpoint)
+        if checked:
             check_coverage(self.split, self.checkpoint)
-        else:
-            cautions = (
-                *cautions,
-                f"checkpoint {self.checkpoint.name} has configurations alone; no weights were checked",
-            )
         parts = {plan.name: _weight_bytes(plan) for plan in self.split.parts}
         rows = 2
         cached = [plan.outputs[: len(self.split.streams)] for plan in self.split.blocks]
         sizes = {name: high for name, (_, high) in self.split.ranges.items()} | {"batch": rows}
         cache = sum(DTYPE_BYTES[s.dtype] * int(np.prod(s.resolve(sizes))) for specs in cached for s in specs)
-        parent = next(folder for folder in self.output.absolute().parents if folder.exists())
+        free = free_bytes(self.output.absolute().parent)
+        download = self.checkpoint.download_bytes if checked else 0
         shape = self.split.shape
         return ExportPlan(
             model=self.model,
@@ -151,9 +160,33 @@ class Export:
             blocks=len(self.split.blocks),
             bundle_bytes=sum(parts.values()),
             cache_bytes=cache,
-            free_disk_bytes=shutil.disk_usage(parent).free,
-            cautions=cautions,
+            free_disk_bytes=free,
+            revision=self.checkpoint.revision,
+            variant=self.checkpoint.read_variant if checked else None,
+            download_bytes=download,
+            cautions=(*self.split.cautions, *self._cautions_of_room(checked, download, sum(parts.values()), free)),
         )
+
+    def _cautions_of_room(self, checked: bool, download: int, bundle: int, free: int) -> Iterator[str]:
+        if not checked:
+            yield f"checkpoint {self.checkpoint.name} has configurations alone; no weights were checked"
+        cache, room = cache_free_bytes()
+        here = self.output.absolute().parent
+        if download and on_one_disk(cache, here):
+            download, bundle = 0, download + bundle
+        if download > room:
+            yield f"the download takes {_mebi(download)}, and {cache} has {_mebi(room)} free; set HF_HOME elsewhere"
+        if bundle > free:
+            yield f"what is written takes {_mebi(bundle)}, and {here} has {_mebi(free)} free; choose another --output"
+
+    def fetch(self) -> None:
+        """Check the checkpoint by its headers, then download all that is read of it; a folder is there already.
+
+        Raises CheckpointError.
+        """
+        if not self.checkpoint.is_local:
+            check_coverage(self.split, self.checkpoint)
+            self.checkpoint.fetch()
 
     def run(self, progress: Progress = lambda done, total, name: None) -> Bundle:
         """Write the bundle, or find that it is there already, made from the same checkpoint in the same way.
@@ -162,6 +195,7 @@ class Export:
         `progress` is told the parts done, their number and the one that comes next. Raises CheckpointError,
         ExportError, OutputError.
         """
+        self.fetch()
         present = self._present()
         self.was_up_to_date = present is not None
         if present is not None:
@@ -190,9 +224,22 @@ class Export:
         self.split.check()
 
     @property
+    def source(self) -> Source:
+        """What the manifest says of the checkpoint."""
+        return Source(
+            checkpoint=_public_name(self.checkpoint),
+            sha256=self.checkpoint.sha256,
+            revision=self.checkpoint.revision,
+            variant=self.checkpoint.read_variant,
+        )
+
+    @property
     def key(self) -> str:
         """Names this export: two with the same key write the same bundle."""
-        parts = (SCHEMA, self.checkpoint.sha256, asdict(self.request), self.opset, self._generator(), self.model)
+        parts: tuple[Any, ...] = (SCHEMA, self.checkpoint.sha256, asdict(self.request), self.opset)
+        parts += (self._generator(), self.model)
+        if self.checkpoint.revision is not None:
+            parts += (self.checkpoint.revision,)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _present(self) -> Bundle | None:
@@ -265,7 +312,7 @@ class Export:
             schema=SCHEMA,
             model=self.model,
             family=self.row.family,
-            source=Source(checkpoint=_public_name(self.checkpoint), sha256=self.checkpoint.sha256),
+            source=self.source,
             generator=self._generator() | {"export_key": state.key},
             dtype=self.request.dtype,
             opset=self.opset,
@@ -419,6 +466,10 @@ def _weight_bytes(plan: PartPlan) -> int:
 def _public_name(checkpoint: Checkpoint) -> str:
     """A folder's name without the path that leads to it, which is nobody else's business."""
     return checkpoint.folder.name if Path(checkpoint.name).is_dir() else checkpoint.name
+
+
+def _mebi(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
 
 
 def _is_as_recorded(path: Path, state: _State) -> bool:

@@ -50,6 +50,10 @@ class Files(Protocol):
         """How every message begins."""
 
     @property
+    def remedy(self) -> str:
+        """What to do where a file is missing."""
+
+    @property
     def names(self) -> Collection[str]:
         """Names of all files, also of those that cannot be opened."""
 
@@ -62,10 +66,11 @@ class Files(Protocol):
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """The files of one component in a folder."""
+    """The files of one component in a folder; `remedy` is what to do where one is missing or damaged."""
 
     label: str
     folder: Path
+    remedy: str = DOWNLOAD_AGAIN
 
     @property
     def names(self) -> Collection[str]:
@@ -74,12 +79,12 @@ class LocalFiles:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The content of a JSON file. Raises CheckpointError."""
-        return read_json(self.folder / name, f"{self.label} {name}")
+        return read_json(self.folder / name, f"{self.label} {name}", self.remedy)
 
     def header(self, name: str) -> Header:
         """The header of a safetensors file. Raises CheckpointError."""
         path = self.folder / name
-        check_file(path, f"{self.label} {name}")
+        check_file(path, f"{self.label} {name}", self.remedy)
         try:
             with safe_open(path, framework="pt") as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
@@ -88,10 +93,10 @@ class LocalFiles:
                 }
                 return Header(weights, dict(file.metadata() or {}))
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.label} cannot read {name} ({one_line(error)}); {DOWNLOAD_AGAIN}") from error
+            raise CheckpointError(f"{self.label} cannot read {name} ({one_line(error)}); {self.remedy}") from error
 
 
-def check_file(path: Path, what: str) -> None:
+def check_file(path: Path, what: str, remedy: str) -> None:
     """Refuse what stands where a file should be and is none of any use. Raises CheckpointError with the remedy."""
     try:
         with path.open("rb") as file:
@@ -101,9 +106,9 @@ def check_file(path: Path, what: str) -> None:
             reason = f"is a link to {path.readlink()}, which is not there"
         else:
             reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise CheckpointError(f"{what} {reason}; {DOWNLOAD_AGAIN}") from error
+        raise CheckpointError(f"{what} {reason}; {remedy}") from error
     if not start:
-        raise CheckpointError(f"{what} is empty; {DOWNLOAD_AGAIN}")
+        raise CheckpointError(f"{what} is empty; {remedy}")
     if start == POINTER:
         raise CheckpointError(
             f"{what} is a Git LFS pointer, not the file itself; run `git lfs install` and `git lfs pull` in the clone, "
@@ -111,9 +116,9 @@ def check_file(path: Path, what: str) -> None:
         )
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError."""
-    check_file(path, what)
+    check_file(path, what, remedy)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -129,11 +134,14 @@ def has_weights(files: Files) -> bool:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """The weights of one component by name, the files that they lie in, and the variant that was taken, if any."""
+class Source:
+    """The files that a component is read from, the first of them an index where there are several.
 
-    stored: Mapping[str, Stored]
+    `shards` is then the file of each weight. `variant` is the one that the files are of, if any.
+    """
+
     files: tuple[str, ...]
+    shards: Mapping[str, str]
     variant: str | None
 
 
@@ -143,8 +151,8 @@ def stems(library: str) -> tuple[str, str]:
     return (other, own) if library == "transformers" else (own, other)
 
 
-def find_source(files: Files, library: str, variant: str | None) -> tuple[str, str | None]:
-    """The file that a component's library opens first, index or whole, and the variant that it is of.
+def find_source(files: Files, library: str, variant: str | None) -> Source:
+    """The files that a component's library would read, whether or not they can be.
 
     A variant that the component does not have is passed over, as the libraries do. Raises CheckpointError.
     """
@@ -158,8 +166,9 @@ def find_source(files: Files, library: str, variant: str | None) -> tuple[str, s
     for stem in stems(library):
         for candidate in _candidates(stem, library, taken):
             if candidate in names:
-                return candidate, taken
-    raise CheckpointError(_why_none(files.label, names, library, variant))
+                table = {} if candidate.endswith(".safetensors") else _shards(files, candidate)
+                return Source((candidate, *sorted(set(table.values()))), table, taken)
+    raise CheckpointError(_why_none(files, library, variant))
 
 
 def _candidates(stem: str, library: str, variant: str | None) -> tuple[str, ...]:
@@ -185,7 +194,8 @@ def variants(names: Collection[str], library: str) -> set[str]:
     return found - {"safetensors", "index"}
 
 
-def _why_none(label: str, names: Collection[str], library: str, variant: str | None) -> str:
+def _why_none(files: Files, library: str, variant: str | None) -> str:
+    label, names = files.label, files.names
     readable = {name for name in names if ".safetensors" in name}
     there = sorted(variants(readable, library))
     expected = f"{stems(library)[0]}.safetensors"
@@ -193,7 +203,7 @@ def _why_none(label: str, names: Collection[str], library: str, variant: str | N
     if variant is None and there:
         return f"{label} has no {expected}, only the variant {' and '.join(there)}; give --variant {there[0]}"
     if shards:
-        return f"{label} has shards of weights ({some(shards)}) and no index of them; {DOWNLOAD_AGAIN}"
+        return f"{label} has shards of weights ({some(shards)}) and no index of them; {files.remedy}"
     if variant is not None and variant in variants(names, library):
         return (
             f"{label} has the variant {variant} only in files that are not read, expected "
@@ -209,11 +219,10 @@ def _why_none(label: str, names: Collection[str], library: str, variant: str | N
             f"{label} has no {expected}, got {some(others)}; only safetensors are read, so convert other formats with "
             "diffusers' save_pretrained(safe_serialization=True)"
         )
-    return f"{label} has no weights, expected {expected}; {DOWNLOAD_AGAIN}"
+    return f"{label} has no weights, expected {expected}; {files.remedy}"
 
 
-def shards_of(files: Files, source: str) -> dict[str, str]:
-    """The file of each weight, as an index of shards has it. Raises CheckpointError."""
+def _shards(files: Files, source: str) -> dict[str, str]:
     table = files.read_json(source).get("weight_map")
     if not isinstance(table, dict) or not table or not all(_is_plain(file) for file in table.values()):
         raise CheckpointError(f"{files.label} {source} has no table of weights and files; download it again")
@@ -224,49 +233,46 @@ def _is_plain(name: object) -> bool:
     return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
 
 
-def find_weights(files: Files, library: str, variant: str | None) -> Weights:
-    """All that a component stores, from the headers of the files that its library would read.
+def read_headers(files: Files, source: Source) -> dict[str, Stored]:
+    """All that a component stores, from the headers of its files.
 
     Raises CheckpointError where a file is missing or unreadable, or an index and its shards contradict each other.
     """
-    source, taken = find_source(files, library, variant)
-    if source.endswith(".safetensors"):
-        header = files.header(source)
-        check_remarks(files.label, source, header)
-        return Weights(header.weights, (source,), taken)
-    table = shards_of(files, source)
-    shards = sorted(set(table.values()))
+    index, *shards = source.files
+    if not shards:
+        return dict(_plain_header(files, index).weights)
     missing = [shard for shard in shards if shard not in files.names]
     if missing:
         raise CheckpointError(
-            f"{files.label} has {len(shards) - len(missing)} of the {len(shards)} shards that {source} names, not "
-            f"{some(missing)}; {DOWNLOAD_AGAIN}"
+            f"{files.label} has {len(shards) - len(missing)} of the {len(shards)} shards that {index} names, not "
+            f"{some(missing)}; {files.remedy}"
         )
     found: dict[str, Stored] = {}
     for shard in shards:
-        header = files.header(shard)
-        check_remarks(files.label, shard, header)
-        wrong = sorted(name for name in header.weights if table.get(name) != shard)
+        header = _plain_header(files, shard)
+        wrong = sorted(name for name in header.weights if source.shards.get(name) != shard)
         if wrong:
             raise CheckpointError(
-                f"{files.label} {shard} holds {len(wrong)} weights that {source} does not place there ({some(wrong)}); "
+                f"{files.label} {shard} holds {len(wrong)} weights that {index} does not place there ({some(wrong)}); "
                 "these files do not belong together: download them again"
             )
         found |= header.weights
-    absent = sorted(table.keys() - found.keys())
+    absent = sorted(source.shards.keys() - found.keys())
     if absent:
         raise CheckpointError(
-            f"{files.label} {source} names {len(absent)} weights that its shards do not hold ({some(absent)}); these "
+            f"{files.label} {index} names {len(absent)} weights that its shards do not hold ({some(absent)}); these "
             "files do not belong together: download them again"
         )
-    return Weights(found, (source, *shards), taken)
+    return found
 
 
-def check_remarks(label: str, file: str, header: Header) -> None:
-    """Refuse a file whose remarks say that its weights are quantised. Raises CheckpointError."""
+def _plain_header(files: Files, file: str) -> Header:
+    """The header of a file, unless its remarks say that its weights are quantised."""
+    header = files.header(file)
     for key, value in header.remarks.items():
         if "quant" in key.lower() and value not in ("", "null", "None", "{}"):
-            raise CheckpointError(quantised(label, f"{file} says so in its metadata, {key}"))
+            raise CheckpointError(quantised(files.label, f"{file} says so in its metadata, {key}"))
+    return header
 
 
 def quantised(label: str, sign: str) -> str:
