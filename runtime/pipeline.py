@@ -16,7 +16,7 @@ from ..engines.backend import Backend, Engine, choose_backend, create_backend
 from ..engines.bundle import Bundle, Unchanged, open_bundle, verify_files
 from ..engines.errors import EngineError, InvalidRequest, quoted
 from ..engines.manifest import Part, part_files
-from .admission import CancelToken, OneAtATime, Room, check_cancelled
+from .admission import CancelToken, MemoryReservations, OneAtATime, Reservation, check_cancelled
 from .arguments import (
     check_count,
     check_guidance,
@@ -89,7 +89,7 @@ class VideoPipeline:
         self._life = Lifecycle(self._engines, backend)
         self._tokenizer = self._load()
         self._turns = OneAtATime() if low_memory else None
-        self._room = Room(backend.arrays)
+        self._room = MemoryReservations(backend.arrays)
 
     @overload
     def __call__(
@@ -259,9 +259,10 @@ class VideoPipeline:
         arrays, prompts = self.backend.arrays, len(trace.prompts)
         plan = self._plan_memory(job.policy, prompts, _halves(trace.guidance) == 2, sum(job.cached))
         trace.planned_bytes = plan.total
-        with self._room.reserve(plan.per_request, prompts):
-            final = self._sample(job, trace)
+        with self._room.reserve(plan.per_request, prompts) as memory:
+            final = self._sample(job, trace, memory)
             check_cancelled(job.cancel, "before its frames were decoded")
+            memory.begin_phase()
             with _timed(trace, "decode_ms"):
                 frames = self._decode(final, job)
             if job.to_host:
@@ -269,15 +270,19 @@ class VideoPipeline:
             trace.device_bytes = arrays.used_bytes()
             return frames, final
 
-    def _sample(self, job: _Job, trace: Trace) -> Array:
+    def _sample(self, job: _Job, trace: Trace, memory: Reservation) -> Array:
         """Final latents; all else that sampling takes is free again."""
         noise = Noise(trace.seeds, self.manifest.shape.latents, self.backend.arrays)
         initial = self._initial(job.latents, noise)
         with _timed(trace, "text_ms"):
             condition = self._encode(trace, job.cancel)
         check_cancelled(job.cancel, "before its first step")
+        memory.begin_phase()
         with _timed(trace, "denoise_ms"):
-            return self._denoise(self._request(condition, job.schedule.begin(initial, noise.draw), job, trace))
+            request = self._request(condition, job.schedule.begin(initial, noise.draw), job, trace)
+            final = self._denoise(request)
+        memory.look()  # while the request's buffers are there
+        return final
 
     def _plan_memory(self, policy: Policy, prompts: int, guided: bool, slots: int) -> MemoryPlan:
         compiled, layout = self.backend.compiled(self.bundle), self._layout(policy)

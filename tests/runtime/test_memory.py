@@ -14,7 +14,7 @@ from foresight.engines.build import build_engines
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import Cancelled, EngineError, IntegrityError, InvalidRequest, OutOfMemory
 from foresight.engines.manifest import part_files
-from foresight.runtime.admission import Room
+from foresight.runtime.admission import MemoryReservations
 from foresight.runtime.cache import Layout
 from foresight.runtime.memory import plan_memory
 from foresight.runtime.pipeline import VideoPipeline
@@ -166,21 +166,123 @@ def test_with_low_memory_files_that_changed_after_loading_are_not_run(bundle: Pa
         low(PROMPT, steps=1)
 
 
-def test_requests_at_once_are_promised_no_more_memory_than_there_is() -> None:
-    class Small(Arrays):
-        def free_bytes(self) -> int:
-            return 10 << 20
+class Free(Arrays):
+    """A device of which a test says how much is free, in MiB."""
 
-    room = Room(Small())
-    with room.reserve(6 << 20, 1):
+    def __init__(self, free: int, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.free = free
+
+    def free_bytes(self) -> int:
+        return self.free << 20
+
+
+def admits(memory: MemoryReservations, size: int) -> bool:
+    try:
+        with memory.reserve(size << 20, 1):
+            return True
+    except OutOfMemory:
+        return False
+
+
+def test_requests_at_once_are_promised_no_more_memory_than_there_is() -> None:
+    memory = MemoryReservations(Free(10, "cpu"))
+    with memory.reserve(6 << 20, 1):
         with pytest.raises(
             OutOfMemory, match="got 10 MiB of free memory on cpu and 6 promised to 1 others, expected 5"
         ):
-            room.reserve(5 << 20, 1).__enter__()
-        with room.reserve(4 << 20, 1):
+            memory.reserve(5 << 20, 1).__enter__()
+        with memory.reserve(4 << 20, 1):
             pass
-    with room.reserve(10 << 20, 1):
+    with memory.reserve(10 << 20, 1):
         pass
+
+
+@pytest.mark.parametrize(
+    ("allocates", "free_then", "fits"),
+    [
+        (False, 10, 4),  # has taken nothing yet
+        (False, 4, 0),  # others have taken it
+        (True, 10, 4),
+        (True, 7, 4),  # has taken 3, and will take 3 more
+        (True, 4, 4),  # has taken all
+        (True, 2, 2),  # has taken all, and others 2
+        (True, 0, 0),
+        (True, 100, 94),  # memory came back
+    ],
+)
+def test_free_memory_is_read_at_every_admission_and_what_is_taken_is_not_kept_back(
+    allocates: bool, free_then: int, fits: int
+) -> None:
+    arrays = Free(10, "of one pipeline")
+    memory = MemoryReservations(arrays)
+    with memory.reserve(6 << 20, 1) as running:
+        if allocates:
+            running.begin_phase()
+        arrays.free = free_then
+        assert fits == 0 or admits(memory, fits)
+        assert not admits(memory, fits + 1)
+
+
+def test_pipelines_of_one_device_share_its_memory_and_those_of_others_do_not() -> None:
+    one, same, other = (MemoryReservations(Free(10, device)) for device in ("shared", "shared", "another"))
+    with one.reserve(6 << 20, 1):
+        assert not admits(same, 5) and admits(same, 4) and admits(other, 10)
+    assert admits(same, 10)
+
+
+def test_a_new_phase_takes_anew_what_the_one_before_has_freed() -> None:
+    arrays = Free(10, "phases")
+    memory = MemoryReservations(arrays)
+    with memory.reserve(6 << 20, 1) as running:
+        running.begin_phase()
+        arrays.free = 4
+        assert admits(memory, 4)
+        arrays.free = 10
+        running.begin_phase()
+        assert admits(memory, 4) and not admits(memory, 5)
+
+
+def test_what_a_request_frees_as_it_ends_does_not_hide_what_another_has_taken() -> None:
+    arrays = Free(12, "two requests")
+    memory = MemoryReservations(arrays)
+    first, second = memory.reserve(4 << 20, 1), memory.reserve(4 << 20, 1)
+    for request in (first, second):
+        request.__enter__().begin_phase()
+        arrays.free -= 4
+    first.__exit__(None, None, None)
+    arrays.free += 4
+    assert admits(memory, 8) and not admits(memory, 9)
+    second.__exit__(None, None, None)
+
+
+def test_two_pipelines_at_once_are_promised_no_more_than_there_is(
+    bundle: Path, wide_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = load_pipeline(bundle), load_pipeline(wide_bundle)
+    free = [one.memory().per_request + other.memory().per_request // 2]
+    monkeypatch.setattr(Arrays, "free_bytes", lambda self: free[0])
+    outcomes: list[str] = []
+
+    def attempt() -> None:
+        try:
+            other(PROMPT, steps=1)
+            outcomes.append("admitted")
+        except OutOfMemory:
+            outcomes.append("refused")
+
+    def on_step(done: int, steps: int, trace: Any) -> None:
+        attempt()
+        free[0] -= one.memory().per_request  # what this request has taken
+        attempt()
+        free[0] = one.memory().per_request * 100
+        attempt()
+
+    one(PROMPT, steps=1, on_step=on_step)
+    assert outcomes == ["refused", "refused", "admitted"]
+    attempt()
+    assert outcomes[-1] == "admitted"
 
 
 def test_with_low_memory_a_cancelled_or_failed_request_leaves_nothing_behind(
