@@ -175,6 +175,18 @@ def test_a_timeout_that_is_no_time_is_refused(single: VideoPipeline, timeout: An
     assert single.close(timeout=float("inf"))
 
 
+def test_a_kept_error_of_a_cancelled_request_keeps_no_engine(watched: tuple[VideoPipeline, WatchedBackend]) -> None:
+    pipeline, backend = watched
+
+    def close(done: int, total: int, trace: object) -> None:
+        pipeline.close(cancel=True)
+
+    with pytest.raises(Cancelled) as kept:
+        pipeline("a dog", steps=2, on_step=close)
+    gc.collect()
+    assert kept.value is not None and not backend.alive
+
+
 def test_a_pipeline_that_nobody_holds_is_gone_without_being_closed(
     watched: tuple[VideoPipeline, WatchedBackend], single_bundle: Path
 ) -> None:
