@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import numpy as np
 
@@ -208,6 +208,9 @@ class VideoPipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Close it; on an error, requests that still run are cancelled."""
         self.close(cancel=kind is not None)
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidRequest("pipeline: cannot be copied or sent to another process; load the bundle there")
 
     def _load(self) -> Tokenizer:
         """The tokenizer; and load what stays loaded. Raises Cancelled where the interpreter exits meanwhile."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -195,6 +197,12 @@ def test_a_pipeline_that_nobody_holds_is_gone_without_being_closed(
     gone = weakref.ref(pipeline)
     del pipeline
     assert gone() is None and not backend.alive
+
+
+def test_a_pipeline_that_is_sent_to_another_process_says_what_to_do(single: VideoPipeline) -> None:
+    for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(InvalidRequest, match="cannot be copied or sent to another process; load the bundle there"):
+            copied(single)
 
 
 def outcome(code: str, *arguments: object) -> tuple[int, str, str]:
