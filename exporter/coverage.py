@@ -82,7 +82,7 @@ def _check_shapes(label: str, wanted: Mapping[str, tuple[int, ...]], stored: Map
     wrong = sorted(name for name, shape in wanted.items() if stored[name].shape != shape)
     if wrong:
         name = wrong[0]
-        others = f", as {len(wrong) - 1} more do ({some(wrong[1:])})" if wrong[1:] else ""
+        others = f"; {len(wrong) - 1} more differ ({some(wrong[1:])})" if wrong[1:] else ""
         raise CheckpointError(
             f"{label} {name} has shape {stored[name].shape}, expected {wanted[name]} by its config.json{others}; "
             "download it again, or give the checkpoint that this configuration belongs to"

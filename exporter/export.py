@@ -137,7 +137,7 @@ class Export:
     def plan(self) -> ExportPlan:
         """What `run` would do; writes nothing. Raises OutputError where that could not be written."""
         _check_free(self.output)
-        checked = has_any_weights(self.checkpoint)
+        checked = not self.checkpoint.is_local or has_any_weights(self.checkpoint)
         if checked:
             check_coverage(self.split, self.checkpoint)
         parts = {plan.name: _weight_bytes(plan) for plan in self.split.parts}

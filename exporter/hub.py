@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import huggingface_hub
 from huggingface_hub import HfApi, snapshot_download
@@ -36,7 +37,10 @@ log = logging.getLogger("foresight")
 
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co")
 OFFLINE_REMEDY = "it is not all in the cache: unset HF_HUB_OFFLINE and export again, which downloads what is missing"
-PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")
+NO_CONNECTION = (
+    "ProxyError ConnectError ConnectTimeout ReadTimeout WriteTimeout PoolTimeout ReadError WriteError CloseError "
+    "RemoteProtocolError ConnectionError ConnectionRefusedError TimeoutError"
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Repository:
     def _list(self) -> Mapping[str, int] | None:
         """The size of every file, or None where the hub cannot be asked."""
         try:
+            HfApi().repo_info(self.name, revision=self.commit)  # fails at once, where a list is tried again and again
             tree = HfApi().list_repo_tree(self.name, revision=self.commit, recursive=True)
             return {entry.path: entry.size for entry in tree if hasattr(entry, "size")}
         except Exception as error:  # noqa: BLE001 - whatever it is: the cache was enough so far
@@ -245,7 +250,8 @@ def _of_access(error: BaseException, repository: str, revision: str | None) -> t
     if isinstance(error, IncompleteSnapshotError):
         return "the cache has a part of it only", OFFLINE_REMEDY
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set and nothing of it is in the cache", "unset HF_HUB_OFFLINE to download it"
+        it = "it" if revision is None else f"its revision {revision}"
+        return f"HF_HUB_OFFLINE is set and nothing of {it} is in the cache", "unset HF_HUB_OFFLINE to download it"
     if isinstance(error, GatedRepoError):
         who = "the account of your token" if token else "an account"
         login = "" if token else ", then run `hf auth login` or set HF_TOKEN"
@@ -262,12 +268,14 @@ def _of_status(error: BaseException, repository: str, revision: str | None) -> t
     status = getattr(getattr(error, "response", None), "status_code", None)
     if not isinstance(status, int):
         return None
-    if status == 401:
-        return "your token is not accepted", "run `hf auth login` again, or set or unset HF_TOKEN"
-    if status == 403:
-        return "your token may not read it", "give a token with read access: run `hf auth login`, or set HF_TOKEN"
+    if status in (401, 403):
+        wrong = "the token you gave is not accepted" if status == 401 else "the token you gave may not read it"
+        if huggingface_hub.get_token():
+            return wrong, "run `hf auth login` with a token that may, or correct or unset HF_TOKEN"
+        return "it is not for everyone", "run `hf auth login` or set HF_TOKEN"
     if status == 407:
-        return "the proxy wants a name and password", f"put them into {_proxy()[0]} (http://name:password@host:port)"
+        variable = (_proxy() or ("HTTPS_PROXY",))[0]
+        return "the proxy wants a name and password", f"put them into {variable} (http://name:password@host:port)"
     if status == 429:
         return "the hub was asked too often", "wait some minutes; with a token (`hf auth login`) more is allowed"
     if status >= 500:
@@ -277,14 +285,14 @@ def _of_status(error: BaseException, repository: str, revision: str | None) -> t
 
 def _of_network(error: BaseException, repository: str, revision: str | None) -> tuple[str, str] | None:
     kind, told = type(error).__name__, str(error)
-    if kind == "ProxyError" or "proxy" in told.lower():
-        variable, proxy = _proxy()
-        return f"the proxy {proxy} does not let it through", f"correct or unset {variable}"
     if "CERTIFICATE" in told.upper():
         return "the certificate of the server is not trusted", "set SSL_CERT_FILE to your proxy's certificates"
     if kind in ("UnsupportedProtocol", "InvalidURL", "LocalProtocolError"):
         return f"{_endpoint()} is no address", "correct or unset HF_ENDPOINT, expected https://host"
-    if kind in ("ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "RemoteProtocolError", "PoolTimeout"):
+    if kind in NO_CONNECTION.split():
+        proxy = _proxy()
+        if proxy is not None:
+            return f"the proxy {proxy[1]} does not lead to {_endpoint()}", f"correct or unset {proxy[0]}"
         if _is_mirror():
             return f"{_endpoint()}, which HF_ENDPOINT names, cannot be reached", "correct or unset HF_ENDPOINT"
         return (
@@ -302,7 +310,7 @@ def _of_disk(error: BaseException, repository: str, revision: str | None) -> tup
     cache = huggingface_hub.constants.HF_HUB_CACHE
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk of the cache, {cache}, is full", "free some space, or set HF_HOME to another disk"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
         return f"the cache, {cache}, cannot be written", "check its permissions, or set HF_HOME to another folder"
     return None
 
@@ -312,10 +320,15 @@ def _endpoint() -> str:
 
 
 def _is_mirror() -> bool:
-    return urlsplit(_endpoint()).netloc not in HOSTS
+    return urlsplit(_endpoint()).hostname not in HOSTS
 
 
-def _proxy() -> tuple[str, str]:
-    """The variable that names the proxy, and the proxy without its password."""
-    variable = next((name for name in PROXIES if os.environ.get(name)), "HTTPS_PROXY")
-    return variable, os.environ.get(variable, "").rpartition("@")[2] or "of this machine"
+def _proxy() -> tuple[str, str] | None:
+    """The variable that names the proxy to the hub, and the proxy without its password; None where there is none."""
+    url = urlsplit(_endpoint())
+    proxies = getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(url.hostname or ""):
+        return None
+    variable = next((name for name, value in os.environ.items() if value == proxy), f"{url.scheme.upper()}_PROXY")
+    return variable, proxy.rpartition("@")[2]

@@ -216,6 +216,16 @@ def untrained(name: str, got: int, trained: int) -> Iterator[str]:
         yield f"{name}: {got}, the checkpoint was trained on {trained}; videos may be torn or drift apart"
 
 
+def require_equal(checkpoint: Checkpoint, *pairs: tuple[str, object, str, object]) -> None:
+    """Refuse settings that do not fit together, each pair as (name, value, name, value). Raises CheckpointError."""
+    for name, got, other, expected in pairs:
+        if got != expected:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.name}: {name} is {got}, expected {expected}, as {other} is; its components do "
+                "not belong together, download them again"
+            )
+
+
 def chunks_of(length: int, chunk: int) -> tuple[int, ...]:
     """`length` in pieces of `chunk`, the last one what is left."""
     return tuple(min(chunk, length - first) for first in range(0, length, chunk))

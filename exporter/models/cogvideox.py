@@ -31,6 +31,7 @@ from .base import (
     draw_timestep,
     float_spec,
     mean_squared_change,
+    require_equal,
     untrained,
 )
 from .cogvideox_vae import check_vae, count_latent_frames, decoder_stage
@@ -256,6 +257,13 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
     check_config(checkpoint, transformer)
     check_vae(checkpoint, vae)
     encoder = load_encoder(checkpoint, request.dtype)
+    config = transformer.config
+    require_equal(
+        checkpoint,
+        ("transformer in_channels", config.in_channels, "vae latent_channels", vae.config.latent_channels),
+        ("transformer out_channels", config.out_channels, "its in_channels", config.in_channels),
+        ("transformer text_embed_dim", config.text_embed_dim, "text_encoder d_model", encoder.config.d_model),
+    )
     shape = _shape(transformer, vae, request)
     specs = _Specs(transformer, shape, request.dtype)
     return Split(

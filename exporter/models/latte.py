@@ -37,6 +37,7 @@ from .base import (
     float_spec,
     frame_specs,
     mean_squared_change,
+    require_equal,
     untrained,
 )
 from .t5 import TOKENIZER, UNNEEDED, load_encoder, text_encoder_plan, tokenizer_json
@@ -220,6 +221,7 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
         nn.Module.to(module, dtype)  # past diffusers' own to(), which advises on loading with from_pretrained
     encoder = load_encoder(checkpoint, request.dtype)
     _check_config(checkpoint, transformer)
+    _check_fit(checkpoint, transformer, vae, encoder.config.d_model)
     shape = _shape(transformer, vae, request)
     side = transformer.config.sample_size * _scale(vae)
     specs = _Specs(transformer, shape, request.dtype)
@@ -388,6 +390,21 @@ def _check_config(checkpoint: Checkpoint, transformer: LatteTransformer3DModel) 
             f"checkpoint {checkpoint.name}: transformer norm_type is {config.norm_type!r}, expected 'ada_norm_single', "
             "as every published Latte has"
         )
+
+
+def _check_fit(
+    checkpoint: Checkpoint, transformer: LatteTransformer3DModel, vae: AutoencoderKL, text_width: int
+) -> None:
+    config = transformer.config
+    channels, dim = config.in_channels, config.num_attention_heads * config.attention_head_dim
+    outputs = config.out_channels if config.out_channels in (channels, 2 * channels) else 2 * channels
+    require_equal(
+        checkpoint,
+        ("transformer in_channels", channels, "vae latent_channels", vae.config.latent_channels),
+        ("transformer out_channels", config.out_channels, "twice its in_channels", outputs),
+        ("transformer caption_channels", config.caption_channels, "text_encoder d_model", text_width),
+        ("transformer cross_attention_dim", config.cross_attention_dim, "its heads times head dim", dim),
+    )
 
 
 def _scale(vae: AutoencoderKL) -> int:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -15,6 +16,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
+from benchmarks.checkpoints import random_cogvideox, random_latte, random_open_sora
 from benchmarks.published import PUBLISHED, write_published
 from foresight.engines.errors import CheckpointError
 from foresight.exporter.checkpoint import Checkpoint
@@ -93,8 +95,33 @@ def test_more_layers_than_the_configuration_has_are_refused(
 
 
 def test_weights_that_do_not_fit_the_configuration_are_named_with_both_shapes(copied: Path) -> None:
-    configure(copied, "transformer", in_channels=33)
-    refused(copied, "transformer pos_embed.proj.weight has shape (16, 4, 2, 2), expected (16, 33, 2, 2)")
+    configure(copied, "text_encoder", d_ff=65)
+    refused(copied, "DenseReluDense.wi_0.weight has shape (64, 32), expected (65, 32) by its config.json", "2 more")
+
+
+LATTE = (random_latte, "latte")
+COGVIDEOX = (random_cogvideox, "cogvideox-2b")
+OPEN_SORA = (random_open_sora, "open-sora")
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "value", "told"),
+    [
+        (LATTE, "in_channels", 33, "33, expected 4, as vae latent_channels"),
+        (LATTE, "out_channels", 3, "3, expected 8, as twice its in_channels"),
+        (LATTE, "caption_channels", 24, "24, expected 32, as text_encoder d_model"),
+        (COGVIDEOX, "in_channels", 33, "33, expected 16, as vae latent_channels"),
+        (COGVIDEOX, "text_embed_dim", 24, "24, expected 32, as text_encoder d_model"),
+        (OPEN_SORA, "caption_channels", 24, "24, expected 32, as text_encoder d_model"),
+    ],
+)
+def test_components_that_do_not_fit_together_are_refused_by_the_setting(
+    family: tuple[Callable[..., Path], str], setting: str, value: int, told: str, tmp_path: Path
+) -> None:
+    make, model = family
+    folder = make(tmp_path / "mixed", transformer={setting: value})
+    with pytest.raises(CheckpointError, match=rf"^checkpoint [^\n]*mixed: transformer {setting} is {told} is; [^\n]*$"):
+        Export(model, Request(), str(folder), tmp_path / "bundle")
 
 
 def to_int8(name: str, scale: str | None = None) -> Callable[[Tensors], None]:
@@ -172,6 +199,20 @@ def test_weights_that_were_cast_are_read_as_they_are(copied: Path, dtype: torch.
 def test_an_adapter_beside_the_weights_is_refused(copied: Path) -> None:
     (copied / "text_encoder/adapter_config.json").write_text("{}")
     refused(copied, "text_encoder has an adapter beside its weights", "merge it")
+
+
+@pytest.mark.parametrize("where", ["output", "cache"])
+def test_a_disk_that_is_too_small_is_said(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    job = Export("latte", Request(), str(copied), tmp_path / "bundle")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    if where == "output":
+        assert "choose another --output" in job.plan().cautions[-1]
+    else:
+        monkeypatch.setattr(Checkpoint, "download_bytes", 2**30)
+        monkeypatch.setattr("foresight.exporter.export.on_one_disk", lambda cache, output: False)
+        assert any("the download takes 1024 MiB" in caution for caution in job.plan().cautions)
 
 
 # What is of no use

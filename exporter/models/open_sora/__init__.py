@@ -28,13 +28,14 @@ from ..base import (
     draw_timestep,
     float_spec,
     frame_specs,
+    require_equal,
 )
 from ..t5 import TOKENIZER, UNNEEDED, load_encoder, text_encoder_plan, tokenizer_json
 from .parts import Block, Condition, Epilogue, Prologue, SpatialDecoder, TemporalDecoder, temporal_rotation
 from .presets import DEFAULT_SIZE, VideoSize, size_cautions, video_size
 from .schedule import RectifiedFlow
 from .stdit3 import STDiT3, STDiT3Config, rotary_frequencies
-from .vae import VideoVAE, VideoVAEConfig
+from .vae import CHANNELS, VideoVAE, VideoVAEConfig
 
 FPS, FPS_OF_AN_IMAGE = 24, 120  # what the model is told; it was trained on images as very fast videos
 SCORE = "aesthetic score:"  # captions of the training set end in one
@@ -59,6 +60,12 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
     for module in (transformer, vae):
         nn.Module.to(module, dtype)
     encoder = load_encoder(checkpoint, request.dtype)
+    config = transformer.config
+    require_equal(
+        checkpoint,
+        ("transformer in_channels", config.in_channels, "the VAE's number of latent channels", CHANNELS),
+        ("transformer caption_channels", config.caption_channels, "text_encoder d_model", encoder.config.d_model),
+    )
     made_for = _trained_size(checkpoint, vae.config)
     size = video_size(request, vae.config, made_for or DEFAULT_SIZE)
     shape = _shape(size, vae, request)
