@@ -28,7 +28,8 @@ class Engine(Protocol):
         device in the dtype and shape the manifest states; further names are ignored. Inputs are read, outputs are
         written in place; nothing is kept. An output may not share memory with an input. Safe from several threads.
         On a GPU this only enqueues the work, inside `arrays.active()`; arrays at multiples of 256 bytes, as they are
-        allocated, spare plans a copy. Raises EngineError.
+        allocated, spare plans a copy. An engine that can be stopped is so by the watch it runs in, see interrupt.py;
+        what it has written by then means nothing. Raises EngineError, and Cancelled where it was stopped.
         """
 
 

@@ -28,7 +28,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from .arrays import Array, Arrays, GpuArrays, create_arrays, numpy_dtype
 from .bundle import Bundle
-from .errors import EngineError, InvalidRequest, one_line
+from .errors import Cancelled, EngineError, InvalidRequest, one_line
+from .interrupt import is_watched, stoppable
 from .manifest import Part, part_files
 
 MOST_THREADS = 16  # unless asked for more: every session has so many
@@ -177,6 +178,8 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeEngine:
     """One session; inputs and outputs are bound by address, so nothing is copied.
 
+    Inside a watch a run has options of its own, by which the watch can end it and no other.
+
     On a GPU a run is enqueued on the stream of the arrays and not waited for. Runs of one session are enqueued one
     after the other, so that its scratch is used in the order of the stream.
     """
@@ -185,11 +188,8 @@ class OnnxRuntimeEngine:
         self._session = session
         self._part = part
         self._arrays = arrays
-        self._run_options = ort.RunOptions()
-        self._turn: AbstractContextManager[Any] = nullcontext()
-        if arrays.kind == "cuda":
-            self._turn = threading.Lock()
-            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._run_options = _run_options(arrays)
+        self._turn: AbstractContextManager[Any] = threading.Lock() if arrays.kind == "cuda" else nullcontext()
 
     def run(self, tensors: Mapping[str, Array]) -> None:
         """See Engine.run."""
@@ -207,10 +207,14 @@ class OnnxRuntimeEngine:
                     array.shape,
                     self._arrays.address(array),
                 )
+        options = _run_options(self._arrays) if is_watched() else self._run_options
+        run = None
         try:
-            with self._turn:
-                self._session.run_with_iobinding(binding, self._run_options)
+            with self._turn, stoppable(lambda: setattr(options, "terminate", True)) as run:
+                self._session.run_with_iobinding(binding, options)
         except ORT_ERRORS as error:
+            if run is not None and run.stopped:
+                raise Cancelled(f"request: cancelled while {self._part.name} ran") from error
             raise EngineError(f"{self._part.name}: ONNX Runtime failed: {one_line(error)}") from error
 
 
@@ -222,6 +226,13 @@ def available_cores(cgroup: Path = CGROUP_CPU) -> int:
     except (OSError, ValueError):  # no container, or one without a limit, which says "max"
         return cores
     return max(1, min(cores, -(-quota // period)))
+
+
+def _run_options(arrays: Arrays) -> ort.RunOptions:
+    options = ort.RunOptions()
+    if arrays.kind == "cuda":
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
 
 
 def _cuda_options(arrays: GpuArrays) -> dict[str, str]:

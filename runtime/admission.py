@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar, Protocol
@@ -29,10 +30,11 @@ def check_cancelled(cancel: CancelToken | None, when: str) -> None:
 
 
 class OneAtATime:
-    """Requests take turns. Waiting ends when a request is cancelled."""
+    """Requests take turns, in the order in which they came. Waiting ends when a request is cancelled."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._line: deque[threading.Event] = deque()  # the first has its turn
         self._thread: int | None = None
 
     @contextmanager
@@ -44,14 +46,22 @@ class OneAtATime:
                 "request: came from inside another of the same pipeline, expected one at a time with low memory; "
                 "wait for the other, or load a second pipeline"
             )
-        while not self._lock.acquire(timeout=POLL_SECONDS):
-            check_cancelled(cancel, "while it waited for another")
+        mine = threading.Event()
         try:
+            with self._lock:
+                self._line.append(mine)
+                self._line[0].set()
+            while not mine.wait(POLL_SECONDS):
+                check_cancelled(cancel, "while it waited for another")
             self._thread = me
             yield
         finally:
-            self._thread = None
-            self._lock.release()
+            with self._lock:
+                if mine.is_set():
+                    self._thread = None
+                self._line.remove(mine)
+                if self._line:
+                    self._line[0].set()
 
 
 class MemoryReservations:

@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 
 from ..engines.backend import Backend, Engine
 from ..engines.errors import Cancelled, InvalidRequest, quoted
+from ..engines.interrupt import Watch
 from .admission import CancelToken, check_cancelled
 from .callbacks import check_result
 from .denoise import OnStep
@@ -144,7 +145,8 @@ class Calls:
         """Do the request's work. Raises what `Lifecycle.check` does, what the work does, or what a callback did."""
         self._life.enter(self)
         try:
-            return work()
+            with Watch(self._is_over):
+                return work()
         except BaseException as error:
             if self._raised is None or error is self._raised:
                 self._raised = None
@@ -170,6 +172,10 @@ class Calls:
             if answer:
                 return True
         return self._life.why is not None
+
+    def _is_over(self) -> bool:
+        """`is_set` for the watch, which asks from a thread of its own, while the request is inside an engine."""
+        return self._life.why is not None or (self._caller_cancel is not None and bool(self._caller_cancel.is_set()))
 
     def _step(self, done: int, total: int, trace: Trace) -> None:
         assert self._caller_on_step is not None

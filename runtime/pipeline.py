@@ -35,7 +35,7 @@ from .memory import MemoryPlan, plan_memory
 from .policies import Policy, policy_settings
 from .release import released
 from .sampler import Noise, Sampler, Schedule, load_table
-from .text import Tokenizer
+from .text import Texts, Tokenizer, read_texts
 from .trace import Trace
 from .video import Video
 
@@ -143,8 +143,9 @@ class VideoPipeline:
         adds the prompt's position, or one per prompt. `latents` is the initial noise instead: (prompts, *latent
         shape) or, for one prompt, the latent shape; fp32; a numpy array, or one that speaks DLPack. `on_step` is
         called after every step with the steps done, their number and the trace so far. `cancel` is looked at before
-        every phase and block, after every decoded chunk, and while the request waits for its turn. A guidance of 1 runs
-        without the negative half. With `to_host` False, frames and latents stay arrays of the device, which others can
+        every phase, text and block, after every decoded chunk, and while the request waits for its turn; while a graph
+        runs, every few milliseconds from another thread, and ONNX Runtime ends it then. A guidance of 1 runs without
+        the negative half. With `to_host` False, frames and latents stay arrays of the device, which others can
         take over by DLPack; on the CPU they are numpy's in any case.
 
         Raises InvalidRequest before anything runs; Cancelled, OutOfMemory and EngineError, which also tells of results
@@ -172,7 +173,8 @@ class VideoPipeline:
             latents_given=latents is not None,
         )
         calls = Calls(self._life, on_step, cancel)
-        job = _Job(schedule, policy, self._choose_cached(policy, trace), latents, calls.on_step, calls, to_host)
+        given = None if latents is None else self._check_latents(latents, len(prompts))
+        job = _Job(schedule, policy, self._choose_cached(policy, trace), given, calls.on_step, calls, to_host)
         frames, final = calls.run(lambda: self._take_turn(job, trace))
         videos = [
             Video(frames=f, latents=x, fps=defaults.fps, prompt=text, seed=s, trace=trace)
@@ -236,11 +238,21 @@ class VideoPipeline:
     def _take_turn(self, job: _Job, trace: Trace) -> tuple[list[Array], Array]:
         """`_run`, when it is the request's turn."""
         check_cancelled(job.cancel, "before it began")
+        with _timed(trace, "text_ms"):
+            texts = read_texts(
+                self._tokenizer,
+                self.manifest,
+                trace.prompts,
+                trace.negative_prompt,
+                _halves(trace.guidance),
+                job.cancel,
+            )
+        trace.truncated_prompts = texts.truncated
         turn = nullcontext() if self._turns is None else self._turns.turn(job.cancel)
         with turn, self.backend.arrays.active():
             try:
                 with released():
-                    return self._run(job, trace)
+                    return self._run(job, trace, texts)
             finally:
                 if self.low_memory:
                     self.backend.trim()
@@ -256,14 +268,14 @@ class VideoPipeline:
             f"{shape.width}, {self.backend.name} on {self.backend.arrays.device}>"
         )
 
-    def _run(self, job: _Job, trace: Trace) -> tuple[list[Array], Array]:
+    def _run(self, job: _Job, trace: Trace, texts: Texts) -> tuple[list[Array], Array]:
         """Frames and final latents of every prompt; fills the trace."""
         self._files.check()
         arrays, prompts = self.backend.arrays, len(trace.prompts)
         plan = self._plan_memory(job.policy, prompts, _halves(trace.guidance) == 2, sum(job.cached))
         trace.planned_bytes = plan.total
         with self._room.reserve(plan.per_request, prompts) as memory:
-            final = self._sample(job, trace, memory)
+            final = self._sample(job, trace, texts, memory)
             check_cancelled(job.cancel, "before its frames were decoded")
             memory.begin_phase()
             with _timed(trace, "decode_ms"):
@@ -273,17 +285,17 @@ class VideoPipeline:
             trace.device_bytes = arrays.used_bytes()
             return frames, final
 
-    def _sample(self, job: _Job, trace: Trace, memory: Reservation) -> Array:
+    def _sample(self, job: _Job, trace: Trace, texts: Texts, memory: Reservation) -> Array:
         """Final latents; all else that sampling takes is free again."""
         noise = Noise(trace.seeds, self.manifest.shape.latents, self.backend.arrays)
         initial = self._initial(job.latents, noise)
         with _timed(trace, "text_ms"):
-            condition = self._encode(trace, job.cancel)
+            condition = self._encode(texts, job)
         check_cancelled(job.cancel, "before its first step")
         memory.begin_phase()
         with _timed(trace, "denoise_ms"):
             request = self._request(condition, job.schedule.begin(initial, noise.draw), job, trace)
-            final = self._denoise(request)
+            final = self._denoise(request, job)
         memory.look()  # while the request's buffers are there
         return final
 
@@ -338,8 +350,8 @@ class VideoPipeline:
             cancel=job.cancel,
         )
 
-    def _denoise(self, request: Request) -> Array:
-        with self._loaded(self.manifest.prologue, *self.manifest.blocks, self.manifest.epilogue) as engines:
+    def _denoise(self, request: Request, job: _Job) -> Array:
+        with self._loaded(job, self.manifest.prologue, *self.manifest.blocks, self.manifest.epilogue) as engines:
             prologue, *blocks, epilogue = engines
             model = Transformer(prologue, tuple(blocks), epilogue, self.manifest.guidance_order)
             with np.errstate(over="ignore", invalid="ignore"):  # it is looked for below, on every device
@@ -363,14 +375,17 @@ class VideoPipeline:
         check_finite(part, arrays, made)
 
     @contextmanager
-    def _loaded(self, *parts: Part) -> Iterator[list[Engine]]:
-        """The engines of a phase; with `low_memory` they are there only for it."""
+    def _loaded(self, job: _Job, *parts: Part) -> Iterator[list[Engine]]:
+        """The engines of a phase; with `low_memory` they are there only for it, and may be cancelled one by one."""
         if not self.low_memory:
             yield [self._engines[part.name] for part in parts]
             return
         self.backend.trim()
-        engines = [self._load_engine(part) for part in parts]
+        engines: list[Engine] = []
         try:
+            for part in parts:
+                check_cancelled(job.cancel, "while its engines were loaded")
+                engines.append(self._load_engine(part))
             yield engines
         finally:
             self.backend.arrays.synchronize()
@@ -381,71 +396,63 @@ class VideoPipeline:
         drawn = noise.draw()
         if latents is None:
             return drawn
-        given = self._array(latents)
-        if given.shape == drawn.shape[1:] and len(drawn) == 1:
-            given = given[None]
-        if given.shape != drawn.shape or given.dtype != np.float32:
-            raise InvalidRequest(
-                f"latents: got {given.dtype} {given.shape}, expected float32 {drawn.shape}, as this bundle was exported"
-            )
-        if not bool(self.backend.arrays.xp.isfinite(given).all()):
-            raise InvalidRequest("latents: got values that are not finite, expected normal noise")
-        return given
+        return self.backend.arrays.from_host(latents) if isinstance(latents, np.ndarray) else latents
 
-    def _array(self, latents: Array) -> Array:
-        """The caller's array, on the device; no copy where it is there already."""
+    def _check_latents(self, latents: Array, prompts: int) -> Array:
+        """A view of the caller's array: (prompts, *latent shape) fp32, finite. Raises InvalidRequest."""
+        arrays = self.backend.arrays
+        on_host = isinstance(latents, np.ndarray)
+        with nullcontext() if on_host else arrays.active():
+            given = latents if on_host else self._taken_over(latents)
+            expected = (prompts, *self.manifest.shape.latents)
+            if given.shape == expected[1:] and prompts == 1:
+                given = given[None]
+            if given.shape != expected or given.dtype != np.float32:
+                raise InvalidRequest(
+                    f"latents: got {given.dtype} {given.shape}, expected float32 {expected}, as the bundle was exported"
+                )
+            if not bool((np if on_host else arrays.xp).isfinite(given).all()):
+                raise InvalidRequest("latents: got values that are not finite, expected normal noise")
+            return given
+
+    def _taken_over(self, latents: Array) -> Array:
         try:
-            if isinstance(latents, np.ndarray):
-                return self.backend.arrays.from_host(latents) if latents.dtype == np.float32 else latents
             return self.backend.arrays.xp.from_dlpack(latents)
         except (AttributeError, BufferError, TypeError, ValueError, RuntimeError) as error:
             got = f"a {type(latents).__name__}"
             raise InvalidRequest(f"latents: got {got}, expected a float32 array, numpy's or by DLPack") from error
 
-    def _encode(self, trace: Trace, cancel: CancelToken | None) -> dict[str, Array]:
+    def _encode(self, texts: Texts, job: _Job) -> dict[str, Array]:
         """The inputs that no step changes: the condition part's outputs, in the order of the guided batch.
 
         Unless the model reads padding too, a prompt and its negative are both cut to the prompt's length, as their
         pipelines do for one prompt; in a batch each is masked to its own length, so that no prompt sees another's
         padding. The part is told which rows are the negative half, as a model may put its null caption there.
         """
-        arrays, xp, settings, prompts = self.backend.arrays, self.backend.arrays.xp, self.manifest.text, trace.prompts
-        negatives = prompts if settings.null_caption else (trace.negative_prompt,) * len(prompts)
-        halves = [(prompts, 0), (negatives, 1)][: _halves(trace.guidance)]
-        if self.manifest.guidance_order == "negative_first":
-            halves.reverse()
-        texts = [text for half, _ in halves for text in half]
-        distinct = list(dict.fromkeys(texts))
-        tokens = self._tokenizer.encode(distinct, cancel)
-        trace.truncated_prompts = tuple(text for text in prompts if tokens.truncated[distinct.index(text)])
-        lengths = np.array([tokens.lengths[distinct.index(prompt)] for prompt in prompts] * len(halves))
-        if settings.padded:
-            lengths[:] = settings.max_tokens
-        longest = int(lengths.max())
+        arrays, xp, tokens = self.backend.arrays, self.backend.arrays.xp, texts.tokens
+        longest = int(texts.lengths.max())
         text_encoder, condition = self.manifest.text_encoder, self.manifest.condition
-        with self._loaded(text_encoder, condition) as engines:
+        with self._loaded(job, text_encoder, condition) as engines:
             encoded = run_part(
                 engines[0],
                 text_encoder,
                 arrays,
                 {"input_ids": arrays.from_host(tokens.ids), "attention_mask": arrays.from_host(tokens.mask)},
-                {"batch": len(distinct)},
+                {"batch": len(tokens.ids)},
             )
             self._check_made(text_encoder, arrays, encoded)
             states = encoded["text_states"]
-            order = arrays.from_host(np.array([distinct.index(text) for text in texts]))
-            mask = (np.arange(longest)[None] < lengths[:, None]).astype(np.int64)
-            unconditional = np.repeat([int(negative) for _, negative in halves], len(prompts)).astype(np.int64)
+            mask = (np.arange(longest)[None] < texts.lengths[:, None]).astype(np.int64)
             made = run_part(
                 engines[1],
                 condition,
                 arrays,
                 {
-                    "text_states": xp.ascontiguousarray(states[order, :longest]),
+                    "text_states": xp.ascontiguousarray(states[arrays.from_host(texts.order), :longest]),
                     "text_mask": arrays.from_host(mask),
-                    "unconditional": arrays.from_host(unconditional),
+                    "unconditional": arrays.from_host(texts.unconditional),
                 },
-                self._sizes(batch=len(texts), text=longest),
+                self._sizes(batch=len(texts.order), text=longest),
             )
             self._check_made(condition, arrays, made)
             return made
@@ -464,7 +471,7 @@ class VideoPipeline:
     def _decode(self, latents: Array, job: _Job) -> list[Array]:
         """Each video's latents to frames (F, H, W, 3) uint8."""
         parts = [part for stage in self.manifest.decoder for part in stage.parts]
-        with self._loaded(*parts) as loaded:
+        with self._loaded(job, *parts) as loaded:
             engines = {part.name: engine for part, engine in zip(parts, loaded, strict=True)}
             arrays = self.backend.arrays
             try:
@@ -517,10 +524,10 @@ def load(
 
 @contextmanager
 def _timed(trace: Trace, phase: str) -> Iterator[None]:
-    """Write the wall time of the block into one of the trace's fields."""
+    """Add the wall time of the block to one of the trace's fields."""
     started = time.perf_counter()
     yield
-    setattr(trace, phase, 1e3 * (time.perf_counter() - started))
+    setattr(trace, phase, getattr(trace, phase) + 1e3 * (time.perf_counter() - started))
 
 
 def _halves(guidance: float) -> int:

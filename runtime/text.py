@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as _Tokenizer
 
 from ..engines.arrays import HostArray
 from ..engines.errors import IntegrityError, quoted
-from ..engines.manifest import Text
+from ..engines.manifest import Manifest, Text
 from .admission import CancelToken, check_cancelled
 from .caption import clean_caption
 
@@ -27,6 +27,21 @@ class Tokens:
     mask: HostArray
     lengths: tuple[int, ...]
     truncated: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the text encoder reads for a request. `tokens` are those of each text that differs.
+
+    `order` (rows,) int64 says which of them each row of the guided batch is, `lengths` (rows,) how much of it the model
+    reads, `unconditional` (rows,) int64 is 1 in the negative half. `truncated` are the prompts that were cut.
+    """
+
+    tokens: Tokens
+    order: HostArray
+    lengths: HostArray
+    unconditional: HostArray
+    truncated: tuple[str, ...]
 
 
 class Tokenizer:
@@ -73,3 +88,31 @@ class Tokenizer:
         if settings.cleaning == "caption":
             return clean_caption(text, cancel)
         return text.lower().strip() if settings.cleaning == "lower" else text
+
+
+def read_texts(
+    tokenizer: Tokenizer,
+    manifest: Manifest,
+    prompts: tuple[str, ...],
+    negative: str,
+    halves: int,
+    cancel: CancelToken | None = None,
+) -> Texts:
+    """The texts of a batch of `halves` x prompts rows. Raises what `Tokenizer.encode` does."""
+    negatives = prompts if manifest.text.null_caption else (negative,) * len(prompts)
+    parts = [(prompts, 0), (negatives, 1)][:halves]
+    if manifest.guidance_order == "negative_first":
+        parts.reverse()
+    rows = [text for part, _ in parts for text in part]
+    place = {text: index for index, text in enumerate(dict.fromkeys(rows))}
+    tokens = tokenizer.encode(list(place), cancel)
+    lengths = np.array([tokens.lengths[place[prompt]] for prompt in prompts] * halves)
+    if manifest.text.padded:
+        lengths[:] = manifest.text.max_tokens
+    return Texts(
+        tokens=tokens,
+        order=np.array([place[text] for text in rows]),
+        lengths=lengths,
+        unconditional=np.array([unconditional for part, unconditional in parts for _ in part], np.int64),
+        truncated=tuple(prompt for prompt in prompts if tokens.truncated[place[prompt]]),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from foresight.engines.build import build_apart, build_engines
 from foresight.engines.bundle import MANIFEST, Bundle, file_record, open_bundle
 from foresight.engines.compiled import Compiled
 from foresight.engines.errors import EngineError
+from foresight.engines.interrupt import WATCH
 from foresight.engines.manifest import Part
 from foresight.engines.onnxruntime import OnnxRuntimeBackend
 from foresight.engines.reference import ReferenceBackend
@@ -184,13 +186,18 @@ def fail_at(call: int, wanted: Callable[[str], bool] = lambda part: True) -> Cal
 
 
 class CancelAt:
-    """A cancel token that is set from its `looks`-th look (from 0) on; `looked` counts how often it was asked."""
+    """A cancel token that is set from its `looks`-th look (from 0) on; `looked` counts how often it was asked.
+
+    Only looks of the request's own thread count: those of its watch come as the clock wills.
+    """
 
     def __init__(self, looks: int) -> None:
         self.looks = looks
         self.looked = 0
 
     def is_set(self) -> bool:
+        if threading.current_thread().name == WATCH:
+            return self.looked > self.looks
         self.looked += 1
         return self.looked > self.looks
 

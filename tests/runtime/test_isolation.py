@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from foresight.engines.errors import Cancelled, EngineError
+from foresight.engines.interrupt import WATCH, stoppable
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import Decision, Foresight, NoReuse, Policy
 from foresight.runtime.video import Video
@@ -208,6 +209,31 @@ def test_an_error_in_on_step_reaches_the_caller_and_leaves_the_pipeline_usable(
     assert content(second(pipeline, policy)) == alone
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "condition", "prologue", "block.001", "epilogue", "vae_decoder"])
+def test_a_part_that_runs_is_ended_when_its_request_is_cancelled(
+    watched: tuple[VideoPipeline, WatchedBackend], part: str
+) -> None:
+    """As an engine that can be stopped would be, and would run for ever otherwise."""
+    pipeline, backend = watched
+    token, stop = threading.Event(), threading.Event()
+
+    def run_for_ever(name: str, tensors: object) -> None:
+        if name == part:
+            token.set()
+            with stoppable(stop.set) as run:
+                assert stop.wait(TIMEOUT_S) and run.stopped
+            raise Cancelled(f"request: cancelled while {name} ran")
+
+    with healthy(backend):
+        alone = content(second(pipeline, NoReuse()))
+    backend.before = run_for_ever
+    with pytest.raises(Cancelled, match=f"cancelled while {part} ran"):
+        first(pipeline, NoReuse(), cancel=token)
+    with healthy(backend):
+        assert content(second(pipeline, NoReuse())) == alone
+    assert WATCH not in {thread.name for thread in threading.enumerate()}
+
+
 def test_one_request_may_fail_while_another_runs(watched: tuple[VideoPipeline, WatchedBackend], policy: Policy) -> None:
     pipeline, backend = watched
     with healthy(backend):
@@ -271,7 +297,8 @@ class _Turn:
         self.turns, self.me = turns, me
 
     def is_set(self) -> bool:
-        self.turns.wait(self.me)
+        if threading.current_thread().name != WATCH:
+            self.turns.wait(self.me)
         return False
 
 

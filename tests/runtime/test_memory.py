@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import pytest
 
 from foresight.engines.arrays import Arrays, _available_memory
 from foresight.engines.build import build_engines
-from foresight.engines.bundle import open_bundle
+from foresight.engines.bundle import Bundle, open_bundle
 from foresight.engines.errors import Cancelled, EngineError, IntegrityError, InvalidRequest, OutOfMemory
-from foresight.engines.manifest import part_files
-from foresight.runtime.admission import MemoryReservations
+from foresight.engines.manifest import Part, part_files
+from foresight.runtime.admission import MemoryReservations, OneAtATime
 from foresight.runtime.cache import Layout
 from foresight.runtime.memory import plan_memory
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import Foresight, NoReuse, Static
-from tests.support import CancelAt, copy_bundle, fail_at, is_block, load_pipeline, watched_pipeline
+from tests.support import CancelAt, WatchedEngine, copy_bundle, fail_at, is_block, load_pipeline, watched_pipeline
 
 PROMPT = "a red circle moving right"
 
@@ -143,6 +144,77 @@ def test_with_low_memory_a_request_can_be_cancelled_while_it_waits(pipeline: Vid
     expected = pipeline(PROMPT, steps=3).latents.tobytes()
     assert low(PROMPT, steps=3, on_step=cancel_the_other).latents.tobytes() == expected
     assert "cancelled" in str(outcome[0])
+
+
+def test_turns_are_taken_in_the_order_in_which_they_were_asked_for() -> None:
+    turns, order = OneAtATime(), []
+    tokens = [threading.Event() for _ in range(6)]
+
+    def wait(place: int) -> None:
+        with suppress(Cancelled), turns.turn(tokens[place]):
+            order.append(place)
+
+    threads = [threading.Thread(target=wait, args=(place,)) for place in range(6)]
+    with turns.turn(None):
+        for place, thread in enumerate(threads):
+            thread.start()
+            while len(turns._line) < place + 2:
+                thread.join(0.001)
+        for place in (2, 5):
+            tokens[place].set()
+            threads[place].join()
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 3, 4]
+    assert not turns._line
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"latents": np.zeros((4, 3, 8, 9), np.float32)},
+        {"latents": np.zeros((4, 3, 8, 8))},
+        {"latents": np.full((4, 3, 8, 8), np.nan, np.float32)},
+        {"latents": [0.0]},
+        {"prompt": "a" * 10**6},
+        {"steps": 1000},
+    ],
+    ids=["shape", "dtype", "finite", "kind", "prompt", "steps"],
+)
+def test_with_low_memory_what_makes_no_sense_is_refused_before_it_waits(bundle: Path, settings: dict[str, Any]) -> None:
+    low, refused = load_pipeline(bundle, low_memory=True), []
+
+    def ask() -> None:
+        try:
+            wanted: dict[str, Any] = {"prompt": PROMPT, "steps": 1} | settings
+            low(**wanted)
+        except InvalidRequest as error:
+            refused.append(error)
+
+    assert low._turns is not None
+    thread = threading.Thread(target=ask, daemon=True)
+    with low._turns.turn(None):
+        thread.start()
+        thread.join(60)
+    assert refused
+
+
+def test_with_low_memory_no_more_engines_are_loaded_once_a_request_is_cancelled(bundle: Path) -> None:
+    low, backend = watched_pipeline(bundle, low_memory=True)
+    token, load, loaded = threading.Event(), backend.load, []
+
+    def load_and_cancel(bundle: Bundle, part: Part) -> WatchedEngine:
+        loaded.append(part.name)
+        if part.name == "block.001":
+            token.set()
+        return load(bundle, part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "load", load_and_cancel)
+        with pytest.raises(Cancelled, match="cancelled while its engines were loaded"):
+            low(PROMPT, steps=1, cancel=token)
+    assert loaded[-1] == "block.001"
+    assert not backend.alive
 
 
 def test_with_low_memory_a_request_from_inside_another_is_refused(bundle: Path) -> None:
