@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from ..engines.bundle import file_record
 from ..engines.errors import CheckpointError, InvalidRequest, one_line
 from .hub import HubFiles, Place, Repository, place_from_url
-from .weights import DOWNLOAD_AGAIN, Files, LocalFiles, Source, Stored, find_source, read_headers, read_json
+from .weights import DOWNLOAD_AGAIN, Files, LocalFiles, Source, Stored, check_file, find_source, read_headers, read_json
 
 COMPONENTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 WITH_WEIGHTS = ("text_encoder", "transformer", "vae")
@@ -91,7 +91,8 @@ class Checkpoint:
 
     def config(self, component: str, file: str = "config.json") -> dict[str, Any]:
         """A component's configuration."""
-        return self._read_json(self.component_folder(component) / file, f"{component}/{file}")
+        path = self.component_folder(component) / file
+        return self._read_json(path, f"{component}/{file}", self._remedy(component))
 
     def tensor(self, component: str, name: str) -> torch.Tensor:
         """One weight, in the dtype it is stored in; memory-mapped, and unmapped when the tensor goes."""
@@ -154,9 +155,24 @@ class Checkpoint:
         self._stored = {}  # from now on by what is on disk
 
     def _wanted(self) -> Iterable[tuple[Repository, list[str]]]:
+        """The files to be had of every repository."""
+        wanted: dict[int, tuple[Repository, list[str]]] = {}
         for component, files in self._hub.items():
-            names = [name for name in files.names if name.endswith(READ_SUFFIXES) and self._is_read(component, name)]
-            yield files.repository, [f"{files.folder}/{name}".lstrip("/") for name in names]
+            read = [name for name in files.names if name.endswith(READ_SUFFIXES) and self._is_read(component, name)]
+            _, names = wanted.setdefault(id(files.repository), (files.repository, []))
+            names += [files.path(name) for name in read]
+        return wanted.values()
+
+    def check_files(self) -> None:
+        """Refuse what stands in place of a tokenizer's or scheduler's file, a link to nothing say. CheckpointError."""
+        for component in ("tokenizer", "scheduler"):
+            label, folder = self.label(component), self.component_folder(component)
+            for path in sorted(folder.glob("*")):
+                if path.suffix in READ_SUFFIXES and not path.is_dir():
+                    check_file(path, f"{label} {path.name}", self._remedy(component))
+
+    def _remedy(self, component: str) -> str:
+        return self._hub[component].remedy if component in self._hub else DOWNLOAD_AGAIN
 
     @cached_property
     def sha256(self) -> str:
@@ -189,10 +205,11 @@ class Checkpoint:
             self._sources[component] = find_source(self.files(component), library, self.variant)
         return self._sources[component]
 
-    def _read_json(self, path: Path, name: str) -> dict[str, Any]:
+    def _read_json(self, path: Path, name: str, remedy: str = DOWNLOAD_AGAIN) -> dict[str, Any]:
         if not path.exists() and not path.is_symlink():
-            raise CheckpointError(f"checkpoint {self.name}: no {name}; expected the model's published folders")
-        return read_json(path, f"checkpoint {self.name}: {name}", DOWNLOAD_AGAIN)
+            hint = f"; {remedy}" if self._hub else ""
+            raise CheckpointError(f"checkpoint {self.name}: no {name}; expected the model's published folders{hint}")
+        return read_json(path, f"checkpoint {self.name}: {name}", remedy)
 
 
 def find_checkpoint(

@@ -29,13 +29,14 @@ SCALES = re.compile(
 def check_coverage(split: Split, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that stores other weights than the split reads. Raises CheckpointError with the remedy."""
     checkpoint.require_variant()
+    checkpoint.check_files()
     wanted: dict[str, dict[str, tuple[int, ...]]] = {component: {} for component in WITH_WEIGHTS}
     for component, names in split.also_stored.items():
         wanted[component] |= names
     for plan in split.parts:
         wanted[plan.component].update(plan.reads(checkpoint))
     for component in WITH_WEIGHTS:
-        _refuse_quantised(checkpoint, component)
+        _check_config(checkpoint, component)
         label = checkpoint.label(component)
         check_names(label, wanted[component], checkpoint.stored(component), split.unneeded.get(component, ()))
 
@@ -89,8 +90,13 @@ def _check_shapes(label: str, wanted: Mapping[str, tuple[int, ...]], stored: Map
         )
 
 
-def _refuse_quantised(checkpoint: Checkpoint, component: str) -> None:
+def _check_config(checkpoint: Checkpoint, component: str) -> None:
     label = checkpoint.label(component)
+    if checkpoint.config(component).get("transformers_weights"):
+        raise CheckpointError(
+            f"{label} names the file of its weights in its config.json (transformers_weights), which is not read; load "
+            "it and save it with save_pretrained"
+        )
     if checkpoint.config(component).get("quantization_config"):
         raise CheckpointError(quantised(label, "its config.json has a quantization_config"))
     files = sorted(set(QUANTISED_FILES) & set(checkpoint.files(component).names))

@@ -80,7 +80,7 @@ def place_from_url(text: str) -> Place | None:
         )
     revision = parts[3] if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve", "commit") else None
     folder = "/".join(parts[4:]) if parts[2:3] == ["tree"] else ""
-    return Place("/".join(parts[:2]), folder, None if revision == "main" else revision)
+    return Place("/".join(parts[:2]).removesuffix(".git"), folder, None if revision == "main" else revision)
 
 
 class Repository:
@@ -141,6 +141,13 @@ class Repository:
                     f"checkpoint {self.name}: {path} is no safetensors file on the hub ({one_line(error)[:200]}); "
                     "choose another --revision, or tell its authors"
                 ) from error
+        end = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
+        size = (self.sizes or {}).get(path, end)
+        if size < end:
+            raise CheckpointError(
+                f"checkpoint {self.name}: {path} is cut off on the hub, it has {size} bytes, expected more than {end}; "
+                "choose another --revision, or tell its authors"
+            )
         file = PurePosixPath(path).name
         weights = {name: Stored(file, str(info.dtype), tuple(info.shape)) for name, info in found.tensors.items()}
         return Header(weights, dict(found.metadata or {}))
@@ -158,6 +165,10 @@ class HubFiles:
     label: str
     repository: Repository
     folder: str
+
+    def path(self, name: str) -> str:
+        """The path of a file inside the repository."""
+        return f"{self.folder}/{name}".lstrip("/")
 
     @property
     def remedy(self) -> str:
@@ -179,12 +190,12 @@ class HubFiles:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The content of a JSON file. Raises CheckpointError."""
-        self.repository.fetch([f"{self.folder}/{name}".lstrip("/")])
+        self.repository.fetch([self.path(name)])
         return self.local.read_json(name)
 
     def header(self, name: str) -> Header:
         """The header of a safetensors file. Raises CheckpointError."""
-        path = f"{self.folder}/{name}".lstrip("/")
+        path = self.path(name)
         if self.repository.sizes is None or (self.repository.folder / path).exists():
             return self.local.header(name)
         return self.repository.header(path)

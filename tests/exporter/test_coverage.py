@@ -196,6 +196,11 @@ def test_weights_that_were_cast_are_read_as_they_are(copied: Path, dtype: torch.
             assert value is not None and torch.equal(plan.parameter(checkpoint, name), value.float())
 
 
+def test_weights_that_a_configuration_names_itself_are_refused(copied: Path) -> None:
+    configure(copied, "text_encoder", transformers_weights="other.safetensors")
+    refused(copied, "text_encoder names the file of its weights", "save_pretrained")
+
+
 def test_an_adapter_beside_the_weights_is_refused(copied: Path) -> None:
     (copied / "text_encoder/adapter_config.json").write_text("{}")
     refused(copied, "text_encoder has an adapter beside its weights", "merge it")

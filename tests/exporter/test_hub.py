@@ -40,7 +40,7 @@ attempt("plain", "some/latte")
 attempt("revision", "some/latte", revision="v1")
 attempt("address", "https://huggingface.co/some/latte/tree/v1")
 attempt("no revision", "some/latte", revision="v9")
-for name in ("gated", "private", "absent", "limited", "broken", "cut", "sharded", "foreign"):
+for name in ("gated", "private", "absent", "limited", "broken", "cut", "short", "sharded", "foreign"):
     attempt(name, f"some/{name}")
 os.environ["HF_TOKEN"] = "hf_mine"
 for name in ("gated", "private", "refused", "forbidden"):
@@ -89,6 +89,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
     cut = tiny_latte(folder / "cut", **sizes)
     (cut / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"<html>sorry</html>")
     published.add("some/cut", cut, MAIN)
+    short = tiny_latte(folder / "short", **sizes)
+    os.truncate(short / "vae/diffusion_pytorch_model.safetensors", 30_000)
+    published.add("some/short", short, MAIN)
     foreign = tiny_latte(folder / "foreign", **sizes)
     config = foreign / "transformer/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 2}))
@@ -177,6 +180,7 @@ def test_what_was_fetched_needs_no_hub_any_more(results: dict[str, Any]) -> None
         ("proxy", "correct or unset HTTP_PROXY"),
         ("no cache", "cannot be written); check its permissions, or set HF_HOME"),
         ("cut", "vae/diffusion_pytorch_model.safetensors is no safetensors file on the hub"),
+        ("short", "vae/diffusion_pytorch_model.safetensors is cut off on the hub, it has 30000 bytes, expected"),
         ("sharded", "transformer has 0 of the 1 shards that diffusion_pytorch_model.safetensors.index.json names"),
         ("foreign", "transformer: weights 34 missing ("),
     ],

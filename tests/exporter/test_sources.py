@@ -226,7 +226,15 @@ def nothing(file: Path) -> None:
         (nothing, "is empty; .*download it again"),
     ],
 )
-@pytest.mark.parametrize("name", [whole(Path(), "vae"), whole(Path(), "text_encoder"), Path("transformer/config.json")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        whole(Path(), "vae"),
+        whole(Path(), "text_encoder"),
+        Path("transformer/config.json"),
+        Path("tokenizer/tokenizer.json"),
+    ],
+)
 def test_what_is_no_file_is_found_before_anything_is_written(
     copied: Path, damage: Callable[[Path], None], told: str, name: Path, foresight_cli: Callable[..., Outcome]
 ) -> None:
