@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -67,5 +68,6 @@ def at_work(caller: psutil.Process) -> psutil.Process:
     """The process that makes a call, once it does."""
     while True:
         for child in caller.children():
-            if any("spawn_main" in argument for argument in child.cmdline()) and child.cpu_times().user > 0.4:
-                return child
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                if any("spawn_main" in argument for argument in child.cmdline()) and child.cpu_times().user > 0.4:
+                    return child
