@@ -7,25 +7,28 @@ stdout goes away, as `head` does, the command ends with 1 and says nothing.
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 import os
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 try:
+    import json
+    import logging
+    import math
+    import traceback
+    from collections.abc import Callable, Collection, Iterator, Sequence
+    from contextlib import contextmanager, suppress
+    from dataclasses import dataclass, field, replace
+    from pathlib import Path
+    from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
     import click
     from click.core import ParameterSource
 
     import foresight
+    from foresight.commands.interrupt import Interrupted, Interrupts
+    from foresight.commands.progress import displayed
     from foresight.engines.errors import ForesightError, InvalidRequest, OutputError
+    from foresight.engines.progress import OnProgress, Progress
 except ModuleNotFoundError as missing:  # run from a clone, by a Python that nothing was installed into
     _python = Path(__file__).resolve().parent / ".venv" / "bin" / "python"
     if __name__ == "__main__" and _python.exists() and Path(sys.prefix) != _python.parents[1]:
@@ -51,61 +54,76 @@ MEBI = 2**20
 HELP = {"-h", "--help", "--version"}
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does: nothing half-written and no process is left."""
+@dataclass(frozen=True)
+class Session:
+    """What the commands share: the rows of finished videos, which an error reports too, and the signals that came."""
+
+    finished: list[Row] = field(default_factory=list)
+    interrupts: Interrupts = field(default_factory=Interrupts)
 
 
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Unless somebody else already handles it."""
-    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+class Group(click.Group):
+    """Commands whose interruption click does not answer with a line of its own."""
 
-    def terminate(number: int, frame: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
-        raise Terminated
-
-    if mine:
-        signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        if mine:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def invoke(self, context: click.Context) -> Any:
+        """Raises Interrupted instead of KeyboardInterrupt."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
 
 
-@_sigterm_interrupts()
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    arguments = arguments or ["--help"]
-    finished: list[Row] = []  # filled by the command: an error reports what was done before it
+    session, is_process = Session(), sys._getframe(1).f_globals.get("__name__") == "__main__"
     try:
-        code = cli.main(args=arguments, prog_name="foresight", standalone_mode=False, obj=finished)
-        sys.exit(code)  # None, or an Exit's code
-    except (ForesightError, click.ClickException) as error:
-        code = error.exit_code
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        failure: BaseException = error
-    except (KeyboardInterrupt, click.Abort) as interruption:
-        code, message, failure = 130, "interrupted", interruption
-        if isinstance(interruption.__cause__ or interruption, Terminated):  # click raises Abort from it
-            code, message = 143, "terminated"
-    except OSError as error:
-        if HELP.isdisjoint(arguments):  # help is printed by click, all else by _echo
-            raise
-        failure = _stdout_error(error)
-        code, message = failure.exit_code, str(failure)
+        session.interrupts.install()
+        code = _run(list(sys.argv[1:] if arguments is None else arguments) or ["--help"], session)
+    except KeyboardInterrupt:  # just before its work began, or just after it was done
+        session.interrupts.ending()
+        code, message = session.interrupts.end
+        click.echo(f"error: {message}", err=True)
+    finally:
+        if not is_process:  # else what comes while the interpreter ends is answered too
+            session.interrupts.restore()
+    sys.exit(code)
+
+
+def _run(arguments: list[str], session: Session) -> int:
+    """Run a command and report its error, if it ends with one; returns the exit code."""
+    try:
+        code: int | None = cli.main(args=arguments, prog_name="foresight", standalone_mode=False, obj=session)
+        session.interrupts.check()  # something may have swallowed it
+        session.interrupts.ending()
+        return code or 0  # None, or an Exit's code
+    except BaseException as error:  # noqa: BLE001 - raised again where it is a mistake of ours
+        session.interrupts.ending()
+        code, message, failure = _explain(error, arguments, session.interrupts)
     if "--debug" in arguments:
         traceback.print_exception(failure)
     if "--json" in arguments:
         told = {"type": type(failure).__name__, "message": message, "exit_code": code}
         with suppress(OutputError, click.exceptions.Exit):  # the line on stderr and the exit code say more
-            _echo(json.dumps({"error": told, "finished": finished} if finished else {"error": told}))
+            _echo(json.dumps({"error": told, "finished": session.finished} if session.finished else {"error": told}))
     click.echo(f"error: {' '.join(message.split())}", err=True)
-    sys.exit(code)
+    return code
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def _explain(error: BaseException, arguments: list[str], interrupts: Interrupts) -> tuple[int, str, BaseException]:
+    """Exit code, message, and the error that they are of. Raises what is nobody's mistake but ours."""
+    if interrupts.came is not None or isinstance(error, (KeyboardInterrupt, Interrupted, click.Abort)):
+        return *interrupts.end, KeyboardInterrupt() if isinstance(error, Interrupted) else error
+    if isinstance(error, ForesightError):
+        return error.exit_code, str(error), error
+    if isinstance(error, click.ClickException):
+        return error.exit_code, error.format_message(), error
+    if isinstance(error, OSError) and not HELP.isdisjoint(arguments):  # help is printed by click, all else by _echo
+        failure = _stdout_error(error)
+        return failure.exit_code, str(failure), failure
+    raise error
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(foresight.__version__, prog_name="foresight")
 def cli() -> None:
     """Text-to-video diffusion transformers, compiled block by block; blocks that would not change are not run."""
@@ -174,10 +192,12 @@ def export(
 ) -> None:
     """Take a checkpoint apart and write it as a bundle: one graph per block."""
     _log(verbose)
-    try:
-        from foresight.exporter.export import Export, Request
-    except ModuleNotFoundError as error:
-        raise ForesightError(f"export: {error.name} is not installed; install foresight-engines[export]") from error
+    with _progress() as show:
+        show(Progress("loading torch", 0, 0, ""))
+        try:
+            from foresight.exporter.export import Export, Request
+        except ModuleNotFoundError as error:
+            raise ForesightError(f"export: {error.name} is not installed; install foresight-engines[export]") from error
     if backend is not None:
         _check_compiler(backend)
     request = Request(dtype, height, width, frames, max_batch, resolution, aspect, duration)
@@ -189,8 +209,8 @@ def export(
     if backend is not None:
         _check_target(backend)
     job.fetch()  # with the progress bars of the hub's library
-    with _progress(len(plan.parts), "exporting") as advance:
-        bundle = job.run(lambda done, total, name: advance(done, name))
+    with _progress() as show:
+        bundle = job.run(on_progress=show)
     written = sum(record.bytes for record in bundle.manifest.files.values())
     in_grey_levels = {part.name for stage in bundle.manifest.decoder[-1:] for part in stage.parts}
     worst = max(bundle.manifest.parts, key=lambda part: 0 if part.name in in_grey_levels else part.max_difference)
@@ -320,7 +340,8 @@ def run(
     from foresight.runtime.pipeline import load
     from foresight.runtime.policies import policy_from_settings
 
-    finished: list[Row] = context.obj
+    session: Session = context.obj
+    finished = session.finished
     given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     policy = policy_from_settings(policy_name, **policy_flags)
     if not any((output, save_latents, save_frames)):
@@ -331,16 +352,18 @@ def run(
     noise = files.read_latents(latents) if latents else None
     if cache_memory is not None and not 0 < cache_memory < math.inf:
         raise InvalidRequest(f"cache_memory: got {cache_memory} MiB, expected more than 0")
-    pipeline = load(
-        bundle or newest_bundle(),
-        backend=backend,
-        device=device,
-        threads=threads,
-        low_memory=low_memory,
-        cache_memory=None if cache_memory is None else int(cache_memory * MEBI),
-        cache_profile=files.read_trace(cache_profile) if cache_profile else None,
-        cuda_graphs=cuda_graphs,
-    )
+    with _progress() as show:
+        pipeline = load(
+            bundle or newest_bundle(),
+            backend=backend,
+            device=device,
+            threads=threads,
+            low_memory=low_memory,
+            cache_memory=None if cache_memory is None else int(cache_memory * MEBI),
+            cache_profile=files.read_trace(cache_profile) if cache_profile else None,
+            cuda_graphs=cuda_graphs,
+            on_progress=show,
+        )
     texts = texts or [pipeline.manifest.defaults.prompt]
     settings: dict[str, Any] = {
         "negative_prompt": negative_prompt,
@@ -349,7 +372,8 @@ def run(
         "latents": noise,
     }
     if compare:  # so that neither pays for what only the first request does
-        pipeline(texts[0], **{**settings, "seed": seed, "steps": 1})
+        with _progress("warming up: ") as show:
+            pipeline(texts[0], **{**settings, "seed": seed, "steps": 1}, on_progress=show)
     for index, text in enumerate(texts):
         request = {**settings, "seed": seed + index}
         own = targets.numbered(index, len(texts))
@@ -392,13 +416,13 @@ def compare(
     from foresight.runtime.compare import compare_backends
 
     opened = open_bundle(bundle or newest_bundle())
-    verify_files(opened)
+    with _progress() as show:
+        verify_files(opened, show)
     first, second = create_backend(backend, device), create_backend(against, against_device)
-    count = len(parts) or len(opened.manifest.parts)
-    with _progress(count, "comparing") as advance:
+    with _progress() as show:
         differences = compare_backends(
             opened, first, second, steps=steps, tolerance=tolerance, parts=parts or None,
-            progress=lambda done, total, name: advance(done, name),
+            progress=_parts(show, "comparing"),
         )  # fmt: skip
     beyond = [difference.part for difference in differences if not difference.within]
     summary = {
@@ -487,7 +511,8 @@ def verify(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> No
     from foresight.engines.compiled import list_compiled, verify_compiled
 
     opened = open_bundle(bundle or newest_bundle())
-    verify_files(opened)
+    with _progress() as show:
+        verify_files(opened, show)
     engines = list_compiled(opened)
     for compiled in engines:
         verify_compiled(compiled)
@@ -536,8 +561,8 @@ def _check_compiler(backend: str) -> None:
 def _build(bundle: Bundle, backend: str, device: str, settings: BuildSettings | None, jobs: int) -> Compiled:
     from foresight.engines.build import build_engines
 
-    with _progress(len(bundle.manifest.parts), "building") as advance:
-        return build_engines(bundle, backend, device, settings, jobs, lambda done, total, name: advance(done, name))
+    with _progress() as show:
+        return build_engines(bundle, backend, device, settings, jobs, _parts(show, "building"))
 
 
 def _compiled_summary(compiled: Compiled) -> dict[str, Any]:
@@ -612,10 +637,10 @@ def _make(
     comparison = None
     if compare:
         comparison = compare_in_turns(
-            lambda: _generate(pipeline, text, policy, request, "with reuse"),
-            lambda: _generate(pipeline, text, foresight.NoReuse(), request, "without reuse"),
+            lambda: _generate(pipeline, text, policy, request, "with reuse: "),
+            lambda: _generate(pipeline, text, foresight.NoReuse(), request, "without reuse: "),
         )
-    video = comparison.video if comparison else _generate(pipeline, text, policy, request, "denoising")
+    video = comparison.video if comparison else _generate(pipeline, text, policy, request)
     notes = notes_on(video.trace, given, draws_noise=pipeline.draws_noise(video.trace.steps_requested))
     written = targets.write(video, comparison.reference if comparison else None)
     return {
@@ -627,10 +652,9 @@ def _make(
     }
 
 
-def _generate(pipeline: VideoPipeline, text: str, policy: Policy, request: dict[str, Any], label: str) -> Video:
-    steps = request["steps"] or pipeline.manifest.defaults.steps
-    with _progress(steps, label) as advance:
-        video: Video = pipeline(text, policy=policy, on_step=lambda done, total, trace: advance(done, ""), **request)
+def _generate(pipeline: VideoPipeline, text: str, policy: Policy, request: dict[str, Any], label: str = "") -> Video:
+    with _progress(label) as show:
+        video: Video = pipeline(text, policy=policy, on_progress=show, **request)
     return video
 
 
@@ -762,13 +786,25 @@ def _stdout_error(error: OSError) -> OutputError:
 
 
 @contextmanager
-def _progress(length: int, label: str) -> Iterator[Callable[[int, str], None]]:
-    """A bar on stderr while it is a terminal; else nothing."""
-    if not sys.stderr.isatty():
-        yield lambda done, name: None
-        return
-    with click.progressbar(length=length, label=label, file=sys.stderr, item_show_func=lambda name: name) as bar:
-        yield lambda done, name: bar.update(done - bar.pos, name)
+def _progress(label: str = "") -> Iterator[OnProgress]:
+    """What shows progress on stderr, with `label` before each phase, while the block runs."""
+    session: Session = click.get_current_context().obj
+    with displayed() as display:
+
+        def show(progress: Progress) -> None:
+            session.interrupts.check()
+            display(replace(progress, phase=label + progress.phase) if label else progress)
+
+        yield show
+
+
+def _parts(show: OnProgress, phase: str) -> Callable[[int, int, str], None]:
+    """Shows the parts that are done, and the one that comes next."""
+
+    def tell(done: int, total: int, name: str) -> None:
+        show(Progress(phase, done, total, "parts", name))
+
+    return tell
 
 
 def _log(verbose: bool) -> None:

@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,7 +24,8 @@ import msgspec
 from .consistency import contradictions
 from .errors import BundleError, IntegrityError, InvalidRequest, OutputError
 from .manifest import FileRecord, Manifest
-from .verify import Stamp, changed, read_unchanged, unreadable, verify_file
+from .progress import Counter, OnProgress
+from .verify import CHUNK, Stamp, changed, read_unchanged, unreadable, verify_file
 from .wording import command
 
 SCHEMA = 3
@@ -123,10 +124,11 @@ def refuse_inside_bundle(path: Path) -> None:
             )
 
 
-def verify_files(bundle: Bundle) -> None:
+def verify_files(bundle: Bundle, on_progress: OnProgress | None = None) -> None:
     """Compare every file with the manifest. Raises IntegrityError naming the first that differs, or BundleError.
 
     Refused: missing, truncated, altered, added and linked files, and graphs that carry native code (`EPContext`).
+    `on_progress` is told of the phase "verifying", in bytes.
     """
     expected = bundle.manifest.files
     try:
@@ -137,14 +139,20 @@ def verify_files(bundle: Bundle) -> None:
         if entry.name not in expected and entry.name not in (MANIFEST, COMPILED):
             raise IntegrityError(f"bundle {bundle.path}: {entry.name} is not in its manifest; remove it")
     with ThreadPoolExecutor(max_workers=4) as pool:
-        stamps = list(pool.map(lambda item: verify_file(bundle.path, *item), expected.items()))
+        counter = Counter("verifying", sum(record.bytes for record in expected.values()), "bytes", on_progress)
+        stamps = counter.results(
+            [pool.submit(verify_file, bundle.path, name, record, counter.add) for name, record in expected.items()]
+        )
     bundle.stamps.update(zip(expected, stamps, strict=True))
 
 
-def file_record(path: Path) -> FileRecord:
-    """Size and hash of a file as they are now."""
+def file_record(path: Path, told: Callable[[int], object] = lambda count: None) -> FileRecord:
+    """Size and hash of a file as they are now; `told` how many more bytes were read."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file.fileno())
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            told(len(chunk))
     return FileRecord(bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
@@ -219,14 +227,6 @@ class Unchanged:
 
 class _SchemaOnly(msgspec.Struct):
     schema: int
-
-
-def _digest(descriptor: int) -> hashlib._Hash:
-    digest = hashlib.sha256()
-    with open(descriptor, "rb", closefd=False) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest
 
 
 def _check_names(folder: Path, manifest: Manifest) -> None:

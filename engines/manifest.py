@@ -209,6 +209,11 @@ class Manifest(_Record, frozen=True, kw_only=True):
         )
 
     @property
+    def transformer(self) -> tuple[Part, ...]:
+        """The parts that a step runs, in order: prologue, blocks, epilogue."""
+        return (self.prologue, *self.blocks, self.epilogue)
+
+    @property
     def step_tensors(self) -> tuple[TensorSpec, ...]:
         """What every step writes anew, apart from the streams: inputs and outputs of prologue and epilogue."""
         known = {*self.streams, *(spec.name for spec in self.condition.outputs)}

@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -61,8 +61,11 @@ def open_plain(folder: Path, name: str, what: str = "bundle") -> Iterator[Binary
         raise unreadable(folder, name, error) from error
 
 
-def verify_file(folder: Path, name: str, record: FileRecord) -> Stamp:
-    """Compare a file with its record; returns the stamp of what was hashed. Raises IntegrityError, BundleError."""
+def verify_file(folder: Path, name: str, record: FileRecord, told: Callable[[int], object]) -> Stamp:
+    """Compare a file with its record; returns the stamp of what was hashed. `told` how many more bytes were read.
+
+    Raises IntegrityError, BundleError.
+    """
     with open_plain(folder, name) as file:
         stamp = Stamp.of(file.fileno())
         if stamp.bytes != record.bytes:
@@ -72,6 +75,7 @@ def verify_file(folder: Path, name: str, record: FileRecord) -> Stamp:
         got, native = hashlib.sha256(), False
         while chunk := file.read(CHUNK):
             got.update(chunk)
+            told(len(chunk))
             native = native or (name.endswith(".onnx") and b"EPContext" in chunk)
         if got.hexdigest() != record.sha256:
             raise IntegrityError(

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..engines.bundle import file_record
 from ..engines.errors import CheckpointError, InvalidRequest, one_line
+from ..engines.progress import Counter, OnProgress
 from .hub import HubFiles, Place, Repository, place_from_url
 from .weights import DOWNLOAD_AGAIN, Files, LocalFiles, Source, Stored, check_file, find_source, read_headers, read_json
 
@@ -49,6 +50,7 @@ class Checkpoint:
         self._hub = dict(hub or {})
         self._sources: dict[str, Source] = {}
         self._stored: dict[str, Mapping[str, Stored]] = {}
+        self._sha256: str | None = None
 
     def require_pipeline(self, expected: str, components: dict[str, str]) -> None:
         """Refuse a checkpoint of another pipeline, or one with components of another class."""
@@ -174,13 +176,21 @@ class Checkpoint:
     def _remedy(self, component: str) -> str:
         return self._hub[component].remedy if component in self._hub else DOWNLOAD_AGAIN
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """A hash over the content of all files that an export reads."""
-        digest = hashlib.sha256()
-        for name, path in sorted(self._read_files()):
-            digest.update(f"{name} {file_record(path).sha256}\n".encode())
-        return digest.hexdigest()
+        return self.hash()
+
+    def hash(self, on_progress: OnProgress | None = None) -> str:
+        """`sha256`, which is computed once; `on_progress` is told of the phase "hashing the checkpoint", in bytes."""
+        if self._sha256 is None:
+            digest, files = hashlib.sha256(), sorted(self._read_files())
+            total = sum(path.stat().st_size for _, path in files)
+            counter = Counter("hashing the checkpoint", total, "bytes", on_progress)
+            for name, path in files:
+                digest.update(f"{name} {file_record(path, counter.advance).sha256}\n".encode())
+            self._sha256 = digest.hexdigest()
+        return self._sha256
 
     @cached_property
     def _index(self) -> dict[str, Any]:

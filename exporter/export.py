@@ -26,6 +26,7 @@ import torch
 import transformers
 from torch import nn
 
+from ..engines import progress as told
 from ..engines.arrays import HostArray, numpy_dtype
 from ..engines.bundle import (
     MANIFEST,
@@ -53,6 +54,7 @@ from ..engines.manifest import (
     stream_bytes_per_row,
 )
 from ..engines.onnxruntime import OnnxRuntimeBackend
+from ..engines.progress import OnProgress, silent
 from .checkpoint import Checkpoint, find_checkpoint
 from .coverage import check_coverage, has_any_weights
 from .graph import Graph, graph_from_module, widen, write_graph
@@ -71,6 +73,19 @@ SAMPLER = "sampler.npz"
 TOLERANCES = {"fp32": 2e-4, "fp16": 4e-2, "bf16": 2e-3}
 
 Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class _Doing:
+    """Says what is being done with a part."""
+
+    on_progress: OnProgress
+    done: int
+    total: int
+    part: str
+
+    def tell(self, what: str) -> None:
+        self.on_progress(told.Progress("exporting", self.done, self.total, "parts", f"{what} {self.part}"))
 
 
 class _State(msgspec.Struct, forbid_unknown_fields=True):
@@ -188,15 +203,16 @@ class Export:
             check_coverage(self.split, self.checkpoint)
             self.checkpoint.fetch()
 
-    def run(self, progress: Progress = lambda done, total, name: None) -> Bundle:
+    def run(self, progress: Progress = lambda done, total, name: None, on_progress: OnProgress | None = None) -> Bundle:
         """Write the bundle, or find that it is there already, made from the same checkpoint in the same way.
 
         `was_up_to_date` then says which; either way it is the newest, which `run` takes where it is given none.
-        `progress` is told the parts done, their number and the one that comes next. Raises CheckpointError,
-        ExportError, OutputError.
+        `progress` is told the parts done, their number and the one that comes next; `on_progress` also of the
+        bytes that are hashed before. Raises CheckpointError, ExportError, OutputError.
         """
         self.fetch()
-        present = self._present()
+        self.checkpoint.hash(on_progress)
+        present = self._present(on_progress)
         self.was_up_to_date = present is not None
         if present is not None:
             mark_as_newest(present)
@@ -208,7 +224,7 @@ class Export:
             with sole_writer(partial):
                 state = self._resume(partial)
                 self._write_tables(partial, state)
-                self._write_parts(partial, state, progress)
+                self._write_parts(partial, state, progress, on_progress or silent)
                 self._write_manifest(partial, state)
                 _replace(partial, self.output)
         except OSError as error:
@@ -242,12 +258,12 @@ class Export:
             parts += (self.checkpoint.revision,)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def _present(self) -> Bundle | None:
+    def _present(self, on_progress: OnProgress | None) -> Bundle | None:
         try:
             bundle = open_bundle(self.output)
             if bundle.manifest.generator.get("export_key") != self.key:
                 return None
-            verify_files(bundle)
+            verify_files(bundle, on_progress)
         except (BundleError, IntegrityError):
             return None
         return bundle
@@ -269,13 +285,14 @@ class Export:
         empty_folder(partial)
         return _State(key=self.key, parts={}, files={})
 
-    def _write_parts(self, partial: Path, state: _State, progress: Progress) -> None:
+    def _write_parts(self, partial: Path, state: _State, progress: Progress, on_progress: OnProgress) -> None:
         plans = list(self.split.parts)
         graphs: dict[str, Graph] = {}
         for index, plan in enumerate(plans):
             progress(index, len(plans), plan.name)
+            doing = _Doing(on_progress, index, len(plans), plan.name)
             if not self._is_done(partial, state, plan.name):
-                part, files = self._write_part(partial, plan, graphs)
+                part, files = self._write_part(partial, plan, graphs, doing)
                 state.parts[plan.name] = part
                 state.files.update({file.name: file_record(file) for file in files})
                 write_atomically(partial / STATE, msgspec.json.encode(state))
@@ -285,12 +302,17 @@ class Export:
         part = state.parts.get(name)
         return part is not None and all(_is_as_recorded(partial / file, state) for file in part_files(part))
 
-    def _write_part(self, partial: Path, plan: PartPlan, graphs: dict[str, Graph]) -> tuple[Part, list[Path]]:
+    def _write_part(
+        self, partial: Path, plan: PartPlan, graphs: dict[str, Graph], doing: _Doing
+    ) -> tuple[Part, list[Path]]:
         if plan.kind not in graphs:
+            doing.tell("tracing")
             graphs[plan.kind] = graph_from_plan(plan, self.opset)
+        doing.tell("writing")
         assign_parameters(plan.module, lambda name: plan.parameter(self.checkpoint, name))
         files = write_graph(graphs[plan.kind], plan.module.get_parameter, partial / f"{plan.name}.onnx")
         part = part_from_plan(plan)
+        doing.tell("checking")
         difference = check_part(plan, part, files[0], TOLERANCES[self.request.dtype])
         assign_parameters(plan.module, lambda name: plan.module.get_parameter(name).to("meta"))
         return msgspec.structs.replace(part, max_difference=difference), files

@@ -1,4 +1,4 @@
-"""What a request calls of its caller's: `on_step`, and the cancel token's `is_set`."""
+"""What a request calls of its caller's: `on_step`, `on_progress`, and the cancel token's `is_set`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from ..engines.errors import InvalidRequest, quoted
 _REMEDY = "hand work over from an ordinary one, say with asyncio.run_coroutine_threadsafe"
 
 
-def check_callbacks(on_step: Any, cancel: Any) -> None:
-    """A function, and something like threading.Event; neither of them async. Raises InvalidRequest."""
+def check_callbacks(on_step: Any, cancel: Any, on_progress: Any = None) -> None:
+    """Functions, and something like threading.Event; none of them async. Raises InvalidRequest."""
     if on_step is not None and not callable(on_step):
         raise InvalidRequest(
             f"on_step: got {quoted(on_step)}, expected a function of steps done, their number and the trace"
         )
+    if on_progress is not None and not callable(on_progress):
+        raise InvalidRequest(f"on_progress: got {on_progress!r}, expected a function of a Progress")
     if cancel is not None and not callable(getattr(cancel, "is_set", None)):
         raise InvalidRequest(
             f"cancel: got {quoted(cancel)}, expected something with is_set(), as threading.Event has it"
         )
-    for name, function in (("on_step", on_step), ("cancel.is_set", getattr(cancel, "is_set", None))):
+    functions = {"on_step": on_step, "on_progress": on_progress, "cancel.is_set": getattr(cancel, "is_set", None)}
+    for name, function in functions.items():
         if _runs_later(function):
             raise InvalidRequest(f"{name}: got an async function or a generator, expected a plain function; {_REMEDY}")
 

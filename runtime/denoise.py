@@ -15,6 +15,7 @@ import numpy as np
 
 from ..engines.arrays import Array, Arrays, Download
 from ..engines.backend import Engine
+from ..engines.progress import OnProgress, Progress, silent
 from .admission import CancelToken, check_cancelled
 from .cache import BlockCache
 from .decode import run_engine
@@ -56,6 +57,7 @@ class Request:
     halves: int
     trace: Trace
     on_step: OnStep | None = None
+    on_progress: OnProgress = silent
     cancel: CancelToken | None = None
 
 
@@ -79,6 +81,7 @@ def denoise(model: Transformer, request: Request) -> Array:
         measured = [False] * len(model.blocks)
         for block, decision in enumerate(decisions):
             check_cancelled(request.cancel, f"in step {step + 1} of {steps}, before block {block}")
+            _tell(request, step, block)
             if decision is Decision.COMPUTE:
                 stream, measured[block] = cache.bind(block)
                 _run(model.blocks[block], request, {**stream, "distance": request.distances[block]})
@@ -108,6 +111,13 @@ def guide(output: Array, guidance: float, halves: int, order: str) -> Array:
     first, second = output[:prompts], output[prompts:]
     negative, positive = (first, second) if order == "negative_first" else (second, first)
     return negative + np.float32(guidance) * (positive - negative)
+
+
+def _tell(request: Request, step: int, block: int) -> None:
+    """Say that this block comes now."""
+    steps, blocks = request.schedule.steps, len(request.trace.blocks)
+    detail, share = f"block {block + 1} of {blocks}", block / blocks
+    request.on_progress(Progress("denoising", step, steps, "steps", detail, share))
 
 
 def _set_inputs(request: Request, step: int) -> None:

@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 from ..engines.backend import Backend, Engine
 from ..engines.errors import Cancelled, InvalidRequest, quoted
 from ..engines.interrupt import Watch
+from ..engines.progress import OnProgress, Progress, silent
 from .admission import CancelToken, check_cancelled
 from .callbacks import check_result
 from .denoise import OnStep
@@ -132,13 +133,21 @@ class Calls:
     What a callback raises reaches the caller as it is, whatever is made of it on the way there.
     """
 
-    def __init__(self, life: Lifecycle, on_step: OnStep | None, cancel: CancelToken | None) -> None:
+    def __init__(
+        self,
+        life: Lifecycle,
+        on_step: OnStep | None = None,
+        cancel: CancelToken | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> None:
         self.thread = threading.get_ident()
         self.outside = False  # of all engines: in a callback
         self.on_step = None if on_step is None else self._step
+        self.on_progress = silent if on_progress is None else self._tell
         self._life = life
         self._caller_on_step = on_step
         self._caller_cancel = cancel
+        self._caller_on_progress = on_progress
         self._raised: BaseException | None = None
 
     def run(self, work: Callable[[], T]) -> T:
@@ -182,6 +191,10 @@ class Calls:
         check_result("on_step", self._call(self._caller_on_step, done, total, trace))
         if self._life.why is not None:
             check_cancelled(self, f"after step {done} of {total}")
+
+    def _tell(self, progress: Progress) -> None:
+        assert self._caller_on_progress is not None
+        check_result("on_progress", self._call(self._caller_on_progress, progress))
 
     def _call(self, function: Callable[..., T], *arguments: Any) -> T:
         mine = threading.get_ident() == self.thread  # else somebody looks at the token meanwhile

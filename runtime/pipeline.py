@@ -16,6 +16,7 @@ from ..engines.backend import Backend, Engine, choose_backend, create_backend
 from ..engines.bundle import Bundle, Unchanged, open_bundle, verify_files
 from ..engines.errors import EngineError, InvalidRequest, quoted
 from ..engines.manifest import Part, part_files
+from ..engines.progress import Counter, OnProgress, Progress
 from .admission import CancelToken, MemoryReservations, OneAtATime, Reservation, check_cancelled
 from .arguments import (
     check_count,
@@ -51,6 +52,7 @@ class _Job:
     cached: tuple[bool, ...]
     latents: Array | None
     on_step: OnStep | None
+    on_progress: OnProgress
     cancel: CancelToken | None
     to_host: bool
 
@@ -67,6 +69,7 @@ class VideoPipeline:
         cache_memory: int | None = None,
         cache_profile: Profile | None = None,
         fixed_slots: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> None:
         """Load every engine of `bundle`, whose files must have been verified.
 
@@ -74,7 +77,7 @@ class VideoPipeline:
         requests run one at a time. `cache_memory` is the most bytes that the stream and the cached outputs of one
         request may take; blocks that find no room are run every time, and `cache_profile` helps to choose them.
         `fixed_slots` gives every block cache addresses of its own, for CUDA graphs, at twice the memory of the cache.
-        Raises EngineError, BundleError, IntegrityError.
+        `on_progress` is told of the phase "loading", in bytes. Raises EngineError, BundleError, IntegrityError.
         """
         self.bundle = bundle
         self.manifest = bundle.manifest
@@ -87,7 +90,7 @@ class VideoPipeline:
         self._table = load_table(bundle.file(self.manifest.sampler.table), self.manifest.sampler.max_steps)
         self._engines: dict[str, Engine] = {}
         self._life = Lifecycle(self._engines, backend)
-        self._tokenizer = self._load()
+        self._tokenizer = self._load(on_progress)
         self._turns = OneAtATime() if low_memory else None
         self._room = MemoryReservations(backend.arrays)
 
@@ -103,6 +106,7 @@ class VideoPipeline:
         policy: Policy | None = ...,
         latents: Array | None = ...,
         on_step: OnStep | None = ...,
+        on_progress: OnProgress | None = ...,
         cancel: CancelToken | None = ...,
         to_host: bool = ...,
     ) -> Video: ...
@@ -119,6 +123,7 @@ class VideoPipeline:
         policy: Policy | None = ...,
         latents: Array | None = ...,
         on_step: OnStep | None = ...,
+        on_progress: OnProgress | None = ...,
         cancel: CancelToken | None = ...,
         to_host: bool = ...,
     ) -> list[Video]: ...
@@ -134,6 +139,7 @@ class VideoPipeline:
         policy: Policy | None = None,
         latents: Array | None = None,
         on_step: OnStep | None = None,
+        on_progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
         to_host: bool = True,
     ) -> Video | list[Video]:
@@ -142,10 +148,12 @@ class VideoPipeline:
         What is None is the bundle's default; `policy` is then `Foresight()`. `seed` is one number, to which a batch
         adds the prompt's position, or one per prompt. `latents` is the initial noise instead: (prompts, *latent
         shape) or, for one prompt, the latent shape; fp32; a numpy array, or one that speaks DLPack. `on_step` is
-        called after every step with the steps done, their number and the trace so far. `cancel` is looked at before
-        every phase, text and block, after every decoded chunk, and while the request waits for its turn; while a graph
-        runs, every few milliseconds from another thread, and ONNX Runtime ends it then. A guidance of 1 runs without
-        the negative half. With `to_host` False, frames and latents stay arrays of the device, which others can
+        called after every step with the steps done, their number and the trace so far; `on_progress`, with a Progress,
+        where a phase begins, before every block and after every decoded chunk, and with `low_memory` after every engine
+        that was loaded. `cancel` is looked at before every phase, text and block, after every decoded chunk, and while
+        the request waits for its turn; while a graph runs, every few milliseconds from another thread, and ONNX Runtime
+        ends it then. A guidance of 1 runs without the negative half. With `to_host` False, frames and latents stay
+        arrays of the device, which others can
         take over by DLPack; on the CPU they are numpy's in any case.
 
         Raises InvalidRequest before anything runs; Cancelled, OutOfMemory and EngineError, which also tells of results
@@ -156,7 +164,7 @@ class VideoPipeline:
         prompts = check_prompts(prompt, self.manifest.shape.max_batch)
         schedule = self._table.schedule(defaults.steps if steps is None else steps)
         policy = check_policy(policy)
-        check_callbacks(on_step, cancel)
+        check_callbacks(on_step, cancel, on_progress)
         seeds = check_seeds(seed, len(prompts))
         trace = Trace(
             model=self.manifest.model,
@@ -172,9 +180,10 @@ class VideoPipeline:
             seeds=seeds,
             latents_given=latents is not None,
         )
-        calls = Calls(self._life, on_step, cancel)
+        calls = Calls(self._life, on_step, cancel, on_progress)
         given = None if latents is None else self._check_latents(latents, len(prompts))
-        job = _Job(schedule, policy, self._choose_cached(policy, trace), given, calls.on_step, calls, to_host)
+        cached = self._choose_cached(policy, trace)
+        job = _Job(schedule, policy, cached, given, calls.on_step, calls.on_progress, calls, to_host)
         frames, final = calls.run(lambda: self._take_turn(job, trace))
         videos = [
             Video(frames=f, latents=x, fps=defaults.fps, prompt=text, seed=s, trace=trace)
@@ -214,16 +223,19 @@ class VideoPipeline:
     def __reduce__(self) -> NoReturn:
         raise InvalidRequest("pipeline: cannot be copied or sent to another process; load the bundle there")
 
-    def _load(self) -> Tokenizer:
+    def _load(self, on_progress: OnProgress | None) -> Tokenizer:
         """The tokenizer; and load what stays loaded. Raises Cancelled where the interpreter exits meanwhile."""
-        calls = Calls(self._life, None, None)
+        calls = Calls(self._life, on_progress=on_progress)
 
         def load_all() -> Tokenizer:
             tokenizer = Tokenizer(self.bundle.file(self.manifest.text.tokenizer), self.manifest.text)
             self._files.check(self.manifest.text.tokenizer, self.manifest.sampler.table)
-            for part in () if self.low_memory else self.manifest.parts:
+            parts = () if self.low_memory else self.manifest.parts
+            loaded = self._counter(parts, calls.on_progress)
+            for part in parts:
                 check_cancelled(calls, "while its engines were loaded")
                 self._engines[part.name] = self._load_engine(part)
+                loaded.advance(self._bytes(part))
             return tokenizer
 
         return calls.run(load_all)
@@ -234,6 +246,13 @@ class VideoPipeline:
         engine = self.backend.load(self.bundle, part)
         self._files.check(*part_files(part))
         return engine
+
+    def _counter(self, parts: Sequence[Part], on_progress: OnProgress) -> Counter:
+        """Of the bytes of parts that are about to be loaded."""
+        return Counter("loading", sum(map(self._bytes, parts)), "bytes", on_progress if parts else None)
+
+    def _bytes(self, part: Part) -> int:
+        return sum(self.manifest.files[name].bytes for name in part_files(part))
 
     def _take_turn(self, job: _Job, trace: Trace) -> tuple[list[Array], Array]:
         """`_run`, when it is the request's turn."""
@@ -347,11 +366,12 @@ class VideoPipeline:
             halves=halves,
             trace=trace,
             on_step=job.on_step,
+            on_progress=job.on_progress,
             cancel=job.cancel,
         )
 
     def _denoise(self, request: Request, job: _Job) -> Array:
-        with self._loaded(job, self.manifest.prologue, *self.manifest.blocks, self.manifest.epilogue) as engines:
+        with self._loaded(job, *self.manifest.transformer) as engines:
             prologue, *blocks, epilogue = engines
             model = Transformer(prologue, tuple(blocks), epilogue, self.manifest.guidance_order)
             with np.errstate(over="ignore", invalid="ignore"):  # it is looked for below, on every device
@@ -383,9 +403,11 @@ class VideoPipeline:
         self.backend.trim()
         engines: list[Engine] = []
         try:
+            loaded = self._counter(parts, job.on_progress)
             for part in parts:
                 check_cancelled(job.cancel, "while its engines were loaded")
                 engines.append(self._load_engine(part))
+                loaded.advance(self._bytes(part))
             yield engines
         finally:
             self.backend.arrays.synchronize()
@@ -433,6 +455,7 @@ class VideoPipeline:
         longest = int(texts.lengths.max())
         text_encoder, condition = self.manifest.text_encoder, self.manifest.condition
         with self._loaded(job, text_encoder, condition) as engines:
+            job.on_progress(Progress("encoding text", 0, len(tokens.ids), "texts"))
             encoded = run_part(
                 engines[0],
                 text_encoder,
@@ -474,9 +497,11 @@ class VideoPipeline:
         with self._loaded(job, *parts) as loaded:
             engines = {part.name: engine for part, engine in zip(parts, loaded, strict=True)}
             arrays = self.backend.arrays
+            chunks = len(latents) * sum(len(stage.chunks) for stage in self.manifest.decoder)
+            made = Counter("decoding", chunks, "chunks", job.on_progress).advance
             try:
                 return [
-                    decode(self.manifest, engines, arrays, video, job.to_host, self._check_made, job.cancel)
+                    decode(self.manifest, engines, arrays, video, job.to_host, self._check_made, job.cancel, made)
                     for video in latents
                 ]
             finally:
@@ -494,6 +519,7 @@ def load(
     cache_profile: Mapping[str, Any] | None = None,
     cuda_graphs: bool = False,
     shared_weights: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> VideoPipeline:
     """Open a bundle, verify all its files, and load its engines.
 
@@ -505,13 +531,15 @@ def load(
     `cuda_graphs`, with TensorRT, records every block's kernels and replays them; the cache then takes twice the memory.
     `shared_weights`, on CPUs, leaves weights mapped from the bundle instead of copying and repacking them: processes
     that serve the same bundle share them, each request takes some per cent longer, and to truncate a file of the
-    bundle while a request runs ends the process.
+    bundle while a request runs ends the process. `on_progress` is called with a Progress as bytes are verified,
+    then loaded.
     Raises BundleError, IntegrityError, EngineError, InvalidRequest.
     """
+    check_callbacks(None, None, on_progress)
     check_count("threads", threads)
     check_count("cache_memory", cache_memory)
     opened = open_bundle(bundle)
-    verify_files(opened)
+    verify_files(opened, on_progress)
     return VideoPipeline(
         opened,
         create_backend(backend or choose_backend(opened, device), device, threads, cuda_graphs, shared_weights),
@@ -519,6 +547,7 @@ def load(
         cache_memory=cache_memory,
         cache_profile=None if cache_profile is None else Profile.from_trace(cache_profile),
         fixed_slots=cuda_graphs,
+        on_progress=on_progress,
     )
 
 

@@ -26,7 +26,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12")
-SUBPACKAGES = ("engines", "exporter", "runtime")
+SUBPACKAGES = ("commands", "engines", "exporter", "runtime")
 
 PUBLIC_API = [
     "BundleError",
@@ -52,9 +52,10 @@ PUBLIC_API = [
 
 # What each part of the package may not import from the others.
 FORBIDDEN = {
-    "engines": {"cli", "exporter", "runtime"},
-    "exporter": {"cli", "runtime"},
-    "runtime": {"cli", "exporter"},
+    "commands": {"cli"},
+    "engines": {"cli", "commands", "exporter", "runtime"},
+    "exporter": {"cli", "commands", "runtime"},
+    "runtime": {"cli", "commands", "exporter"},
 }
 # What only the exporter may import: the world of torch.
 TORCH = {
