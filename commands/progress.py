@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from shutil import get_terminal_size
 from typing import TextIO
 
 from ..engines.progress import Progress
@@ -28,7 +29,7 @@ class Display:
         self,
         stream: TextIO,
         in_place: bool,
-        columns: Columns = lambda: get_terminal_size().columns,
+        columns: Columns,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream, self._in_place, self._columns, self._clock = stream, in_place, columns, clock
@@ -65,7 +66,7 @@ class Display:
     def clear(self) -> None:
         """Make room for a result; the next drawing begins anew."""
         with self._lock:
-            if self._in_place and self._width:
+            if self._width:
                 self._draw("")
                 self._write("\r")
 
@@ -103,13 +104,13 @@ def line_of(progress: Progress, elapsed_s: float, columns: int | None = None) ->
 def count_of(progress: Progress) -> str:
     """How far it is, in its unit."""
     if progress.unit == "bytes":
-        total = f" of {progress.total / MEBI:.1f}" if progress.total else ""
+        total = f"/{progress.total / MEBI:.1f}" if progress.total else ""
         return f"{progress.done / MEBI:.1f}{total} MiB"
     if not progress.total:
         return ""
     if progress.unit == "steps":
-        return f"step {min(progress.done + 1, progress.total)} of {progress.total}"
-    return f"{progress.done} of {progress.total} {progress.unit}"
+        return f"step {min(progress.done + 1, progress.total)}/{progress.total}"
+    return f"{progress.done}/{progress.total} {progress.unit}"
 
 
 def time_left(progress: Progress, elapsed_s: float) -> float | None:
@@ -125,20 +126,36 @@ def clock_of(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def columns_of(terminal: TextIO) -> int:
+    """How wide it is now; what says nothing of that is taken for 80 columns."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
 @contextmanager
 def displayed(stream: TextIO | None = None) -> Iterator[Display]:
     """A display on stderr, whose time goes on by itself until the block ends."""
     stream = stream or sys.stderr
-    display, ended = Display(stream, stream.isatty()), threading.Event()
+    display, ended = Display(stream, stream.isatty(), lambda: columns_of(stream)), threading.Event()
 
     def go_on() -> None:
         while not ended.wait(TICK_SECONDS):
             display.tick()
 
-    ticking = threading.Thread(target=go_on, name="progress", daemon=True)
-    ticking.start()
+    def make_room(record: logging.LogRecord) -> bool:
+        display.clear()
+        return True
+
+    handlers = logging.getLogger().handlers[:]
+    for handler in handlers:
+        handler.addFilter(make_room)
+    threading.Thread(target=go_on, name="progress", daemon=True).start()
     try:
         yield display
     finally:
         ended.set()
         display.close()
+        for handler in handlers:
+            handler.removeFilter(make_room)
