@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Protocol, cast
 
 from .arrays import Array, Arrays, create_arrays, parse_device
-from .bundle import COMPILED, Bundle
+from .bundle import COMPILED, Bundle, check_compiled_folder
 from .compiled import PARTIAL, Compiled, find_compiled
 from .errors import BundleError, EngineError, InvalidRequest
 from .manifest import Part
@@ -75,6 +75,7 @@ def choose_backend(bundle: Bundle, device: str | None = None) -> str:
     IntegrityError where there are engines for this GPU that cannot be trusted.
     """
     device = "cuda" if device is None else device
+    check_compiled_folder(bundle.path)
     folders = [folder.name for folder in (bundle.path / COMPILED).glob("*") if folder.suffix != PARTIAL]
     built = {name.rpartition("-")[0] for name in folders}
     candidates = [name for name in REGISTRY if name in built]

@@ -22,15 +22,18 @@ from pathlib import Path
 import msgspec
 
 from .consistency import contradictions
-from .errors import BundleError, IntegrityError, InvalidRequest, OutputError
-from .manifest import FileRecord, Manifest
+from .errors import BundleError, IntegrityError, InvalidRequest, OutputError, one_line
+from .limits import MANIFEST_BYTES, MOST_NAME, excesses
+from .manifest import FileRecord, Manifest, part_files
 from .progress import Counter, OnProgress
-from .verify import CHUNK, Stamp, changed, read_unchanged, unreadable, verify_file
+from .verify import CHUNK, Stamp, changed, read_small, read_unchanged, unreadable, verify_file
 from .wording import command
 
 SCHEMA = 3
 MANIFEST = "manifest.json"
 COMPILED = "engines"
+# Left alone: what comes with a download of a repository.
+FROM_HUBS = (".cache", ".git", ".gitattributes", ".gitignore", "README.md", "LICENSE")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -66,12 +69,15 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     except TypeError as error:
         raise InvalidRequest(f"bundle: got {path!r}, expected the path of a folder") from error
     try:
-        raw = (folder / MANIFEST).read_bytes()
+        (folder / MANIFEST).lstat()
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "has no manifest.json, so it is no bundle or a half-written one" if folder.is_dir() else "not found"
         raise BundleError(f"bundle {folder}: {what}; make it with: {command('export --model NAME')}") from error
+    except ValueError as error:  # a null character
+        raise InvalidRequest(f"bundle: got {path!r}, expected the path of a folder") from error
     except OSError as error:
         raise unreadable(folder, MANIFEST, error) from error
+    raw = read_small(folder, MANIFEST, MANIFEST_BYTES)
     try:
         schema = msgspec.json.decode(raw, type=_SchemaOnly).schema
         if schema < 1:
@@ -85,8 +91,10 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
             )
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise IntegrityError(f"bundle {folder}: manifest.json is not valid ({error}); export again") from error
+        raise IntegrityError(f"bundle {folder}: manifest.json is not valid ({_shown(error)}); export again") from error
     _check_names(folder, manifest)
+    for excess in excesses(manifest):
+        raise IntegrityError(f"bundle {folder}: manifest.json is not one of a bundle: {excess}; export again")
     for contradiction in contradictions(manifest):
         raise IntegrityError(f"bundle {folder}: manifest.json contradicts itself: {contradiction}; export again")
     return Bundle(path=folder, manifest=manifest, id=hashlib.sha256(raw).hexdigest())
@@ -102,7 +110,7 @@ def newest_bundle(root: str | os.PathLike[str] = "bundles") -> Path:
 
 
 def _last_exported(manifest: Path) -> float:
-    return max(manifest.stat().st_mtime, manifest.parent.stat().st_mtime)
+    return max(manifest.lstat().st_mtime, manifest.parent.stat().st_mtime)
 
 
 def mark_as_newest(bundle: Bundle) -> None:
@@ -127,7 +135,9 @@ def refuse_inside_bundle(path: Path) -> None:
 def verify_files(bundle: Bundle, on_progress: OnProgress | None = None) -> None:
     """Compare every file with the manifest. Raises IntegrityError naming the first that differs, or BundleError.
 
-    Refused: missing, truncated, altered, added and linked files, and graphs that carry native code (`EPContext`).
+    Refused: missing, truncated, altered, added and linked files, graphs that carry native code (`EPContext`) or have
+    weights anywhere but in their own file, and compiled engines behind a link. What a hub puts beside a bundle's files
+    is left alone and never read.
     `on_progress` is told of the phase "verifying", in bytes.
     """
     expected = bundle.manifest.files
@@ -136,14 +146,42 @@ def verify_files(bundle: Bundle, on_progress: OnProgress | None = None) -> None:
     except OSError as error:
         raise unreadable(bundle.path, "it", error) from error
     for entry in entries:
-        if entry.name not in expected and entry.name not in (MANIFEST, COMPILED):
-            raise IntegrityError(f"bundle {bundle.path}: {entry.name} is not in its manifest; remove it")
+        if entry.name not in {*expected, *FROM_HUBS, MANIFEST, COMPILED}:
+            raise IntegrityError(f"bundle {bundle.path}: {entry.name[:200]!r} is not in its manifest; remove it")
+    check_compiled_folder(bundle.path)
+    weights = {}
+    for part in bundle.manifest.parts:
+        graph, data = part_files(part)
+        weights[graph] = (data, expected[data].bytes)
     with ThreadPoolExecutor(max_workers=4) as pool:
         counter = Counter("verifying", sum(record.bytes for record in expected.values()), "bytes", on_progress)
         stamps = counter.results(
-            [pool.submit(verify_file, bundle.path, name, record, counter.add) for name, record in expected.items()]
+            [
+                pool.submit(verify_file, bundle.path, name, record, counter.add, weights.get(name))
+                for name, record in expected.items()
+            ]
         )
     bundle.stamps.update(zip(expected, stamps, strict=True))
+
+
+def check_compiled_folder(bundle: Path) -> None:
+    """Refuse compiled engines that lie behind a link: they would be another bundle's, or anybody's.
+
+    Raises IntegrityError.
+    """
+    folder = bundle / COMPILED
+    if not os.path.lexists(folder):
+        return
+    try:
+        found = [folder, *folder.iterdir()] if folder.is_dir() else [folder]
+    except OSError as error:
+        raise unreadable(bundle, COMPILED, error) from error
+    for entry in found:
+        if entry.is_symlink() or not entry.is_dir():
+            raise IntegrityError(
+                f"bundle {bundle}: {entry.relative_to(bundle)} is a link or no folder, where compiled engines lie; "
+                "remove it"
+            )
 
 
 def file_record(path: Path, told: Callable[[int], object] = lambda count: None) -> FileRecord:
@@ -225,6 +263,12 @@ class Unchanged:
             return None
 
 
+def _shown(error: Exception) -> str:
+    """A decoder's reason, which quotes the file: one line, not long, nothing that a terminal would obey."""
+    text = "".join(letter if letter.isprintable() else " " for letter in one_line(error))
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
 class _SchemaOnly(msgspec.Struct):
     schema: int
 
@@ -232,8 +276,10 @@ class _SchemaOnly(msgspec.Struct):
 def _check_names(folder: Path, manifest: Manifest) -> None:
     named = {part.graph for part in manifest.parts} | {manifest.text.tokenizer, manifest.sampler.table}
     for name in sorted(named | set(manifest.files)):
-        if not PLAIN_NAME.fullmatch(name):
-            raise IntegrityError(f"bundle {folder}: file name {name!r} leaves the bundle or is not plain; export again")
+        if not PLAIN_NAME.fullmatch(name) or len(name) > MOST_NAME or name in (MANIFEST, COMPILED):
+            raise IntegrityError(
+                f"bundle {folder}: file name {name[:MOST_NAME]!r} leaves the bundle or is not plain; export again"
+            )
         if name not in manifest.files:
             raise IntegrityError(f"bundle {folder}: {name} is used but has no hash in the manifest; export again")
     for part in manifest.parts:

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import msgspec
 
-from .bundle import COMPILED, PLAIN_NAME, Bundle
+from .bundle import COMPILED, PLAIN_NAME, Bundle, check_compiled_folder
 from .errors import BundleError, IntegrityError
+from .limits import INDEX_BYTES, MOST_NUMBER
 from .manifest import FileRecord
+from .verify import Stamp, open_plain, read_small
 from .wording import command
 
 INDEX = "engines.json"
@@ -81,10 +83,9 @@ class Compiled:
     def read_plan(self, part: str) -> bytes:
         """A part's plan, compared with its hash first. Raises BundleError, IntegrityError."""
         compiled = self.part(part)
-        path = self.folder / compiled.file
-        if path.is_symlink() or not path.is_file():
-            raise IntegrityError(f"engines {self.folder}: {compiled.file} is missing or a link; {self._remedy}")
-        plan = path.read_bytes()
+        with open_plain(self.folder, compiled.file, "engines", self._remedy) as file:
+            size = Stamp.of(file.fileno()).bytes
+            plan = file.read(size) if size == compiled.record.bytes else b""
         if len(plan) != compiled.record.bytes or hashlib.sha256(plan).hexdigest() != compiled.record.sha256:
             raise IntegrityError(
                 f"engines {self.folder}: {compiled.file} was altered, and a plan is code, so it is not loaded; "
@@ -109,6 +110,7 @@ def compiled_folder(bundle: Bundle, backend: str, target: Mapping[str, str]) -> 
 
 def find_compiled(bundle: Bundle, backend: str, target: Mapping[str, str]) -> Compiled:
     """The plans of a bundle for a target. Raises BundleError where there are none, IntegrityError."""
+    check_compiled_folder(bundle.path)
     folder = compiled_folder(bundle, backend, target)
     if folder.is_dir():
         compiled = open_compiled(folder)
@@ -127,6 +129,7 @@ def find_compiled(bundle: Bundle, backend: str, target: Mapping[str, str]) -> Co
 
 def list_compiled(bundle: Bundle) -> list[Compiled]:
     """All finished plans of a bundle, for whatever machine. Raises IntegrityError."""
+    check_compiled_folder(bundle.path)
     folders = sorted((bundle.path / COMPILED).glob("*"))
     return [open_compiled(folder) for folder in folders if folder.is_dir() and folder.suffix != PARTIAL]
 
@@ -134,8 +137,9 @@ def list_compiled(bundle: Bundle) -> list[Compiled]:
 def open_compiled(folder: Path) -> Compiled:
     """Read the index of a folder of plans; the plans are checked as they are read. Raises IntegrityError."""
     try:
-        index = msgspec.json.decode((folder / INDEX).read_bytes(), type=Index)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raw = read_small(folder, INDEX, INDEX_BYTES, "engines", "remove the folder")
+        index = msgspec.json.decode(raw, type=Index)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"engines {folder}: {INDEX} cannot be read ({error}); remove the folder") from error
     if index.schema != INDEX_SCHEMA:
         raise IntegrityError(
@@ -145,6 +149,8 @@ def open_compiled(folder: Path) -> Compiled:
     for part in index.parts.values():
         if not PLAIN_NAME.fullmatch(part.file):
             raise IntegrityError(f"engines {folder}: file name {part.file!r} is not plain; remove the folder")
+        if not (0 <= part.record.bytes <= MOST_NUMBER and 0 <= part.scratch_bytes <= MOST_NUMBER):
+            raise IntegrityError(f"engines {folder}: {part.file} has no size that could be; remove the folder")
     return Compiled(folder, index)
 
 
@@ -158,7 +164,7 @@ def verify_compiled(compiled: Compiled) -> None:
         )
     known = {part.file for part in compiled.index.parts.values()} | {INDEX, TIMING_CACHE}
     for entry in sorted(compiled.folder.iterdir()):
-        if entry.name not in known:
+        if entry.name not in known or entry.is_symlink():
             raise IntegrityError(f"engines {compiled.folder}: {entry.name} is not in {INDEX}; remove it")
     for name in compiled.index.parts:
         compiled.read_plan(name)

@@ -28,7 +28,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from .arrays import Array, Arrays, GpuArrays, create_arrays, numpy_dtype
 from .bundle import Bundle
-from .errors import Cancelled, EngineError, InvalidRequest, one_line
+from .errors import Cancelled, EngineError, InvalidRequest, OutOfMemory, one_line
 from .interrupt import is_watched, stoppable
 from .manifest import Part, part_files
 
@@ -41,16 +41,15 @@ TAKES_WEIGHTS = hasattr(ort.SessionOptions, "add_external_initializers_from_file
 
 HAS_GLOBAL_POOL = "use_per_session_threads must be false"
 
-# These share no base class but Exception.
+# These share no base class but Exception. ValueError: texts in a graph that are no Unicode.
 ORT_ERRORS: tuple[type[Exception], ...] = (
-    native.Fail,
-    native.InvalidArgument,
-    native.InvalidGraph,
-    native.InvalidProtobuf,
-    native.NoSuchFile,
-    native.NotImplemented,
-    native.RuntimeException,
+    *(
+        error
+        for error in vars(native).values()
+        if isinstance(error, type) and issubclass(error, Exception) and error.__module__ == native.__name__
+    ),
     RuntimeError,
+    ValueError,
 )
 
 
@@ -110,6 +109,9 @@ class OnnxRuntimeBackend:
             )
         try:
             session = self._session(graph, weights)
+            _check_ends(session, part)
+        except MemoryError as error:
+            raise OutOfMemory(f"{part.name}: no memory is left to load {part.graph}; close others first") from error
         except ORT_ERRORS as error:
             raise EngineError(f"{part.name}: ONNX Runtime cannot load {part.graph}: {one_line(error)}") from error
         _Process.sessions.add(session)
@@ -199,7 +201,7 @@ class OnnxRuntimeEngine:
                 array = tensors[spec.name]
                 dtype = numpy_dtype(spec.dtype)
                 assert array.dtype == dtype, f"{self._part.name}: {spec.name} is {array.dtype}, not {dtype}"
-                bind(
+                bind(  # cannot fail: names were compared when it was loaded
                     spec.name,
                     self._arrays.kind,
                     self._arrays.index,
@@ -212,10 +214,26 @@ class OnnxRuntimeEngine:
         try:
             with self._turn, stoppable(lambda: setattr(options, "terminate", True)) as run:
                 self._session.run_with_iobinding(binding, options)
+        except MemoryError as error:
+            raise OutOfMemory(f"{self._part.name}: no memory is left to run it; send fewer requests") from error
         except ORT_ERRORS as error:
             if run is not None and run.stopped:
                 raise Cancelled(f"request: cancelled while {self._part.name} ran") from error
             raise EngineError(f"{self._part.name}: ONNX Runtime failed: {one_line(error)}") from error
+
+
+def _check_ends(session: ort.InferenceSession, part: Part) -> None:
+    """Whether a graph takes and makes what its part does. Raises EngineError."""
+    for what, got, specs in (
+        ("inputs", session.get_inputs(), part.inputs),
+        ("outputs", session.get_outputs(), part.outputs),
+    ):
+        names, expected = sorted(end.name for end in got), sorted(spec.name for spec in specs)
+        if names != expected:
+            raise EngineError(
+                f"{part.name}: {part.graph} has {what} {', '.join(names)[:200]}, expected {', '.join(expected)[:200]}; "
+                "export again"
+            )
 
 
 def available_cores(cgroup: Path = CGROUP_CPU) -> int:

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from .errors import BundleError, IntegrityError
+from .graphs import RefusedGraph, check_graph
 from .manifest import FileRecord
 
 CHUNK = 1 << 20
+LFS_POINTER = b"version https://git-lfs"
 
 
 class Stamp(NamedTuple):
@@ -38,9 +40,10 @@ class Stamp(NamedTuple):
 
 
 @contextmanager
-def open_plain(folder: Path, name: str, what: str = "bundle") -> Iterator[BinaryIO]:
+def open_plain(folder: Path, name: str, what: str = "bundle", remedy: str = "export again") -> Iterator[BinaryIO]:
     """A regular file of a folder, opened for reading: no link, and nothing that lets its reader wait.
 
+    `what` the folder is, and the `remedy`, are for messages.
     Raises IntegrityError, and BundleError where it cannot be read, then or while it is open.
     """
     path = folder / name
@@ -48,45 +51,65 @@ def open_plain(folder: Path, name: str, what: str = "bundle") -> Iterator[Binary
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise IntegrityError(f"{what} {folder}: {name} is no regular file; export again")
+            raise IntegrityError(f"{what} {folder}: {name} is no regular file; {remedy}")
         with os.fdopen(descriptor, "rb") as file:
             yield file
     except FileNotFoundError as error:
-        raise IntegrityError(f"{what} {folder}: {name} is missing; export again") from error
+        raise IntegrityError(f"{what} {folder}: {name} is missing; {remedy}") from error
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise IntegrityError(f"{what} {folder}: {name} is a link; {_without_links(path)}") from error
         if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, or a device that is not there
-            raise IntegrityError(f"{what} {folder}: {name} is no regular file; export again") from error
-        raise unreadable(folder, name, error) from error
+            raise IntegrityError(f"{what} {folder}: {name} is no regular file; {remedy}") from error
+        raise unreadable(folder, name, error, what) from error
 
 
-def verify_file(folder: Path, name: str, record: FileRecord, told: Callable[[int], object]) -> Stamp:
+def verify_file(
+    folder: Path,
+    name: str,
+    record: FileRecord,
+    told: Callable[[int], object],
+    weights: tuple[str, int] | None = None,
+) -> Stamp:
     """Compare a file with its record; returns the stamp of what was hashed. `told` how many more bytes were read.
 
-    Raises IntegrityError, BundleError.
+    `weights` is given for a graph: the name and size of the only file that it may have its weights in. Raises
+    IntegrityError, BundleError.
     """
     with open_plain(folder, name) as file:
         stamp = Stamp.of(file.fileno())
         if stamp.bytes != record.bytes:
             raise IntegrityError(
-                f"bundle {folder}: {name} has {stamp.bytes} bytes, expected {record.bytes}; export again"
+                f"bundle {folder}: {name} has {stamp.bytes} bytes, expected {record.bytes}; {_whole(file)}"
             )
-        got, native = hashlib.sha256(), False
+        got, graph = hashlib.sha256(), bytearray()
         while chunk := file.read(CHUNK):
             got.update(chunk)
             told(len(chunk))
-            native = native or (name.endswith(".onnx") and b"EPContext" in chunk)
+            if weights is not None and len(graph) <= record.bytes:
+                graph += chunk
         if got.hexdigest() != record.sha256:
             raise IntegrityError(
                 f"bundle {folder}: {name} was altered (SHA-256 {got.hexdigest()[:12]}…, expected "
                 f"{record.sha256[:12]}…); export again"
             )
-        if native:
-            raise IntegrityError(f"bundle {folder}: {name} carries native code (an EPContext node), which is never run")
         if Stamp.of(file.fileno()) != stamp:
             raise changed(folder, name)
-        return stamp
+    if weights is not None:
+        try:
+            check_graph(bytes(graph), *weights)
+        except RefusedGraph as error:
+            raise IntegrityError(f"bundle {folder}: {name} {error}; export again") from error
+    return stamp
+
+
+def read_small(folder: Path, name: str, most: int, what: str = "bundle", remedy: str = "export again") -> bytes:
+    """The content of a file that nothing vouches for. Raises IntegrityError where it is larger, and as `open_plain`."""
+    with open_plain(folder, name, what, remedy) as file:
+        content = file.read(most + 1)
+        if len(content) > most:
+            raise IntegrityError(f"{what} {folder}: {name} is larger than {most >> 20} MiB, as none is; {remedy}")
+        return content
 
 
 def read_unchanged(folder: Path, name: str, stamp: Stamp | None, record: FileRecord) -> bytes:
@@ -112,11 +135,17 @@ def changed(folder: Path, name: str) -> IntegrityError:
     )
 
 
-def unreadable(folder: Path, name: str, error: OSError) -> BundleError:
+def unreadable(folder: Path, name: str, error: OSError, what: str = "bundle") -> BundleError:
     """The error for a file that its owner, its permissions or its disk withhold."""
     return BundleError(
-        f"bundle {folder}: {name} cannot be read ({error.strerror or error}); check its owner and permissions"
+        f"{what} {folder}: {name} cannot be read ({error.strerror or error}); check its owner and permissions"
     )
+
+
+def _whole(file: BinaryIO) -> str:
+    if file.read(len(LFS_POINTER)) == LFS_POINTER:
+        return "it only points to a file in Git LFS: run git lfs pull, or hf download REPOSITORY --local-dir FOLDER"
+    return "export again"
 
 
 def _without_links(path: Path) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..engines.arrays import Array, Arrays, HostArray
 from ..engines.errors import IntegrityError, InvalidRequest, quoted
+from ..engines.npz import check_npz
 
 VECTORS = ("timesteps", "input_scales", "noise_coefficients")
 MATRICES = ("sample_coefficients", "output_coefficients")
@@ -128,8 +129,10 @@ def load_table(path: Path, max_steps: int) -> SamplerTable:
     """Read `sampler.npz`; nothing in it is unpickled. Raises IntegrityError."""
     try:
         # a file object of our own: np.load leaves the one it opens itself to the garbage collector when it fails
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as table:
-            columns = {name: table[name] for name in COLUMNS}
+        with path.open("rb") as file:
+            check_npz(file, COLUMNS, max_steps * (max_steps + 1) // 2)
+            with np.load(file, allow_pickle=False) as table:
+                columns = {name: table[name] for name in COLUMNS}
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise IntegrityError(f"{path}: is not a sampler table ({error}); export again") from error
     calls = columns["calls"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,28 @@ import numpy as np
 from tokenizers import Tokenizer as _Tokenizer
 
 from ..engines.arrays import HostArray
-from ..engines.errors import IntegrityError, quoted
+from ..engines.errors import IntegrityError, one_line, quoted
 from ..engines.manifest import Manifest, Text
 from .admission import CancelToken, check_cancelled
 from .caption import clean_caption
 
+MOST_ID = 2**31 - 1
+
 log = logging.getLogger("foresight")
+
+
+@contextmanager
+def _as_ours(what: str) -> Iterator[None]:
+    """The library raises bare Exception, and where its Rust code panics something that is not even that.
+
+    Raises IntegrityError.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise IntegrityError(f"{what} ({one_line(error)[:200]}); export again") from error
 
 
 @dataclass(frozen=True)
@@ -48,19 +65,18 @@ class Tokenizer:
     """A bundle's tokenizer. Thread-safe: encoding changes nothing in it."""
 
     def __init__(self, path: Path, settings: Text) -> None:
-        try:
+        with _as_ours(f"{path}: is not a tokenizer"):
             self._tokenizer = _Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise IntegrityError(f"{path}: is not a tokenizer ({error}); export again") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
         self._settings = settings
+        self._path = path
 
     def encode(self, texts: Sequence[str], cancel: CancelToken | None = None) -> Tokens:
         """Tokens of each text, cut to the model's length as its own tokenizer does: the end token stays.
 
-        `cancel` is looked at before each text. Raises Cancelled, and InvalidRequest where a text cannot be cleaned,
-        see runtime/caption.py.
+        `cancel` is looked at before each text. Raises Cancelled; InvalidRequest where a text cannot be cleaned, see
+        runtime/caption.py; IntegrityError where the tokenizer fails.
         """
         settings = self._settings
         ids = np.full((len(texts), settings.max_tokens), settings.pad_id, np.int64)
@@ -68,7 +84,7 @@ class Tokenizer:
         lengths, truncated = [], []
         for row, text in enumerate(texts):
             check_cancelled(cancel, "while its text was prepared")
-            found = self._tokenizer.encode(self._normalize(text, cancel)).ids
+            found = self._ids(self._normalize(text, cancel))
             if len(found) > settings.max_tokens:
                 log.warning(
                     "a prompt has %d tokens, the model reads %d; the rest is cut off", len(found), settings.max_tokens
@@ -80,6 +96,13 @@ class Tokenizer:
             lengths.append(len(kept))
             truncated.append(len(kept) < len(found))
         return Tokens(ids, mask, tuple(lengths), tuple(truncated))
+
+    def _ids(self, text: str) -> list[int]:
+        with _as_ours(f"{self._path}: cannot make tokens of a prompt"):
+            found = self._tokenizer.encode(text).ids
+        if not found or max(found) > MOST_ID:
+            raise IntegrityError(f"{self._path}: makes no tokens that a model could read of a prompt; export again")
+        return found
 
     def _normalize(self, text: str, cancel: CancelToken | None) -> str:
         settings = self._settings

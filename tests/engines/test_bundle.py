@@ -389,7 +389,7 @@ def test_a_bundle_that_cannot_be_read_is_not_called_missing(copied: Path, monkey
     attempts: list[tuple[Any, str, str, Callable[[], object]]] = [
         (os, "fdopen", "[a-z_.0-9]+", lambda: verify_files(opened)),
         (Path, "iterdir", "it", lambda: verify_files(opened)),
-        (Path, "read_bytes", "manifest.json", lambda: open_bundle(copied)),
+        (os, "fdopen", "manifest.json", lambda: open_bundle(copied)),
     ]
     for owner, function, name, attempt in attempts:
         with monkeypatch.context() as patch:
