@@ -539,7 +539,7 @@ def load(
     check_count("threads", threads)
     check_count("cache_memory", cache_memory)
     opened = open_bundle(bundle)
-    verify_files(opened, on_progress)
+    verify_files(opened, *(() if on_progress is None else (on_progress,)))
     return VideoPipeline(
         opened,
         create_backend(backend or choose_backend(opened, device), device, threads, cuda_graphs, shared_weights),
