@@ -653,8 +653,9 @@ def _make(
 
 
 def _generate(pipeline: VideoPipeline, text: str, policy: Policy, request: dict[str, Any], label: str = "") -> Video:
+    session: Session = click.get_current_context().obj
     with _progress(label) as show:
-        video: Video = pipeline(text, policy=policy, on_progress=show, **request)
+        video: Video = pipeline(text, policy=policy, on_progress=show, cancel=session.interrupts, **request)
     return video
 
 

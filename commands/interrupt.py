@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -23,7 +24,8 @@ class Interrupts:
 
     The first raises KeyboardInterrupt. Libraries that are being imported make other errors of it, or none: so whoever
     ends the command looks at `came`, and `check` raises it once more. A later one, and any during the command's end,
-    ends the process at once.
+    ends the process at once. It is a request's cancel token, too: while the main thread is inside a library, Python
+    calls no handler, and another thread has to see that a signal came.
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,8 @@ class Interrupts:
         self._at = 0.0
         self._ending = False
         self._before: dict[signal.Signals, Any] = {}
+        self._pipe: tuple[int, int] | None = None  # to which signals are written as they come
+        self._seen = False
 
     def install(self) -> None:
         """Handle the signals that nobody else handles, nor wants ignored."""
@@ -39,11 +43,28 @@ class Interrupts:
         for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             if signal.getsignal(number) == default:
                 self._before[number] = signal.signal(number, self._handle)
+        if self._before:
+            self._pipe = os.pipe()
+            for end in self._pipe:
+                os.set_blocking(end, False)
+            self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
 
     def restore(self) -> None:
         """Handle them as before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._wakeup_before)
+            for end in self._pipe:
+                os.close(end)
+            self._pipe = None
+
+    def is_set(self) -> bool:
+        """Whether one came, from any thread, before its handler is called."""
+        if self._pipe is not None and not self._seen:
+            with suppress(BlockingIOError):
+                self._seen = not set(os.read(self._pipe[0], 64)).isdisjoint(self._before)
+        return self._seen or self.came is not None
 
     def check(self) -> None:
         """Raises KeyboardInterrupt where a signal came and something has kept it from ending the command."""

@@ -93,3 +93,31 @@ def test_the_handlers_of_a_process_that_calls_main_are_as_they_were() -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_ctrl_c_is_seen_by_other_threads_while_the_main_one_is_inside_a_library() -> None:
+    """Handlers run in the main thread, between two of its instructions: never inside one call of C code."""
+    code = """
+import hashlib, os, signal, threading, time
+from foresight.commands.interrupt import Interrupts
+
+interrupts = Interrupts()
+interrupts.install()
+
+def watch():
+    time.sleep(0.3)  # until the main thread is inside
+    os.kill(os.getpid(), signal.SIGINT)
+    while not interrupts.is_set():
+        pass
+    os.write(1, b"seen, and no handler was called" if interrupts.came is None else b"too late")
+    os._exit(0)
+
+watching = threading.Thread(target=watch)
+try:
+    watching.start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
+except KeyboardInterrupt:
+    watching.join()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("seen, and no handler was called", "")
