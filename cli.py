@@ -642,7 +642,8 @@ def _make(
         )
     video = comparison.video if comparison else _generate(pipeline, text, policy, request)
     notes = notes_on(video.trace, given, draws_noise=pipeline.draws_noise(video.trace.steps_requested))
-    written = targets.write(video, comparison.reference if comparison else None)
+    with _progress() as show:
+        written = targets.write(video, comparison.reference if comparison else None, show)
     return {
         "bundle": str(pipeline.bundle.path),
         "model": pipeline.manifest.model,

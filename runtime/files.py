@@ -15,6 +15,7 @@ import numpy as np
 from ..engines.arrays import HostArray
 from ..engines.bundle import refuse_inside_bundle
 from ..engines.errors import InvalidRequest, OutputError, one_line
+from ..engines.progress import OnProgress
 from .video import Video, check_output
 from .whole import write_whole
 
@@ -72,10 +73,10 @@ class Targets:
         }
         return replace(self, **renamed)
 
-    def write(self, video: Video, reference: Video | None = None) -> list[Path]:
+    def write(self, video: Video, reference: Video | None = None, on_progress: OnProgress | None = None) -> list[Path]:
         """Write everything that is wanted; `reference` is the same request without reuse, for the page."""
         if self.output is not None:
-            video.save(self.output)
+            video.save(self.output, on_progress=on_progress)
         if self.frames is not None:
             save_array(self.frames, video.frames)
         if self.latents is not None:

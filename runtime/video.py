@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from ..engines.arrays import Array, HostArray
+from ..engines.bundle import refuse_inside_bundle
 from ..engines.errors import InvalidRequest, OutputError, one_line, quoted
+from ..engines.progress import Counter, OnProgress
 from .trace import Trace
 from .whole import holds_only_frames, write_whole
 
 QUOTED = 40  # characters of a prompt, in messages
 Metadata = Mapping[str, str]
-Writer = Callable[[HostArray, int, Path, Metadata], None]
+Writer = Callable[[HostArray, int, Path, Metadata, Counter], None]
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,33 @@ class Video:
             f"frames of {height} x {width}, {seconds:.1f} s, {100 * self.trace.share_skipped:.0f} % of blocks skipped>"
         )
 
-    def save(self, path: str | os.PathLike[str], metadata: Metadata | None = None) -> Path:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Metadata | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Path:
         """Write the frames as the suffix says: .mp4, .gif, .npy, or none for a folder of png files.
 
         The file appears whole or not at all. mp4 is H.264 with its index first, in colours tagged BT.709 from a height
         of 720 on, else BT.601. `metadata`, names and texts, is written into all but .npy: texts of each png; the
         comment of mp4 and gif, as JSON, where `prompt` is also the mp4's title. None is prompt and seed, {} nothing.
-        Raises InvalidRequest for another suffix or what is no path, OutputError.
+        `on_progress` is told the frames written. Raises InvalidRequest for another suffix, for what is no path, and for
+        a place inside a bundle; OutputError.
         """
         if metadata is None:
             metadata = {"prompt": self.prompt, "seed": str(self.seed)}
         frames = self.frames if isinstance(self.frames, np.ndarray) else self.frames.get()
-        return save_frames(frames, self.fps, path, metadata)
+        return save_frames(frames, self.fps, path, metadata, on_progress)
 
 
-def save_frames(frames: HostArray, fps: int, path: str | os.PathLike[str], metadata: Metadata | None = None) -> Path:
+def save_frames(
+    frames: HostArray,
+    fps: int,
+    path: str | os.PathLike[str],
+    metadata: Metadata | None = None,
+    on_progress: OnProgress | None = None,
+) -> Path:
     """Write frames (frames, height, width, 3) uint8, with no metadata unless some is given; see Video.save."""
     try:
         target = Path(path)
@@ -78,17 +92,19 @@ def save_frames(frames: HostArray, fps: int, path: str | os.PathLike[str], metad
             f"output: got {type(path).__name__}, expected a path such as 'video.mp4'; the frames are in video.frames"
         ) from error
     write, texts = check_output(target), _check_metadata(metadata or {})
-    return write_whole(target, lambda temporary: write(frames, fps, temporary, texts))
+    counter = Counter(f"writing {target.name}", len(frames), "frames", on_progress)
+    return write_whole(target, lambda temporary: write(frames, fps, temporary, texts, counter))
 
 
 def check_output(path: Path) -> Writer:
     """The writer for a path's suffix. Call it before the work that makes the frames.
 
-    Raises InvalidRequest for another suffix, OutputError where the library that writes it is missing. A folder is
-    refused if anything but frames of an earlier video lies in it: it will be replaced.
+    Raises InvalidRequest for another suffix or a place inside a bundle, OutputError where the library that writes it is
+    missing. A folder is refused if anything but frames of an earlier video lies in it: it will be replaced.
     """
     if path.name == "-":
         raise InvalidRequest("output: got '-', expected a file or folder; videos are not written to stdout")
+    refuse_inside_bundle(path)
     if path.suffix.lower() not in WRITERS:
         raise InvalidRequest(f"output: got {path.name!r}, expected a name ending in .mp4, .gif, .npy, or a folder")
     if not _may_replace(path):
@@ -125,7 +141,7 @@ def _check_library(path: Path, library: str, module: str) -> None:
         ) from error
 
 
-def _write_mp4(frames: HostArray, fps: int, path: Path, metadata: Metadata) -> None:
+def _write_mp4(frames: HostArray, fps: int, path: Path, metadata: Metadata, counter: Counter) -> None:
     import av
 
     _, height, width, _ = frames.shape
@@ -148,23 +164,26 @@ def _write_mp4(frames: HostArray, fps: int, path: Path, metadata: Metadata) -> N
                 format="yuv420p", dst_colorspace=standard.name, dst_color_range=LIMITED_RANGE.name
             )
             container.mux(stream.encode(picture))
+            counter.advance()
         container.mux(stream.encode())
 
 
-def _write_gif(frames: HostArray, fps: int, path: Path, metadata: Metadata) -> None:
+def _write_gif(frames: HostArray, fps: int, path: Path, metadata: Metadata, counter: Counter) -> None:
     from PIL import Image
 
     first, *rest = [Image.fromarray(frame) for frame in frames]
     first.info.update({"comment": _comment(metadata).encode()} if metadata else {})
     first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    counter.advance(len(frames))
 
 
-def _write_npy(frames: HostArray, fps: int, path: Path, metadata: Metadata) -> None:
+def _write_npy(frames: HostArray, fps: int, path: Path, metadata: Metadata, counter: Counter) -> None:
     with path.open("wb") as file:  # given a name, np.save would add .npy to x.NPY
         np.save(file, frames, allow_pickle=False)
+    counter.advance(len(frames))
 
 
-def _write_pngs(frames: HostArray, fps: int, path: Path, metadata: Metadata) -> None:
+def _write_pngs(frames: HostArray, fps: int, path: Path, metadata: Metadata, counter: Counter) -> None:
     from PIL import Image, PngImagePlugin
 
     texts = PngImagePlugin.PngInfo()
@@ -173,6 +192,7 @@ def _write_pngs(frames: HostArray, fps: int, path: Path, metadata: Metadata) -> 
     path.mkdir()
     for index, frame in enumerate(frames):
         Image.fromarray(frame).save(path / f"frame-{index:04d}.png", pnginfo=texts)
+        counter.advance()
 
 
 def _comment(metadata: Metadata) -> str:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from foresight.engines.errors import InvalidRequest, OutputError
+from foresight.engines.progress import Progress
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.video import check_output, save_frames
 from foresight.runtime.whole import write_whole
@@ -252,3 +253,18 @@ def test_a_video_names_its_prompt_and_seed_unless_told_otherwise(pipeline: Video
         assert json.loads(image.info["comment"]) == {"prompt": "a red circle", "seed": "5"}
     with Image.open(video.save(tmp_path / "silent.gif", {})) as image:
         assert "comment" not in image.info
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.npy", "v"])
+def test_writing_tells_how_many_frames_are_written(tmp_path: Path, name: str) -> None:
+    told: list[Progress] = []
+    save_frames(np.zeros((5, 16, 16, 3), np.uint8), 8, tmp_path / name, on_progress=told.append)
+    assert {(progress.phase, progress.total, progress.unit) for progress in told} == {(f"writing {name}", 5, "frames")}
+    done = [progress.done for progress in told]
+    assert done == sorted(done) and done[0] == 0 and done[-1] == 5
+
+
+def test_the_library_writes_into_no_bundle_either(bundle: Path) -> None:
+    with pytest.raises(InvalidRequest, match="which lies in the bundle"):
+        save_frames(np.zeros((1, 16, 16, 3), np.uint8), 8, bundle / "v.npy")
+    assert not (bundle / "v.npy").exists()
