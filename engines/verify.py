@@ -58,7 +58,8 @@ def open_plain(folder: Path, name: str, what: str = "bundle", remedy: str = "exp
         raise IntegrityError(f"{what} {folder}: {name} is missing; {remedy}") from error
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise IntegrityError(f"{what} {folder}: {name} is a link; {_without_links(path)}") from error
+            advice = _without_links(path) if what == "bundle" else f"expected a plain file; {remedy}"
+            raise IntegrityError(f"{what} {folder}: {name} is a link; {advice}") from error
         if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, or a device that is not there
             raise IntegrityError(f"{what} {folder}: {name} is no regular file; {remedy}") from error
         raise unreadable(folder, name, error, what) from error
