@@ -5,6 +5,7 @@ Servers keep errors: a future does, and so does a log of failed jobs. A request'
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import CodeType, FrameType
@@ -21,19 +22,23 @@ def calls_callers(code: CodeType) -> None:
 def released() -> Iterator[None]:
     """An error that leaves the block leaves its frames empty behind it, and those of the errors that it came from.
 
-    Frames of callbacks keep what they hold, and so do errors that a callback had caught before it raised. Up to Python
-    3.12 a frame keeps what it has from the function around it: no comprehension or lambda may capture a buffer.
+    Frames of callbacks keep what they hold, and so do errors that a callback had caught before it raised, and the one
+    that the caller was handling when it came here, as who tries again does. Up to Python 3.12 a frame keeps what it
+    has from the function around it: no comprehension or lambda may capture a buffer.
     """
+    handled = sys.exc_info()[1]
     try:
         yield
     except BaseException as error:
-        _release(error)
+        _release(error, handled)
         raise
+    finally:
+        del handled
 
 
-def _release(error: BaseException) -> None:
+def _release(error: BaseException, handled: BaseException | None) -> None:
     waiting: list[BaseException | None] = [error]
-    seen: set[int] = set()
+    seen = {id(handled)}
     while waiting:
         error_or_none = waiting.pop()
         if error_or_none is None or id(error_or_none) in seen:

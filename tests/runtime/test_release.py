@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -152,3 +154,30 @@ def test_errors_that_refer_to_each_other_are_released_once() -> None:
     with pytest.raises(ValueError, match="first"), released():
         fail()
     assert references[0]() is None
+
+
+def test_the_error_that_a_caller_was_handling_keeps_what_it_has() -> None:
+    def fail() -> None:
+        mine = np.ones(3)
+        raise ValueError(mine.sum())
+
+    def try_again() -> None:
+        theirs = np.ones(3)
+        raise EngineError(f"again: {theirs.sum()}")
+
+    def run() -> None:
+        try:
+            fail()
+        except ValueError:
+            with released():
+                try_again()
+
+    error = kept(run)
+    assert isinstance(error, EngineError) and isinstance(error.__context__, ValueError)
+    frames = {trace.f_code.co_name: dict(trace.f_locals) for trace in frames_of(error.__context__)}
+    assert "mine" in frames["fail"]
+    assert "theirs" not in {name for frame in frames_of(error) for name in frame.f_locals}
+
+
+def frames_of(error: BaseException) -> list[FrameType]:
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
