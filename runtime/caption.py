@@ -88,12 +88,15 @@ ENDS = _rules(
     (r"^\.\S+$", ""),
 )
 JOINED = re.compile("[-_]")
+TAG = re.compile("<[a-z]", re.IGNORECASE)
+MOST_TAGS = 64  # Python's parser reads on to the end of the text at every tag that nothing closes
 
 
 def clean_caption(text: str, cancel: CancelToken | None = None) -> str:
     """A caption as the models' own text preparation leaves it. `cancel` is looked at before each of its two passes.
 
-    Raises InvalidRequest where that needs Beautiful Soup and ftfy and they are not installed, or cannot read it.
+    Raises InvalidRequest where that needs Beautiful Soup and ftfy and they are not installed, or cannot read it, and
+    where there are more tags than MOST_TAGS.
     """
     for _ in range(2):
         check_cancelled(cancel, "while its text was prepared")
@@ -119,6 +122,10 @@ def _apply(rules: tuple[tuple[re.Pattern[str], str], ...], text: str) -> str:
 def _without_tags(text: str) -> str:
     if "<" not in text and "&" not in text:
         return text
+    if (tags := len(TAG.findall(text))) > MOST_TAGS:
+        raise InvalidRequest(
+            f"prompt {quoted(text)}: got {tags} HTML tags, expected at most {MOST_TAGS}; say in words what it shows"
+        )
     try:
         from bs4 import BeautifulSoup
     except ImportError as error:
