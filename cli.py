@@ -39,11 +39,11 @@ except KeyboardInterrupt:
     sys.exit(130)
 
 if TYPE_CHECKING:
+    from foresight.commands.outputs import Targets
     from foresight.engines.bundle import Bundle
     from foresight.engines.compiled import Compiled
     from foresight.engines.tensorrt import BuildSettings
-    from foresight.runtime.comparison import Comparison
-    from foresight.runtime.files import Targets
+    from foresight.evaluation.comparison import Comparison
     from foresight.runtime.pipeline import VideoPipeline
     from foresight.runtime.policies import Policy
     from foresight.runtime.video import Video
@@ -335,8 +335,8 @@ def run(
 ) -> None:
     """Make a video of a prompt, skipping the blocks that would hardly change."""
     _log(verbose)
+    from foresight.commands import outputs
     from foresight.engines.bundle import newest_bundle
-    from foresight.runtime import files
     from foresight.runtime.pipeline import load
     from foresight.runtime.policies import policy_from_settings
 
@@ -347,9 +347,9 @@ def run(
     if not any((output, save_latents, save_frames)):
         output = Path("video.mp4")
     texts = _read_prompts(prompt, prompts)
-    targets = files.Targets(output, save_frames, save_latents, report, trace)
+    targets = outputs.Targets(output, save_frames, save_latents, report, trace)
     targets.check()
-    noise = files.read_latents(latents) if latents else None
+    noise = outputs.read_latents(latents) if latents else None
     if cache_memory is not None and not 0 < cache_memory < math.inf:
         raise InvalidRequest(f"cache_memory: got {cache_memory} MiB, expected more than 0")
     with _progress() as show:
@@ -360,7 +360,7 @@ def run(
             threads=threads,
             low_memory=low_memory,
             cache_memory=None if cache_memory is None else int(cache_memory * MEBI),
-            cache_profile=files.read_trace(cache_profile) if cache_profile else None,
+            cache_profile=outputs.read_trace(cache_profile) if cache_profile else None,
             cuda_graphs=cuda_graphs,
             on_progress=show,
         )
@@ -413,7 +413,7 @@ def compare(
 
     from foresight.engines.backend import create_backend
     from foresight.engines.bundle import newest_bundle, open_bundle, verify_files
-    from foresight.runtime.compare import compare_backends
+    from foresight.evaluation.parity import compare_backends
 
     opened = open_bundle(bundle or newest_bundle())
     with _progress() as show:
@@ -616,7 +616,7 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         if prompt is not None and not prompt.strip():
             raise InvalidRequest("prompt: got an empty text, expected some words; leave --prompt out for the sample")
         return [] if prompt is None else [prompt]
-    from foresight.runtime.files import read_prompts
+    from foresight.commands.outputs import read_prompts
 
     return read_prompts(file)
 
@@ -631,7 +631,7 @@ def _make(
     given: Collection[str],
 ) -> Row:
     """Make and write one video; what is left of it in memory is its row."""
-    from foresight.runtime.comparison import compare_in_turns
+    from foresight.evaluation.comparison import compare_in_turns
     from foresight.runtime.notes import notes_on
 
     comparison = None

@@ -17,12 +17,12 @@ from typing import Any
 from benchmarks.common import finish, table
 from foresight.engines.backend import create_backend
 from foresight.engines.bundle import open_bundle
+from foresight.evaluation.quality import psnr
 from foresight.exporter.export import Export
 from foresight.runtime.budget import Profile
 from foresight.runtime.cache import Layout
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import CACHE_MODES, CacheMode, Foresight, NoReuse
-from foresight.runtime.quality import psnr
 
 PROFILED = "a green square moving down"
 PROMPTS = (

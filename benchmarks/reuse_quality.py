@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, finish, median, table
+from foresight.evaluation.quality import psnr, ssim
 from foresight.runtime.pipeline import VideoPipeline, load
 from foresight.runtime.policies import Foresight, NoReuse
-from foresight.runtime.quality import psnr, ssim
 from foresight.runtime.video import Video
 
 CACHES = ("output", "residual")

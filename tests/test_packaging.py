@@ -26,7 +26,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12")
-SUBPACKAGES = ("commands", "engines", "exporter", "runtime")
+SUBPACKAGES = ("commands", "engines", "evaluation", "exporter", "runtime")
 
 PUBLIC_API = [
     "BundleError",
@@ -53,9 +53,10 @@ PUBLIC_API = [
 # What each part of the package may not import from the others.
 FORBIDDEN = {
     "commands": {"cli"},
-    "engines": {"cli", "commands", "exporter", "runtime"},
-    "exporter": {"cli", "commands", "runtime"},
-    "runtime": {"cli", "commands", "exporter"},
+    "engines": {"cli", "commands", "evaluation", "exporter", "runtime"},
+    "evaluation": {"cli", "commands", "exporter"},
+    "exporter": {"cli", "commands", "evaluation", "runtime"},
+    "runtime": {"cli", "commands", "evaluation", "exporter"},
 }
 # What only the exporter may import: the world of torch.
 TORCH = {

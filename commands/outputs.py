@@ -16,8 +16,8 @@ from ..engines.arrays import HostArray
 from ..engines.bundle import refuse_inside_bundle
 from ..engines.errors import InvalidRequest, OutputError, one_line
 from ..engines.progress import OnProgress
-from .video import Video, check_output
-from .whole import write_whole
+from ..runtime.video import Video, check_output
+from ..runtime.whole import write_whole
 
 SUFFIXES = {"frames": ".npy", "latents": ".npy", "report": ".html", "trace": ".json"}
 
@@ -44,7 +44,7 @@ class Targets:
             if path is not None and path.suffix.lower() != suffix:
                 raise InvalidRequest(f"{name}: got {path.name!r}, expected a name ending in {suffix}")
         if self.report is not None:
-            from .report import check_libraries
+            from ..evaluation.report import check_libraries
 
             check_libraries()
         places = [path.absolute() for path in self._wanted()]
@@ -85,7 +85,7 @@ class Targets:
             text = json.dumps(video.trace.to_dict(), indent=1)
             write_whole(self.trace, lambda path: path.write_text(text, encoding="utf-8"))
         if self.report is not None:
-            from .report import write_report
+            from ..evaluation.report import write_report
 
             write_report(video, self.report, reference=reference)
         return self._wanted()

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from ..notes import cycle_of
-from ..policies import Decision
-from ..trace import Trace
+from ...runtime.notes import cycle_of
+from ...runtime.policies import Decision
+from ...runtime.trace import Trace
 from .wording import duration
 
 OUTLIER = 4  # times the median: steps slower than that are cut off, and named

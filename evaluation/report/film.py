@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ...engines.arrays import HostArray
+from ...runtime.video import Video
 from ..quality import psnr
-from ..video import Video
 from .wording import decibels
 
 LOSSLESS_PIXELS = 2**19  # per video: up to here frames are kept as they are, in PNG

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ...engines.errors import InvalidRequest, OutputError, one_line, quoted
-from ..notes import cycle_of
-from ..policies import NoReuse
+from ...runtime.notes import cycle_of
+from ...runtime.policies import NoReuse
+from ...runtime.trace import Trace
+from ...runtime.video import Video
+from ...runtime.whole import write_whole
 from ..quality import psnr, ssim
-from ..trace import Trace
-from ..video import Video
-from ..whole import write_whole
 from .charts import bars, block_map, changes, hover, step_ticks
 from .film import film
 from .wording import decibels, duration, memory, plural, similarity

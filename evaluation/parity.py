@@ -27,9 +27,9 @@ from ..engines.bundle import Bundle
 from ..engines.compiled import Compiled
 from ..engines.errors import EngineError, InvalidRequest, one_line, quoted
 from ..engines.manifest import FRAME_MEANS, Manifest, Part, TensorSpec
-from .pipeline import VideoPipeline
-from .policies import NoReuse
-from .trace import Trace
+from ..runtime.pipeline import VideoPipeline
+from ..runtime.policies import NoReuse
+from ..runtime.trace import Trace
 
 # Largest difference that passes, as a share of the largest value of an output; for frames in grey levels. Measured on
 # the demo model, against values computed in fp32, were 1e-6 with fp32, 1e-3 with fp16 and 1e-2 with bf16; 0, 1 and 2

@@ -21,8 +21,8 @@ from foresight.engines.errors import EngineError, InvalidRequest
 from foresight.engines.manifest import Part
 from foresight.engines.onnxruntime import OnnxRuntimeBackend
 from foresight.engines.reference import ReferenceBackend
+from foresight.evaluation.parity import TOLERANCES, Difference, compare_backends
 from foresight.exporter.export import Export, Request
-from foresight.runtime.compare import TOLERANCES, Difference, compare_backends
 from tests.support import BackendInFront, WatchedBackend, copy_bundle, fail_at
 
 ALTERED = "block.002"

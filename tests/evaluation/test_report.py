@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 from foresight import Foresight, InvalidRequest, NoReuse, OutputError, Static, Trace, Video
+from foresight.evaluation.report import write_report
 from foresight.runtime.policies import Decision, Policy, eliminate_dead, policy_settings
-from foresight.runtime.report import write_report
 
 VOID = {"meta", "img", "input"}
 PROMPT = "a red circle moving right"

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from foresight.commands.outputs import Targets, read_latents, read_prompts, read_trace, save_array
 from foresight.engines.errors import InvalidRequest, OutputError
-from foresight.runtime.files import Targets, read_latents, read_prompts, read_trace, save_array
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import Foresight
 from tests.support import copy_bundle, snapshot

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..runtime.video import Video
 from .quality import psnr, ssim
-from .video import Video
 
 MOST_PAIRS = 5
 ENOUGH_SECONDS = 60.0  # of measuring, after which no further pair begins

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from foresight.runtime.comparison import ENOUGH_SECONDS, LONG_SECONDS, MOST_PAIRS, Comparison, compare_in_turns
+from foresight.evaluation.comparison import ENOUGH_SECONDS, LONG_SECONDS, MOST_PAIRS, Comparison, compare_in_turns
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import NoReuse, Static
 from foresight.runtime.video import Video

@@ -11,7 +11,7 @@ import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from foresight import InvalidRequest
-from foresight.runtime.quality import psnr, ssim
+from foresight.evaluation.quality import psnr, ssim
 
 Frames = npt.NDArray[np.uint8]
 
