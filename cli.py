@@ -195,12 +195,12 @@ def export(
     with _progress() as show:
         show(Progress("loading torch", 0, 0, ""))
         try:
-            from foresight.exporter.export import Export, Request
+            from foresight.exporter.export import Export, ExportRequest
         except ModuleNotFoundError as error:
             raise ForesightError(f"export: {error.name} is not installed; install foresight-engines[export]") from error
     if backend is not None:
         _check_compiler(backend)
-    request = Request(dtype, height, width, frames, max_batch, resolution, aspect, duration)
+    request = ExportRequest(dtype, height, width, frames, max_batch, resolution, aspect, duration)
     job = Export(model, request, checkpoint, output, opset, revision, variant)
     plan = job.plan()
     if dry_run:

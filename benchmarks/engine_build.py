@@ -27,8 +27,9 @@ from foresight.engines.tensorrt import BuildSettings, Profile, profile_of
 from foresight.exporter.checkpoint import Checkpoint
 from foresight.exporter.export import graph_from_plan, part_from_plan
 from foresight.exporter.graph import write_graph
-from foresight.exporter.models import find_model, split_checkpoint
-from foresight.exporter.models.base import PartPlan, Request, Split
+from foresight.exporter.models import split_checkpoint
+from foresight.exporter.models.base import ExportRequest, PartPlan, Split
+from foresight.exporter.registry import find_model
 
 RTX = "tensorrt-rtx"
 ROWS = 2
@@ -66,7 +67,7 @@ class Block:
 def real_split(model: str, work: Path, **request: Any) -> Split:
     """A real model taken apart by its published configuration alone."""
     checkpoint = Checkpoint(model, write_published(model, work / model))
-    return split_checkpoint(find_model(model).family, checkpoint, Request(max_batch=ROWS // 2, **request))
+    return split_checkpoint(find_model(model).family, checkpoint, ExportRequest(max_batch=ROWS // 2, **request))
 
 
 def real_blocks(case: Case, work: Path, dtype: str, opset: int, count: int = 1) -> Iterator[Block]:

@@ -80,7 +80,7 @@ def engine_step(bundle: Path, threads: int, pool: str) -> Step:
     manifest = opened.manifest
     parts = (manifest.prologue, *manifest.blocks, manifest.epilogue)
     engines = {part.name: backend.load(opened, part) for part in parts}
-    sizes = {name: high for name, (_, high) in manifest.ranges.items()} | {"batch": ROWS, "text": TEXT_TOKENS}
+    sizes = manifest.largest(batch=ROWS, text=TEXT_TOKENS)
     generator = np.random.default_rng(0)
     tensors: dict[str, Any] = {}
     for part in parts:

@@ -121,7 +121,7 @@ def _in_decoder(manifest: Manifest) -> Iterator[str]:
         yield from _in_states(stage)
         frames = []
         for part, length in stage.plan:
-            sizes = _largest(manifest) | chunk_sizes(part, stage.axis, length)
+            sizes = manifest.largest() | chunk_sizes(part, stage.axis, length)
             wanted = (*made[1][: stage.axis], length, *made[1][stage.axis + 1 :])
             took, gave = part.inputs[0], part.outputs[0]
             if took.dtype != made[0] or took.resolve(sizes) != wanted or not _in_range(manifest, part, stage, length):
@@ -169,10 +169,6 @@ def _in_cache(manifest: Manifest) -> Iterator[str]:
 
 
 _Type = tuple[str, tuple[int | str, ...]]
-
-
-def _largest(manifest: Manifest) -> dict[str, int]:
-    return {name: high for name, (_, high) in manifest.ranges.items()}
 
 
 def _types(specs: tuple[TensorSpec, ...]) -> dict[str, _Type]:

@@ -104,7 +104,7 @@ def _in_files(manifest: Manifest) -> Iterator[str]:
 
 def _in_tensors(manifest: Manifest) -> Iterator[str]:
     """Products: what one tensor takes where every named dimension is as large as it may be."""
-    sizes = {name: high for name, (_, high) in manifest.ranges.items()}
+    sizes = manifest.largest()
     for part in manifest.parts:
         for name in (part.name, part.kind, *(spec.name for spec in (*part.inputs, *part.outputs))):
             if not name or len(name) > MOST_NAME or "\n" in name:

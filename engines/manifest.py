@@ -220,9 +220,18 @@ class Manifest(_Record, frozen=True, kw_only=True):
         specs = (*self.prologue.inputs, *self.prologue.outputs, *self.epilogue.outputs)
         return tuple(spec for spec in specs if spec.name not in known)
 
+    def largest(self, **known: int) -> dict[str, int]:
+        """The largest size of every named dimension, but for those that are `known`."""
+        return largest_sizes(self.ranges, **known)
+
     def cache_bytes(self, rows: int) -> int:
         """Bytes of all cached block outputs of a request with that many rows."""
         return rows * sum(self.cache_bytes_per_row.values())
+
+
+def largest_sizes(ranges: Mapping[str, tuple[int, int]], **known: int) -> dict[str, int]:
+    """The largest size of every dimension in `ranges`, but for those that are `known`."""
+    return {name: largest for name, (_, largest) in ranges.items()} | known
 
 
 def part_files(part: Part) -> tuple[str, str]:
@@ -238,6 +247,6 @@ def chunk_sizes(part: Part, axis: int, length: int) -> dict[str, int]:
 
 def stream_bytes_per_row(block: Part, streams: Iterable[str], ranges: Mapping[str, tuple[int, int]]) -> int:
     """Bytes that one row of a block's stream outputs takes in the cache."""
-    sizes = {name: largest for name, (_, largest) in ranges.items()} | {"batch": 1}
+    sizes = largest_sizes(ranges, batch=1)
     specs = [block.output(f"new_{stream}") for stream in streams]
     return sum(DTYPE_BYTES[spec.dtype] * math.prod(spec.resolve(sizes)) for spec in specs)

@@ -50,6 +50,7 @@ from ..engines.manifest import (
     Source,
     Stage,
     TensorSpec,
+    largest_sizes,
     part_files,
     stream_bytes_per_row,
 )
@@ -59,9 +60,10 @@ from .checkpoint import Checkpoint, find_checkpoint
 from .coverage import check_coverage, has_any_weights
 from .graph import Graph, graph_from_module, widen, write_graph
 from .hub import cache_free_bytes, free_bytes, on_one_disk
-from .models import find_model, split_checkpoint
+from .models import split_checkpoint
+from .models.base import ExportRequest as ExportRequest  # what Export takes
 from .models.base import PartPlan, Split, assign_parameters
-from .models.base import Request as Request  # what Export takes
+from .registry import find_model
 from .sampler import sampler_from_table, write_table
 
 log = logging.getLogger("foresight")
@@ -131,7 +133,7 @@ class Export:
     def __init__(
         self,
         model: str,
-        request: Request | None = None,
+        request: ExportRequest | None = None,
         checkpoint: str | None = None,
         output: Path | None = None,
         opset: int = OPSET,
@@ -140,7 +142,7 @@ class Export:
     ) -> None:
         self.model = model
         self.row = find_model(model)
-        self.request = request or Request()
+        self.request = request or ExportRequest()
         self.was_up_to_date = False
         self.opset = opset
         self.output = output or Path("bundles") / model
@@ -158,7 +160,7 @@ class Export:
         parts = {plan.name: _weight_bytes(plan) for plan in self.split.parts}
         rows = 2
         cached = [plan.outputs[: len(self.split.streams)] for plan in self.split.blocks]
-        sizes = {name: high for name, (_, high) in self.split.ranges.items()} | {"batch": rows}
+        sizes = largest_sizes(self.split.ranges, batch=rows)
         cache = sum(DTYPE_BYTES[s.dtype] * int(np.prod(s.resolve(sizes))) for specs in cached for s in specs)
         free = free_bytes(self.output.absolute().parent)
         download = self.checkpoint.download_bytes if checked else 0

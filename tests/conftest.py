@@ -19,7 +19,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler
 
 from benchmarks.checkpoints import random_cogvideox, random_open_sora
-from foresight.exporter.export import Export, Request
+from foresight.exporter.export import Export, ExportRequest
 from foresight.runtime.pipeline import VideoPipeline
 from tests.support import Outcome, load_pipeline, tiny_latte
 
@@ -40,7 +40,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _export(output: Path, model: str, request: Request, checkpoint: Path | None = None) -> Path:
+def _export(output: Path, model: str, request: ExportRequest, checkpoint: Path | None = None) -> Path:
     """The bundle `output`, exported by whoever comes first; others wait for it."""
     with output.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -57,7 +57,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path, bundles: Path) -> Path:
     """The main bundle, fp32; tests that damage it copy it first."""
-    return _export(bundles / "tiny", "latte", Request(), checkpoint)
+    return _export(bundles / "tiny", "latte", ExportRequest(), checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -70,31 +70,31 @@ def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def wide_bundle(wide_checkpoint: Path, bundles: Path) -> Path:
     """The bundle of `wide_checkpoint`, for frames of 8 x 16 pixels."""
-    return _export(bundles / "wide", "latte", Request(width=16, max_batch=1), wide_checkpoint)
+    return _export(bundles / "wide", "latte", ExportRequest(width=16, max_batch=1), wide_checkpoint)
 
 
 @pytest.fixture(scope="session")
 def half_bundle(checkpoint: Path, bundles: Path) -> Path:
     """The same checkpoint in fp16."""
-    return _export(bundles / "half", "latte", Request(dtype="fp16"), checkpoint)
+    return _export(bundles / "half", "latte", ExportRequest(dtype="fp16"), checkpoint)
 
 
 @pytest.fixture(scope="session")
 def demo_bundle(bundles: Path) -> Path:
     """The trained demo checkpoint, fp32."""
-    return _export(bundles / "demo", "latte-demo", Request())
+    return _export(bundles / "demo", "latte-demo", ExportRequest())
 
 
 @pytest.fixture(scope="session")
 def demo_half_bundle(bundles: Path) -> Path:
     """The trained demo checkpoint in fp16."""
-    return _export(bundles / "demo-half", "latte-demo", Request(dtype="fp16"))
+    return _export(bundles / "demo-half", "latte-demo", ExportRequest(dtype="fp16"))
 
 
 @pytest.fixture(scope="session")
 def demo_bf16_bundle(bundles: Path) -> Path:
     """The trained demo checkpoint in bf16, which runs on GPUs only."""
-    return _export(bundles / "demo-bf16", "latte-demo", Request(dtype="bf16"))
+    return _export(bundles / "demo-bf16", "latte-demo", ExportRequest(dtype="bf16"))
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +107,7 @@ def single_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def single_bundle(single_checkpoint: Path, bundles: Path) -> Path:
     """The bundle of `single_checkpoint`."""
-    return _export(bundles / "single", "latte", Request(max_batch=1), single_checkpoint)
+    return _export(bundles / "single", "latte", ExportRequest(max_batch=1), single_checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +120,7 @@ def cogvideox_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cogvideox_bundle(cogvideox_checkpoint: Path, bundles: Path) -> Path:
     """The bundle of `cogvideox_checkpoint`."""
-    return _export(bundles / "cogvideox", "cogvideox-5b", Request(), cogvideox_checkpoint)
+    return _export(bundles / "cogvideox", "cogvideox-5b", ExportRequest(), cogvideox_checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +132,7 @@ def open_sora_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def open_sora_bundle(open_sora_checkpoint: Path, bundles: Path) -> Path:
     """The bundle of `open_sora_checkpoint`, for 34 frames, which two stages of the decoder make."""
-    return _export(bundles / "open-sora", "open-sora", Request(frames=34), open_sora_checkpoint)
+    return _export(bundles / "open-sora", "open-sora", ExportRequest(frames=34), open_sora_checkpoint)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import foresight
-from foresight.exporter.export import Export, Request
+from foresight.exporter.export import Export, ExportRequest
 
 RECORD = Path(__file__).parent / "golden.json"
 MODELS = ("latte-demo", "cogvideox-demo", "open-sora-demo")
@@ -89,7 +89,7 @@ def _made(bundle: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("model", MODELS)
 def test_the_demos_make_what_they_made(bundles: Path, model: str) -> None:
     record = json.loads(RECORD.read_text())
-    bundle = Export(model, Request(), None, bundles / f"golden-{model}").run().path
+    bundle = Export(model, ExportRequest(), None, bundles / f"golden-{model}").run().path
     expected, made = record[model]["made"], _made(bundle)
     assert _manifest(bundle) == record[model]["manifest"]
     if record["processor"] == _processor():
@@ -104,6 +104,6 @@ if __name__ == "__main__":
     written: dict[str, Any] = {"processor": _processor()}
     for name in MODELS:
         folder = Path("bundles") / name
-        Export(name, Request(), None, folder).run()
+        Export(name, ExportRequest(), None, folder).run()
         written[name] = {"manifest": _manifest(folder), "made": _made(folder)}
     RECORD.write_text(json.dumps(written) + "\n")

@@ -14,7 +14,7 @@ from diffusers.schedulers import scheduling_dpm_cogvideox
 from benchmarks.checkpoints import random_cogvideox
 from foresight.engines.arrays import Arrays
 from foresight.engines.errors import InvalidRequest
-from foresight.exporter.export import Export, Request
+from foresight.exporter.export import Export, ExportRequest
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import NoReuse
 from foresight.runtime.sampler import Noise
@@ -54,7 +54,7 @@ def model(
     settings = MODELS[request.param]
     folder = random_cogvideox(tmp_path_factory.mktemp("checkpoints") / "cogvideox", **settings["checkpoint"])
     name = f"cogvideox-{request.param}".replace(", ", "-").replace(" ", "-")
-    bundle = Export("cogvideox-2b", Request(**settings["request"]), str(folder), bundles / name).run()
+    bundle = Export("cogvideox-2b", ExportRequest(**settings["request"]), str(folder), bundles / name).run()
     reference = CogVideoXPipeline.from_pretrained(folder)
     reference.set_progress_bar_config(disable=True)
     return reference, load_pipeline(bundle.path)
@@ -128,7 +128,7 @@ def test_a_video_is_the_one_diffusers_makes(model: tuple[CogVideoXPipeline, Vide
 
 
 def test_the_shipped_checkpoint_makes_the_video_that_diffusers_makes(bundles: Path) -> None:
-    ours = load_pipeline(Export("cogvideox-demo", Request(), output=bundles / "cogvideox-demo").run().path)
+    ours = load_pipeline(Export("cogvideox-demo", ExportRequest(), output=bundles / "cogvideox-demo").run().path)
     reference = CogVideoXPipeline.from_pretrained(REPOSITORY / "demo" / "cogvideox")
     reference.set_progress_bar_config(disable=True)
     latents = draw(ours.manifest.shape.latents)
@@ -140,4 +140,4 @@ def test_the_shipped_checkpoint_makes_the_video_that_diffusers_makes(bundles: Pa
 def test_frames_that_the_vae_cannot_make_are_refused_with_those_it_can(tmp_path: Path) -> None:
     folder = random_cogvideox(tmp_path / "cogvideox")
     with pytest.raises(InvalidRequest, match=r"frames: got 13, which .*; choose 9 or 16"):
-        Export("cogvideox-2b", Request(frames=13), str(folder))
+        Export("cogvideox-2b", ExportRequest(frames=13), str(folder))

@@ -19,7 +19,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from benchmarks.checkpoints import random_latte, random_open_sora
 from foresight.engines.errors import CheckpointError, InvalidRequest
-from foresight.exporter.export import Export, Request
+from foresight.exporter.export import Export, ExportRequest
 from foresight.exporter.models.open_sora.stdit3 import STDiT3, STDiT3Config
 from foresight.exporter.models.open_sora.vae import VideoVAE, VideoVAEConfig
 from foresight.runtime.pipeline import VideoPipeline
@@ -92,7 +92,7 @@ def model(
     """The same checkpoint run eagerly, and exported and loaded by us; and the size that is asked for."""
     settings = MODELS[request.param]
     folder = random_open_sora(tmp_path_factory.mktemp("checkpoints") / "open_sora", **settings["checkpoint"])
-    wanted = Request(**settings["request"])
+    wanted = ExportRequest(**settings["request"])
     bundle = Export("open-sora", wanted, str(folder), bundles / f"open-sora-{request.param}".replace(" ", "-")).run()
     size = (wanted.height or 8, wanted.width or 12, wanted.frames or 17)
     return EagerOpenSora(folder), load_pipeline(bundle.path), size
@@ -124,7 +124,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline(tiny: Path, bundles: Path) -> VideoPipeline:
-    return load_pipeline(Export("open-sora", Request(), str(tiny), bundles / "open-sora-tiny").run().path)
+    return load_pipeline(Export("open-sora", ExportRequest(), str(tiny), bundles / "open-sora-tiny").run().path)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -155,13 +155,13 @@ def test_a_negative_prompt_is_refused(pipeline: VideoPipeline) -> None:
 )
 def test_sizes_that_the_model_was_not_made_for_are_refused(tiny: Path, size: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        Export("open-sora", Request(**size), str(tiny))
+        Export("open-sora", ExportRequest(**size), str(tiny))
 
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = random_latte(tmp_path / "latte", **LIGHT)
     with pytest.raises(CheckpointError, match=r"transformer is a None, expected an STDiT3; choose the --model"):
-        Export("open-sora", Request(), str(folder))
+        Export("open-sora", ExportRequest(), str(folder))
 
 
 @pytest.mark.parametrize("component", ["transformer", "vae"])
@@ -178,7 +178,7 @@ def test_loading_is_strict(tiny: Path, tmp_path: Path, component: str, damage: s
     try:
         save_file(weights, file)
         with pytest.raises(CheckpointError, match=f"{component}: weights 1 {damage}"):
-            Export("open-sora", Request(), str(tiny), tmp_path / "bundle").run()
+            Export("open-sora", ExportRequest(), str(tiny), tmp_path / "bundle").run()
     finally:
         save_file(original, file)
 
@@ -190,11 +190,11 @@ def test_a_weight_of_another_shape_is_refused(tmp_path: Path, name: str) -> None
     weights = load_file(file)
     save_file(weights | {name: torch.zeros(3)}, file)
     with pytest.raises(CheckpointError, match=name):
-        Export("open-sora", Request(), str(folder), tmp_path / "bundle").run()
+        Export("open-sora", ExportRequest(), str(folder), tmp_path / "bundle").run()
 
 
 def test_the_shipped_checkpoint_makes_the_video_that_the_eager_model_makes(bundles: Path) -> None:
-    ours = load_pipeline(Export("open-sora-demo", Request(), output=bundles / "open-sora-demo").run().path)
+    ours = load_pipeline(Export("open-sora-demo", ExportRequest(), output=bundles / "open-sora-demo").run().path)
     eager = EagerOpenSora(REPOSITORY / "demo" / "open_sora")
     shape, noise = ours.manifest.shape, draw(ours.manifest.shape.latents)
     video = ours(PROMPT, steps=10, guidance=2.0, latents=noise, policy=NoReuse())

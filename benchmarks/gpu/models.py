@@ -49,5 +49,5 @@ def write_checkpoint(model: str, small: bool, folder: Path) -> None:
 
 
 def video_size(model: str, small: bool) -> dict[str, Any]:
-    """The sizes to export it for, as fields of an export's Request."""
+    """The sizes to export it for, as fields of an ExportRequest."""
     return {} if small else dict(MODELS[model].size)

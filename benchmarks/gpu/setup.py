@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.step_time import ROWS, TEXT_TOKENS
 from foresight.engines.bundle import open_bundle
-from foresight.engines.manifest import Manifest, Part
+from foresight.engines.manifest import Manifest, Part, largest_sizes
 
 if TYPE_CHECKING:  # what exports needs torch, which may be missing here
     from foresight.exporter.export import Export
@@ -20,7 +20,7 @@ BACKENDS = (*COMPILING, "onnxruntime")
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured. `size` are the fields of an export's Request that say how large the video is."""
+    """What is measured. `size` are the fields of an ExportRequest that say how large the video is."""
 
     model: str
     device: str
@@ -55,9 +55,9 @@ class Setup:
     def export(self) -> Export:
         """The export that makes the bundle; it also knows how the checkpoint falls into parts."""
         from foresight.exporter.export import Export
-        from foresight.exporter.models.base import Request
+        from foresight.exporter.models.base import ExportRequest
 
-        request = Request(dtype=self.dtype, max_batch=ROWS // 2, **self.size)  # type: ignore[arg-type]
+        request = ExportRequest(dtype=self.dtype, max_batch=ROWS // 2, **self.size)  # type: ignore[arg-type]
         return Export(self.model, request, str(self.checkpoint), self.bundle, self.opset)
 
     def plan_path(self, backend: str) -> Path:
@@ -71,8 +71,7 @@ class Setup:
 def request_sizes(ranges: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     """The named dimensions of one guided prompt: a text of common length, all else as large as the ranges allow."""
     shortest, longest = ranges["text"]
-    sizes = {name: high for name, (_, high) in ranges.items()}
-    return sizes | {"batch": ROWS, "text": max(shortest, min(TEXT_TOKENS, longest))}
+    return largest_sizes(ranges, batch=ROWS, text=max(shortest, min(TEXT_TOKENS, longest)))
 
 
 def whole_part(parts: Sequence[Part], streams: Sequence[str]) -> Part:

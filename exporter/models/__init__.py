@@ -1,122 +1,18 @@
-"""The model families that can be exported: one file and one registry row each."""
+"""The model families: a module each, named as in the registry's rows, which is loaded when it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 
-import msgspec
-
-from ...engines.errors import CheckpointError, ForesightError, InvalidRequest
-from ...engines.manifest import Defaults
+from ...engines.errors import CheckpointError, ForesightError
 from ..checkpoint import Checkpoint
-from .base import Request, Split
-
-REPOSITORY = Path(__file__).parents[2]
+from .base import ExportRequest, Split
 
 
-@dataclass(frozen=True)
-class Model:
-    """A name users type: its family's module, the checkpoint exported unless another is given, a request's defaults.
-
-    The checkpoint is a folder, a hub id, or where each of its components is published, see find_checkpoint.
-    """
-
-    family: str
-    checkpoint: str | Mapping[str, str]
-    defaults: Defaults
-
-    @property
-    def is_here(self) -> bool:
-        """Whether the checkpoint can be had: those of the demos are folders beside the package, in a clone only."""
-        place = self.checkpoint
-        return not isinstance(place, str) or not Path(place).is_absolute() or Path(place).is_dir()
-
-
-COGVIDEOX = Defaults(
-    prompt="a panda playing a guitar by a stream in a bamboo forest",
-    negative_prompt="",
-    steps=50,
-    guidance=6.0,
-    fps=8,
-)
-DEMO = Defaults(prompt="a red circle moving right", negative_prompt="", steps=50, guidance=2.0, fps=8)
-REGISTRY = {
-    "latte": Model(
-        family="latte",
-        checkpoint="maxin-cn/Latte-1",
-        defaults=Defaults(
-            prompt="a dog in astronaut suit and sunglasses floating in space",
-            negative_prompt="",
-            steps=50,
-            guidance=7.5,
-            fps=8,
-        ),
-    ),
-    "cogvideox-2b": Model(
-        family="cogvideox",
-        checkpoint="zai-org/CogVideoX-2b",
-        defaults=COGVIDEOX,
-    ),
-    "cogvideox-5b": Model(
-        family="cogvideox",
-        checkpoint="zai-org/CogVideoX-5b",
-        defaults=COGVIDEOX,
-    ),
-    "open-sora": Model(
-        family="open_sora",
-        # STDiT3 and its VAE are published apart, and their text encoder, T5-v1.1-XXL, only as a pickle; Latte-1 comes
-        # with the same one as safetensors
-        checkpoint={
-            "transformer": "hpcai-tech/OpenSora-STDiT-v3",
-            "vae": "hpcai-tech/OpenSora-VAE-v1.2",
-            "text_encoder": "maxin-cn/Latte-1/text_encoder",
-            "tokenizer": "maxin-cn/Latte-1/tokenizer",
-        },
-        defaults=Defaults(
-            prompt="a waterfall in a green forest, seen from above",
-            negative_prompt="",
-            steps=30,
-            guidance=7.0,
-            fps=24,
-        ),
-    ),
-    "latte-demo": Model(
-        family="latte",
-        checkpoint=str(REPOSITORY / "demo" / "latte"),
-        defaults=DEMO,
-    ),
-    "cogvideox-demo": Model(
-        family="cogvideox",
-        checkpoint=str(REPOSITORY / "demo" / "cogvideox"),
-        defaults=DEMO,
-    ),
-    "open-sora-demo": Model(
-        family="open_sora",
-        checkpoint=str(REPOSITORY / "demo" / "open_sora"),
-        defaults=msgspec.structs.replace(DEMO, steps=30, fps=24),
-    ),
-}
-
-
-def find_model(name: str) -> Model:
-    """The registry row of a model name. Raises InvalidRequest."""
-    here = {known: row for known, row in REGISTRY.items() if row.is_here}
-    if name in here:
-        return here[name]
-    if name in REGISTRY:
-        raise InvalidRequest(
-            f"model: got {name!r}, whose checkpoint comes with a clone of the repository and not with an installed "
-            f"package, expected one of {', '.join(here)}"
-        )
-    raise InvalidRequest(f"model: got {name!r}, expected one of {', '.join(here)}")
-
-
-def split_checkpoint(family: str, checkpoint: Checkpoint, request: Request) -> Split:
+def split_checkpoint(family: str, checkpoint: Checkpoint, request: ExportRequest) -> Split:
     """How a checkpoint of that family falls into parts. Raises CheckpointError, InvalidRequest."""
-    split: Callable[[Checkpoint, Request], Split] = import_module(f".{family}", __package__).split
+    split: Callable[[Checkpoint, ExportRequest], Split] = import_module(f".{family}", __package__).split
     try:
         return split(checkpoint, request)
     except ForesightError:

@@ -28,7 +28,7 @@ Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
     """What to export: sizes left at None are the checkpoint's own.
 
     Models with tables of sizes take their rows' names instead: `resolution` ("240p"), `aspect` ("9:16", height to

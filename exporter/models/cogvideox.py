@@ -24,9 +24,9 @@ from ..checkpoint import Checkpoint
 from ..sampler import scheduler_from_checkpoint
 from .base import (
     TORCH_DTYPES,
+    ExportRequest,
     Input,
     PartPlan,
-    Request,
     Split,
     draw_timestep,
     float_spec,
@@ -240,7 +240,7 @@ def check_config(checkpoint: Checkpoint, transformer: CogVideoXTransformer3DMode
             )
 
 
-def split(checkpoint: Checkpoint, request: Request) -> Split:
+def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
     """Take a CogVideoXPipeline checkpoint apart. Raises CheckpointError, InvalidRequest."""
     components = {
         "transformer": "CogVideoXTransformer3DModel",
@@ -285,7 +285,7 @@ def split(checkpoint: Checkpoint, request: Request) -> Split:
     )
 
 
-def _shape(transformer: CogVideoXTransformer3DModel, vae: AutoencoderKLCogVideoX, request: Request) -> Shape:
+def _shape(transformer: CogVideoXTransformer3DModel, vae: AutoencoderKLCogVideoX, request: ExportRequest) -> Shape:
     config = transformer.config
     scale = _scale(vae)
     height = request.height or config.sample_height * scale

@@ -25,9 +25,9 @@ from ..sampler import scheduler_from_checkpoint
 from .base import (
     MASKED,
     TORCH_DTYPES,
+    ExportRequest,
     Input,
     PartPlan,
-    Request,
     Split,
     StagePlan,
     chunks_of,
@@ -204,7 +204,7 @@ class VaeDecoder(nn.Module):
         return shades.round().to(torch.uint8), pixels.mean((1, 2, 3))
 
 
-def split(checkpoint: Checkpoint, request: Request) -> Split:
+def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
     """Take a LattePipeline checkpoint apart. Raises CheckpointError, InvalidRequest."""
     components = {
         "transformer": "LatteTransformer3DModel",
@@ -412,7 +412,7 @@ def _scale(vae: AutoencoderKL) -> int:
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
-def _shape(transformer: LatteTransformer3DModel, vae: AutoencoderKL, request: Request) -> Shape:
+def _shape(transformer: LatteTransformer3DModel, vae: AutoencoderKL, request: ExportRequest) -> Shape:
     config = transformer.config
     scale = _scale(vae)
     height, width = (side or config.sample_size * scale for side in (request.height, request.width))

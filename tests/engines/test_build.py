@@ -30,8 +30,8 @@ from foresight.engines.compiled import (
 )
 from foresight.engines.errors import BundleError, EngineError, IntegrityError, InvalidRequest
 from foresight.engines.tensorrt import BuildSettings, find_target
-from foresight.exporter.export import Export, Request
-from foresight.exporter.models import REGISTRY
+from foresight.exporter.export import Export, ExportRequest
+from foresight.exporter.registry import REGISTRY
 from foresight.runtime.memory import plan_memory
 from tests.support import copy_bundle, edit_manifest
 
@@ -64,7 +64,7 @@ def edit_index(compiled: Compiled, **fields: object) -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("model", [name for name in REGISTRY if name.endswith("-demo")])
 def test_every_graph_of_the_demos_builds_with_attention_fused(model: str, dtype: Any, tmp_path: Path) -> None:
-    bundle = Export(model, Request(dtype=dtype), output=tmp_path / "bundle").run()
+    bundle = Export(model, ExportRequest(dtype=dtype), output=tmp_path / "bundle").run()
     compiled = build_engines(bundle, RTX, jobs=2)
     assert set(compiled.index.parts) == {part.name for part in bundle.manifest.parts}
     for name, part in compiled.index.parts.items():

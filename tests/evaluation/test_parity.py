@@ -22,7 +22,7 @@ from foresight.engines.manifest import Part
 from foresight.engines.onnxruntime import OnnxRuntimeBackend
 from foresight.engines.reference import ReferenceBackend
 from foresight.evaluation.parity import TOLERANCES, Difference, compare_backends
-from foresight.exporter.export import Export, Request
+from foresight.exporter.export import Export, ExportRequest
 from tests.support import BackendInFront, WatchedBackend, copy_bundle, fail_at
 
 ALTERED = "block.002"
@@ -110,7 +110,7 @@ def test_16_bits_are_within_their_tolerance_and_not_within_that_of_32(half_bundl
 
 @pytest.mark.slow
 def test_bf16_is_compared_too(single_checkpoint: Path, bundles: Path) -> None:
-    request = Request(dtype="bf16", max_batch=1)
+    request = ExportRequest(dtype="bf16", max_batch=1)
     bundle = Export("latte", request, str(single_checkpoint), bundles / "single-bf16").run()
     second = Altered(ReferenceBackend(), after=put(1e4, "block.001"))
     found = compare_backends(bundle, ReferenceBackend(), second)

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.checkpoints import random_open_sora
 from foresight.engines.bundle import open_bundle
-from foresight.exporter.export import Export, Request
+from foresight.exporter.export import Export, ExportRequest
 from tests.support import Outcome
 
 TRAINED: dict[str, dict[str, Any]] = {
@@ -22,7 +22,7 @@ TRAINED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("model", TRAINED)
 def test_sizes_that_the_checkpoint_was_trained_on_need_no_caution(model: str) -> None:
-    assert Export(model, Request(**TRAINED[model])).plan().cautions == ()
+    assert Export(model, ExportRequest(**TRAINED[model])).plan().cautions == ()
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_sizes_that_the_checkpoint_was_trained_on_need_no_caution(model: str) ->
     ],
 )
 def test_others_are_named_beside_what_it_was_trained_on(model: str, sizes: dict[str, Any], named: list[str]) -> None:
-    cautions = Export(model, Request(**sizes)).plan().cautions
+    cautions = Export(model, ExportRequest(**sizes)).plan().cautions
     assert len(cautions) == len(named)
     assert all(caution.startswith(start) for caution, start in zip(cautions, named, strict=True))
 
@@ -44,7 +44,7 @@ def test_open_sora_trained_on_many_sizes_warns_of_none_of_its_tables(tmp_path: P
     checkpoint = random_open_sora(tmp_path / "many", input_size=None)
 
     def cautions(**sizes: Any) -> tuple[str, ...]:
-        return Export("open-sora", Request(**sizes), str(checkpoint)).plan().cautions
+        return Export("open-sora", ExportRequest(**sizes), str(checkpoint)).plan().cautions
 
     assert cautions(resolution="144p", aspect="1:1", duration="2s") == ()
     between = cautions(height=200, width=200, frames=34)

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from benchmarks.checkpoints import random_open_sora
 from foresight.engines.errors import CheckpointError, InvalidRequest
 from foresight.exporter.checkpoint import Checkpoint, find_checkpoint
-from foresight.exporter.export import Export, Request
-from foresight.exporter.models import REGISTRY, split_checkpoint
+from foresight.exporter.export import Export, ExportRequest
+from foresight.exporter.models import split_checkpoint
+from foresight.exporter.registry import REGISTRY
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 ENCODER = "text_encoder/model.safetensors"
@@ -35,10 +36,10 @@ def copied(checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / "copied"))
 
 
-def read_all(folder: Path, request: Request | None = None) -> dict[str, torch.Tensor]:
+def read_all(folder: Path, request: ExportRequest | None = None) -> dict[str, torch.Tensor]:
     """Every weight an export would read, by part and parameter."""
     checkpoint = Checkpoint("copied", folder)
-    split = split_checkpoint("latte", checkpoint, request or Request())
+    split = split_checkpoint("latte", checkpoint, request or ExportRequest())
     return {
         f"{plan.name} {name}": plan.parameter(checkpoint, name)
         for plan in split.parts
@@ -68,12 +69,12 @@ def test_no_two_parts_share_a_weight_by_mistake(checkpoint: Path) -> None:
 
 
 def test_half_precision_is_rounded_from_what_is_stored(checkpoint: Path) -> None:
-    single, half = read_all(checkpoint), read_all(checkpoint, Request(dtype="fp16"))
+    single, half = read_all(checkpoint), read_all(checkpoint, ExportRequest(dtype="fp16"))
     assert all(torch.equal(half[name], single[name].to(half[name].dtype)) for name in single)
 
 
 def test_the_feed_forward_of_t5_stays_in_single_precision(checkpoint: Path) -> None:
-    half = read_all(checkpoint, Request(dtype="fp16"))
+    half = read_all(checkpoint, ExportRequest(dtype="fp16"))
     kept = {name.rpartition(".")[0].rpartition(".")[2] for name, w in half.items() if w.dtype == torch.float32}
     assert kept == {"wo"}
 
@@ -303,14 +304,14 @@ def test_a_missing_tokenizer_or_scheduler_is_refused_before_the_long_work(
 
     damage(copied)
     with pytest.raises(CheckpointError, match=r"^[^\n]+$"):
-        Export("latte", Request(), str(copied), tmp_path / "bundle").run(stop)
+        Export("latte", ExportRequest(), str(copied), tmp_path / "bundle").run(stop)
 
 
 @pytest.mark.parametrize("size", [{"height": 10}, {"width": 6}, {"frames": 2}, {"frames": 5}])
 def test_sizes_the_model_cannot_make_are_refused(checkpoint: Path, size: dict[str, int]) -> None:
     name = next(iter(size))
     with pytest.raises(InvalidRequest, match=rf"^{name}: got {size[name]}, expected"):
-        split_checkpoint("latte", Checkpoint("tiny", checkpoint), Request(**size))  # type: ignore[arg-type]
+        split_checkpoint("latte", Checkpoint("tiny", checkpoint), ExportRequest(**size))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def test_sizes_the_model_cannot_make_are_refused(checkpoint: Path, size: dict[st
 )
 def test_requests_that_make_no_sense_are_refused(field: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(field))):
-        Request(**field)
+        ExportRequest(**field)
 
 
 # Where it is looked for
@@ -364,4 +365,6 @@ def test_components_that_are_published_apart_make_one_checkpoint(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     found = find_checkpoint(places)
     assert found.sha256 == Checkpoint("whole", folder).sha256
-    assert Export("open-sora", Request(frames=17, height=8, width=12), output=tmp_path / "bundle").plan().blocks == 4
+    assert (
+        Export("open-sora", ExportRequest(frames=17, height=8, width=12), output=tmp_path / "bundle").plan().blocks == 4
+    )

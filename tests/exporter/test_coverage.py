@@ -21,10 +21,11 @@ from benchmarks.published import PUBLISHED, write_published
 from foresight.engines.errors import CheckpointError
 from foresight.exporter.checkpoint import Checkpoint
 from foresight.exporter.coverage import check_coverage, check_names
-from foresight.exporter.export import Export, Request
-from foresight.exporter.models import REGISTRY, split_checkpoint
+from foresight.exporter.export import Export, ExportRequest
+from foresight.exporter.models import split_checkpoint
 from foresight.exporter.models.open_sora.stdit3 import STDiT3, STDiT3Config
 from foresight.exporter.models.open_sora.vae import VideoVAE, VideoVAEConfig
+from foresight.exporter.registry import REGISTRY
 from foresight.exporter.weights import Stored
 
 Tensors = dict[str, torch.Tensor]
@@ -47,7 +48,7 @@ def copied(single_checkpoint: Path, tmp_path: Path) -> Path:
 def check(folder: Path) -> None:
     """What an export and its dry run do first."""
     checkpoint = Checkpoint("copied", folder)
-    check_coverage(split_checkpoint("latte", checkpoint, Request()), checkpoint)
+    check_coverage(split_checkpoint("latte", checkpoint, ExportRequest()), checkpoint)
 
 
 def change(folder: Path, component: str, edit: Callable[[Tensors], Any], **metadata: str) -> None:
@@ -121,7 +122,7 @@ def test_components_that_do_not_fit_together_are_refused_by_the_setting(
     make, model = family
     folder = make(tmp_path / "mixed", transformer={setting: value})
     with pytest.raises(CheckpointError, match=rf"^checkpoint [^\n]*mixed: transformer {setting} is {told} is; [^\n]*$"):
-        Export(model, Request(), str(folder), tmp_path / "bundle")
+        Export(model, ExportRequest(), str(folder), tmp_path / "bundle")
 
 
 def to_int8(name: str, scale: str | None = None) -> Callable[[Tensors], None]:
@@ -190,7 +191,7 @@ def test_weights_that_were_cast_are_read_as_they_are(copied: Path, dtype: torch.
         expected[component] = weights
     check(copied)
     checkpoint = Checkpoint("copied", copied)
-    for plan in split_checkpoint("latte", checkpoint, Request()).parts:
+    for plan in split_checkpoint("latte", checkpoint, ExportRequest()).parts:
         for (name, _), (stored, _) in zip(plan.module.named_parameters(), plan.reads(checkpoint), strict=True):
             value = expected[plan.component].get(stored)
             assert value is not None and torch.equal(plan.parameter(checkpoint, name), value.float())
@@ -210,7 +211,7 @@ def test_an_adapter_beside_the_weights_is_refused(copied: Path) -> None:
 def test_a_disk_that_is_too_small_is_said(
     copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    job = Export("latte", Request(), str(copied), tmp_path / "bundle")
+    job = Export("latte", ExportRequest(), str(copied), tmp_path / "bundle")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     if where == "output":
         assert "choose another --output" in job.plan().cautions[-1]
@@ -256,7 +257,7 @@ def test_the_embedding_is_the_one_that_transformers_takes(copied: Path, stored: 
     model = T5EncoderModel.from_pretrained(copied / "text_encoder")
     checkpoint = Checkpoint("copied", copied)
     check(copied)
-    plan = split_checkpoint("latte", checkpoint, Request()).text_encoder
+    plan = split_checkpoint("latte", checkpoint, ExportRequest()).text_encoder
     read = plan.parameter(checkpoint, "encoder.shared.weight")
     assert torch.equal(read, model.encoder.embed_tokens.weight)
 
@@ -287,7 +288,7 @@ def full_model(name: str, component: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ["latte", "cogvideox-2b", "cogvideox-5b", "open-sora"])
 def test_published_models_hold_what_is_read_and_nothing_unknown(name: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(name, write_published(name, tmp_path))
-    split = split_checkpoint(REGISTRY[name].family, checkpoint, Request())
+    split = split_checkpoint(REGISTRY[name].family, checkpoint, ExportRequest())
     for component in FILES:
         wanted = dict(split.also_stored.get(component, {}))
         parts = [plan for plan in split.parts if plan.component == component]

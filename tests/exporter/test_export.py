@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from foresight.engines.bundle import MANIFEST, open_bundle, verify_files
 from foresight.engines.errors import InvalidRequest, OutputError
 from foresight.exporter import export as export_module
-from foresight.exporter.export import Export, Request
-from foresight.exporter.models import REGISTRY
+from foresight.exporter.export import Export, ExportRequest
+from foresight.exporter.registry import REGISTRY
 from tests.support import copy_bundle, edit_manifest, snapshot
 
 PARTS = [
@@ -92,9 +92,9 @@ def history(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Histo
     stages = []
     for before in PARTS[1:]:
         with pytest.raises(Stopped):
-            Export("latte", Request(), str(checkpoint), output).run(stop_at(before))
+            Export("latte", ExportRequest(), str(checkpoint), output).run(stop_at(before))
         stages.append(Stage(before, identities(), output.exists()))
-    Export("latte", Request(), str(checkpoint), output).run()
+    Export("latte", ExportRequest(), str(checkpoint), output).run()
     return History(stages, output, sorted(path.name for path in folder.iterdir()))
 
 
@@ -129,7 +129,7 @@ def test_a_bundle_that_was_interrupted_everywhere_has_the_bytes_of_one_that_neve
 @pytest.fixture
 def nearly_done(bundle: Path, checkpoint: Path, tmp_path: Path) -> Export:
     """An export whose partial bundle lacks only what comes after the parts."""
-    export = Export("latte", Request(), str(checkpoint), tmp_path / "bundle")
+    export = Export("latte", ExportRequest(), str(checkpoint), tmp_path / "bundle")
     partial = copy_bundle(bundle, tmp_path / "bundle.partial")
     manifest = json.loads((partial / MANIFEST).read_text())
     parts = msgspec.to_builtins(open_bundle(bundle).manifest.parts)
@@ -182,7 +182,7 @@ def test_a_partial_bundle_of_something_else_is_begun_anew(nearly_done: Export, c
 def present(bundle: Path, checkpoint: Path, tmp_path: Path) -> Export:
     """An export whose bundle is there already."""
     copy_bundle(bundle, tmp_path / "bundle")
-    return Export("latte", Request(), str(checkpoint), tmp_path / "bundle")
+    return Export("latte", ExportRequest(), str(checkpoint), tmp_path / "bundle")
 
 
 def test_a_bundle_that_is_up_to_date_is_left_alone(present: Export) -> None:
@@ -198,11 +198,11 @@ def test_a_damaged_bundle_is_made_again(present: Export) -> None:
 
 
 def test_another_request_makes_another_bundle(present: Export, checkpoint: Path) -> None:
-    assert begins_anew(Export("latte", Request(max_batch=2), str(checkpoint), present.output))
+    assert begins_anew(Export("latte", ExportRequest(max_batch=2), str(checkpoint), present.output))
 
 
 def test_another_opset_makes_another_bundle(present: Export, checkpoint: Path) -> None:
-    assert begins_anew(Export("latte", Request(), str(checkpoint), present.output, opset=22))
+    assert begins_anew(Export("latte", ExportRequest(), str(checkpoint), present.output, opset=22))
 
 
 def test_a_changed_checkpoint_makes_another_bundle(present: Export, checkpoint: Path, tmp_path: Path) -> None:
@@ -211,12 +211,12 @@ def test_a_changed_checkpoint_makes_another_bundle(present: Export, checkpoint: 
     weights = load_file(file)
     weights["proj_out.bias"] += 1
     save_file(weights, file)
-    assert begins_anew(Export("latte", Request(), str(changed), present.output))
+    assert begins_anew(Export("latte", ExportRequest(), str(changed), present.output))
 
 
 def test_the_older_bundle_stands_until_the_new_one_is_whole(present: Export, checkpoint: Path) -> None:
     before = snapshot(present.output)
-    assert begins_anew(Export("latte", Request(max_batch=2), str(checkpoint), present.output))
+    assert begins_anew(Export("latte", ExportRequest(max_batch=2), str(checkpoint), present.output))
     assert snapshot(present.output) == before
 
 
@@ -313,7 +313,7 @@ def test_a_file_beyond_what_the_system_allows_fails_in_one_line(single_checkpoin
 def test_a_place_that_cannot_be_written_is_an_output_error(checkpoint: Path, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="check the path and its permissions"):
-        Export("latte", Request(), str(checkpoint), tmp_path / place).run()
+        Export("latte", ExportRequest(), str(checkpoint), tmp_path / place).run()
 
 
 @pytest.mark.parametrize("output", [".", "/", ".."])
@@ -322,7 +322,7 @@ def test_an_output_without_a_name_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises((OutputError, InvalidRequest)):
-        Export("latte", Request(), str(checkpoint), Path(output)).run(stop_at(PARTS[0]))
+        Export("latte", ExportRequest(), str(checkpoint), Path(output)).run(stop_at(PARTS[0]))
 
 
 def test_a_file_where_the_bundle_should_go_is_not_lost(nearly_done: Export) -> None:
@@ -344,12 +344,12 @@ def test_a_folder_that_is_no_bundle_is_not_lost(nearly_done: Export) -> None:
 
 
 def test_planning_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    Export("latte", Request(), str(checkpoint), tmp_path / "deep" / "bundle").plan()
+    Export("latte", ExportRequest(), str(checkpoint), tmp_path / "deep" / "bundle").plan()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_plan_tells_what_the_bundle_will_be(checkpoint: Path, bundle: Path) -> None:
-    plan = Export("latte", Request(), str(checkpoint), bundle).plan()
+    plan = Export("latte", ExportRequest(), str(checkpoint), bundle).plan()
     manifest = open_bundle(bundle).manifest
     assert list(plan.parts) == [part.name for part in manifest.parts]
     assert plan.blocks == len(manifest.blocks)

@@ -22,7 +22,7 @@ from foresight.exporter.checkpoint import Checkpoint
 from foresight.exporter.export import TOLERANCES, check_part
 from foresight.exporter.graph import Graph, graph_from_module, write_graph
 from foresight.exporter.models import split_checkpoint
-from foresight.exporter.models.base import PartPlan, Request, Split, assign_parameters, mean_squared_change
+from foresight.exporter.models.base import ExportRequest, PartPlan, Split, assign_parameters, mean_squared_change
 from tests.support import load_graph
 
 WIDTH = 6
@@ -148,7 +148,7 @@ def test_the_change_of_half_precision_is_summed_in_single() -> None:
 
 @pytest.fixture(scope="module")
 def split(checkpoint: Path) -> Split:
-    return split_checkpoint("latte", Checkpoint("tiny", checkpoint), Request())
+    return split_checkpoint("latte", Checkpoint("tiny", checkpoint), ExportRequest())
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_swapped_weights_would_be_far_off(
 def test_a_block_measures_the_change_from_what_it_is_given(bundle: Path) -> None:
     manifest = open_bundle(bundle).manifest
     part = manifest.blocks[0]
-    sizes = {name: high for name, (_, high) in manifest.ranges.items()} | {"batch": 2, "text": 7}
+    sizes = manifest.largest(batch=2, text=7)
     draw = np.random.default_rng(0)
     tensors = {
         spec.name: draw.standard_normal(spec.resolve(sizes)).astype(np.float32)
@@ -197,7 +197,7 @@ def test_a_block_measures_the_change_from_what_it_is_given(bundle: Path) -> None
 def test_the_metric_does_not_overflow_in_half_precision(half_bundle: Path) -> None:
     """Streams of real models reach thousands; the square of such a change is beyond fp16, whose largest is 65504."""
     manifest = open_bundle(half_bundle).manifest
-    sizes = {name: high for name, (_, high) in manifest.ranges.items()} | {"batch": 2, "text": 7}
+    sizes = manifest.largest(batch=2, text=7)
     draw = np.random.default_rng(0)
     for part in manifest.blocks:
         tensors = {

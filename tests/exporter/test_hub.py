@@ -25,13 +25,13 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from foresight import ForesightError
 from foresight.exporter.checkpoint import find_checkpoint
-from foresight.exporter.export import Export, Request
+from foresight.exporter.export import Export, ExportRequest
 
 out, results, own = Path(sys.argv[1]), {}, constants.ENDPOINT
 
 def attempt(name, model, **settings):
     try:
-        plan = Export("latte", Request(), model, out / "bundle", **settings).plan()
+        plan = Export("latte", ExportRequest(), model, out / "bundle", **settings).plan()
         results[name] = {"download": plan.download_bytes, "revision": plan.revision, "cautions": plan.cautions}
     except ForesightError as error:
         results[name] = f"{type(error).__name__}: {error}"
@@ -68,7 +68,7 @@ attempt("no cache", "some/latte")
 constants.HF_HUB_CACHE = str(out / "cache")
 places = {"transformer": "some/latte/transformer", "vae": "some/latte/vae"}
 results["apart"] = find_checkpoint(places, revision="transformer=v1").revision
-job = Export("latte", Request(), "some/latte", out / "bundle")
+job = Export("latte", ExportRequest(), "some/latte", out / "bundle")
 job.fetch()
 results["fetched"] = [job.plan().download_bytes, job.source.checkpoint, job.source.revision]
 constants.HF_HUB_OFFLINE = True

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foresight.engines.errors import InvalidRequest
 from foresight.exporter.graph import graph_from_module
-from foresight.exporter.models.base import MASKED, Request
+from foresight.exporter.models.base import MASKED, ExportRequest
 from foresight.exporter.models.open_sora import parts, presets, schedule, stdit3, vae
 from foresight.exporter.sampler import steps_from_scheduler
 from tests.exporter.open_sora import LATENTS, SMALL_VAE, TOLERANCE, pattern, small_transformer, small_vae
@@ -263,17 +263,17 @@ def test_all_sizes_of_a_row_and_of_a_column_are_alike() -> None:
 def test_two_seconds_have_the_published_latents(
     resolution: str, latents: tuple[int, ...], patches: tuple[int, int]
 ) -> None:
-    size = presets.video_size(Request(resolution=resolution, aspect="9:16", duration="2s"), PUBLISHED_VAE)
+    size = presets.video_size(ExportRequest(resolution=resolution, aspect="9:16", duration="2s"), PUBLISHED_VAE)
     assert size.latents(PUBLISHED_VAE) == latents
     assert stdit3.STDiT3Config().patches(*latents[2:]) == patches
 
 
 def test_who_asks_for_nothing_gets_the_default() -> None:
-    assert presets.video_size(Request(), PUBLISHED_VAE) == presets.VideoSize(240, 426, 51)
-    assert presets.video_size(Request(duration="16s"), PUBLISHED_VAE) == presets.VideoSize(240, 426, 408)
-    assert presets.video_size(Request(aspect="1:1"), PUBLISHED_VAE) == presets.VideoSize(320, 320, 51)
+    assert presets.video_size(ExportRequest(), PUBLISHED_VAE) == presets.VideoSize(240, 426, 51)
+    assert presets.video_size(ExportRequest(duration="16s"), PUBLISHED_VAE) == presets.VideoSize(240, 426, 408)
+    assert presets.video_size(ExportRequest(aspect="1:1"), PUBLISHED_VAE) == presets.VideoSize(320, 320, 51)
     small = presets.VideoSize(32, 32, 17)
-    assert presets.video_size(Request(width=48), SMALL_VAE, small) == presets.VideoSize(32, 48, 17)
+    assert presets.video_size(ExportRequest(width=48), SMALL_VAE, small) == presets.VideoSize(32, 48, 17)
 
 
 @pytest.mark.parametrize(
@@ -292,5 +292,5 @@ def test_who_asks_for_nothing_gets_the_default() -> None:
 )
 def test_other_sizes_are_refused_with_what_is_possible(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        presets.video_size(Request(**asked), PUBLISHED_VAE)
+        presets.video_size(ExportRequest(**asked), PUBLISHED_VAE)
     assert message in str(caught.value)

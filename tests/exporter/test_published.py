@@ -16,8 +16,8 @@ from benchmarks.published import PUBLISHED, write_published
 from foresight.engines.manifest import DTYPE_BYTES
 from foresight.exporter.export import OPSET, TOLERANCES, check_part, graph_from_plan, part_from_plan
 from foresight.exporter.graph import write_graph
-from foresight.exporter.models import REGISTRY
 from foresight.exporter.models.base import assign_parameters
+from foresight.exporter.registry import REGISTRY
 from tests.support import Outcome
 
 # blocks, parameters of the transformer, and bytes of the cache of one guided prompt in 16 bits

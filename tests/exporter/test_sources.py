@@ -16,7 +16,7 @@ from transformers import T5EncoderModel
 
 from foresight.engines.errors import CheckpointError, InvalidRequest
 from foresight.exporter.checkpoint import Checkpoint, find_checkpoint
-from foresight.exporter.export import Export, Request
+from foresight.exporter.export import Export, ExportRequest
 from tests.support import Outcome, copy_bundle, edit_manifest
 
 CLASSES: dict[str, Any] = {
@@ -91,7 +91,7 @@ def test_a_variant_is_read_where_it_is_asked_for(empty: Path, component: str, sh
 
 def test_components_without_the_variant_are_read_as_ever(copied: Path) -> None:
     whole(copied, "vae").rename(whole(copied, "vae", "fp16"))
-    job = Export("latte", Request(), str(copied), copied.parent / "bundle", variant="fp16")
+    job = Export("latte", ExportRequest(), str(copied), copied.parent / "bundle", variant="fp16")
     assert job.plan().variant == "fp16"
 
 
@@ -116,7 +116,7 @@ def test_a_variant_alone_is_refused_with_the_option_that_reads_it(
 
 def test_the_variant_that_was_read_is_recorded(copied: Path) -> None:
     whole(copied, "vae").rename(whole(copied, "vae", "fp16"))
-    source = Export("latte", Request(), str(copied), variant="fp16").source
+    source = Export("latte", ExportRequest(), str(copied), variant="fp16").source
     assert (source.variant, source.revision) == ("fp16", None)
 
 
@@ -131,7 +131,7 @@ def test_revision_and_variant_are_shown(
 @pytest.mark.parametrize("variant", ["fp8", "ema"])
 def test_a_variant_that_nothing_has_is_refused(copied: Path, variant: str) -> None:
     with pytest.raises(CheckpointError, match=f"no component has the variant {variant}.*leave --variant out"):
-        Export("latte", Request(), str(copied), copied.parent / "bundle", variant=variant).plan()
+        Export("latte", ExportRequest(), str(copied), copied.parent / "bundle", variant=variant).plan()
 
 
 def test_a_variant_in_another_format_is_refused(copied: Path) -> None:
@@ -240,7 +240,7 @@ def test_what_is_no_file_is_found_before_anything_is_written(
 ) -> None:
     damage(copied / name)
     with pytest.raises(CheckpointError, match=rf"^checkpoint [^\n]*{name.name} {told}"):
-        Export("latte", Request(), str(copied), copied.parent / "bundle").plan()
+        Export("latte", ExportRequest(), str(copied), copied.parent / "bundle").plan()
 
 
 def test_a_dangling_link_is_not_passed_over_for_the_next_file(empty: Path) -> None:

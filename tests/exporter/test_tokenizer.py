@@ -10,7 +10,7 @@ import sentencepiece
 
 from foresight.exporter.checkpoint import Checkpoint
 from foresight.exporter.models import split_checkpoint
-from foresight.exporter.models.base import Request
+from foresight.exporter.models.base import ExportRequest
 from foresight.runtime.text import Tokenizer
 
 CAPTIONS = [
@@ -47,7 +47,7 @@ def sentencepiece_only(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def test_its_tokens_are_those_of_sentencepiece(sentencepiece_only: Path, tmp_path: Path) -> None:
-    split = split_checkpoint("latte", Checkpoint("published", sentencepiece_only), Request())
+    split = split_checkpoint("latte", Checkpoint("published", sentencepiece_only), ExportRequest())
     written = tmp_path / "tokenizer.json"
     written.write_text(split.tokenizer(), encoding="utf-8")
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_only / "tokenizer" / "spiece.model"))

@@ -17,9 +17,9 @@ from ....engines.manifest import Dtype, Shape, TensorSpec, Text
 from ...checkpoint import Checkpoint
 from ..base import (
     TORCH_DTYPES,
+    ExportRequest,
     Input,
     PartPlan,
-    Request,
     Split,
     StagePlan,
     chunks_of,
@@ -46,7 +46,7 @@ ENCODERS = tuple(
 OLD_ATTENTION = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"))
 
 
-def split(checkpoint: Checkpoint, request: Request) -> Split:
+def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
     """Take an Open-Sora 1.2 checkpoint apart. Raises CheckpointError, InvalidRequest."""
     kind = checkpoint.config("transformer").get("model_type")
     if kind != "STDiT3":
@@ -129,7 +129,7 @@ def _check_rotations(checkpoint: Checkpoint, transformer: STDiT3) -> None:
         )
 
 
-def _shape(size: VideoSize, vae: VideoVAE, request: Request) -> Shape:
+def _shape(size: VideoSize, vae: VideoVAE, request: ExportRequest) -> Shape:
     latents = size.latents(vae.config)
     factor = vae.config.space_factor
     return Shape(

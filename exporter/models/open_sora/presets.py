@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ....engines.errors import InvalidRequest
-from ..base import Request, untrained
+from ..base import ExportRequest, untrained
 from .vae import CHANNELS, VideoVAEConfig
 
 RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p")
@@ -70,7 +70,7 @@ def preset_frames(duration: str) -> int:
     return DURATIONS[duration]
 
 
-def video_size(request: Request, vae: VideoVAEConfig, default: VideoSize = DEFAULT_SIZE) -> VideoSize:
+def video_size(request: ExportRequest, vae: VideoVAEConfig, default: VideoSize = DEFAULT_SIZE) -> VideoSize:
     """What a request asks for, by names or by numbers. Raises InvalidRequest, with the range that is allowed."""
     _refuse_both("resolution and aspect", (request.resolution, request.aspect), (request.height, request.width))
     _refuse_both("duration", (request.duration,), (request.frames,))
