@@ -54,7 +54,10 @@ class Decider(Protocol):
 
 
 class Policy(Protocol):
-    """An immutable setting. `cache` says what is cached: a block's output, or what it adds to the stream."""
+    """An immutable setting. `cache` says what is cached: a block's output, or what it adds to the stream.
+
+    A dataclass; each field's metadata has its `help`, and as `default` words for a default that is None.
+    """
 
     name: ClassVar[str]
 
@@ -70,7 +73,7 @@ class NoReuse:
     """Every block runs in every step."""
 
     name: ClassVar[str] = "none"
-    cache: CacheMode = "output"
+    cache: CacheMode = field(default="output", metadata={"help": "What is cached: output or residual."})
 
     def __post_init__(self) -> None:
         _check_cache(self.cache)
@@ -84,9 +87,11 @@ class NoReuse:
 class Cycle:
     """When reuse is allowed: after `warmup` steps (None: 15 % of all) the first `reuse_steps` of every `interval`."""
 
-    reuse_steps: int = 1
-    interval: int = 2
-    warmup: int | None = None
+    reuse_steps: int = field(default=1, metadata={"help": "Steps of a cycle that may reuse."})
+    interval: int = field(default=2, metadata={"help": "Steps of a cycle."})
+    warmup: int | None = field(
+        default=None, metadata={"help": "Steps before any reuse.", "default": f"{100 * WARMUP_SHARE:.0f} % of all"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("reuse_steps", "interval", "warmup"):
@@ -120,7 +125,7 @@ class Static(Cycle):
     """All blocks are reused in every step that the cycle allows, whatever they measure."""
 
     name: ClassVar[str] = "static"
-    cache: CacheMode = "output"
+    cache: CacheMode = field(default="output", metadata={"help": "What is cached: output or residual."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,8 +147,8 @@ class Foresight(Cycle):
     """
 
     name: ClassVar[str] = "foresight"
-    gamma: float = 0.5
-    cache: CacheMode = "output"
+    gamma: float = field(default=0.5, metadata={"help": "More is faster and less exact, up to 2."})
+    cache: CacheMode = field(default="output", metadata={"help": "What is cached: output or residual."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
