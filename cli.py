@@ -534,7 +534,7 @@ def verify(bundle: Path | None, as_json: bool, verbose: bool, debug: bool) -> No
 def env(as_json: bool, verbose: bool, debug: bool) -> None:
     """Show this machine, the libraries that are installed, and what can be run."""
     _log(verbose)
-    from foresight.runtime.environment import describe_environment
+    from foresight.engines.environment import describe_environment
 
     found = describe_environment()
     lines = [

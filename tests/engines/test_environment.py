@@ -8,7 +8,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from foresight.runtime.environment import describe_environment
+from foresight.engines.environment import describe_environment
 
 ROOT = Path(__file__).parents[2]
 SIMULATED = ROOT / "tests" / "simulation" / "modules"
@@ -69,7 +69,7 @@ def test_a_gpu_alone_runs_nothing(modules: Path, monkeypatch: pytest.MonkeyPatch
     """A backend has to know it: here neither TensorRT nor ONNX Runtime does."""
     simulate(modules, "cupy")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr("foresight.runtime.environment.MODULES", {"tensorrt": ("tensorrt_that_is_not_installed",)})
+    monkeypatch.setattr("foresight.engines.environment.MODULES", {"tensorrt": ("tensorrt_that_is_not_installed",)})
     assert describe_environment()["can"]["run on"] == ["cpu"]
 
 

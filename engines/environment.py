@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
-from ..engines.errors import one_line
-from ..engines.onnxruntime import available_cores
-from ..engines.tensorrt import MODULES
+from .errors import one_line
+from .onnxruntime import available_cores
+from .tensorrt import MODULES
 
 LIBRARIES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "msgspec", "av", "pillow", "jinja2",
