@@ -20,7 +20,7 @@ import msgspec
 
 from .apart import Apart, Crashed
 from .arrays import Arrays
-from .bundle import Bundle, empty_folder, file_record, sole_writer, verify_files, write_atomically
+from .bundle import Bundle, verify_files
 from .compiled import (
     INDEX,
     INDEX_SCHEMA,
@@ -34,6 +34,7 @@ from .compiled import (
     verify_compiled,
 )
 from .errors import BundleError, EngineError, IntegrityError, InvalidRequest, OutputError
+from .files import empty_folder, file_record, sole_writer, write_atomically
 from .manifest import part_files
 from .tensorrt import MODULES, BuildSettings, Plan, Profile, build_plan, find_target, profile_of
 

@@ -8,25 +8,22 @@ bundle came from is for the reader to know.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from .consistency import contradictions
-from .errors import BundleError, IntegrityError, InvalidRequest, OutputError, one_line
+from .errors import BundleError, IntegrityError, InvalidRequest, one_line
 from .limits import MANIFEST_BYTES, MOST_NAME, excesses
-from .manifest import FileRecord, Manifest, part_files
+from .manifest import Manifest, part_files
 from .progress import Counter, OnProgress
-from .verify import CHUNK, Stamp, changed, read_small, read_unchanged, unreadable, verify_file
+from .verify import Stamp, changed, read_small, read_unchanged, unreadable, verify_file
 from .wording import command
 
 SCHEMA = 3
@@ -182,52 +179,6 @@ def check_compiled_folder(bundle: Path) -> None:
                 f"bundle {bundle}: {entry.relative_to(bundle)} is a link or no folder, where compiled engines lie; "
                 "remove it"
             )
-
-
-def file_record(path: Path, told: Callable[[int], object] = lambda count: None) -> FileRecord:
-    """Size and hash of a file as they are now; `told` how many more bytes were read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            told(len(chunk))
-    return FileRecord(bytes=path.stat().st_size, sha256=digest.hexdigest())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that, whatever happens, it has either its old content or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Make a folder, if need be, and be the only process that writes to it. Raises OutputError where another one does.
-
-    The lock goes with the process, however that ends.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"{folder}: another process is writing to it; wait for that, or choose another --output"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def empty_folder(folder: Path) -> None:
-    """Remove everything in a folder, but not the folder: a lock may be held on it."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def check_request_shape(manifest: Manifest, height: int | None, width: int | None, frames: int | None) -> None:

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import WeakSet
 
 from .arrays import Array, GpuArrays, create_arrays, gpu_facts, numpy_dtype, parse_device, select_device
-from .bundle import Bundle, write_atomically
+from .bundle import Bundle
 from .compiled import Compiled, find_compiled
 from .errors import BundleError, EngineError, InvalidRequest, one_line
+from .files import write_atomically
 from .manifest import Part, TensorSpec
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..engines.bundle import file_record
 from ..engines.errors import CheckpointError, InvalidRequest, one_line
+from ..engines.files import file_record
 from ..engines.progress import Counter, OnProgress
 from .hub import HubFiles, Place, Repository, place_from_url
 from .weights import DOWNLOAD_AGAIN, Files, LocalFiles, Source, Stored, check_file, find_source, read_headers, read_json

@@ -32,16 +32,13 @@ from ..engines.bundle import (
     MANIFEST,
     SCHEMA,
     Bundle,
-    empty_folder,
-    file_record,
     mark_as_newest,
     open_bundle,
     refuse_inside_bundle,
-    sole_writer,
     verify_files,
-    write_atomically,
 )
 from ..engines.errors import BundleError, ExportError, IntegrityError, InvalidRequest, OutputError
+from ..engines.files import empty_folder, file_record, sole_writer, write_atomically
 from ..engines.manifest import (
     DTYPE_BYTES,
     FileRecord,

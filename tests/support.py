@@ -19,9 +19,10 @@ from benchmarks.checkpoints import random_latte
 from foresight.engines.arrays import Array, Arrays
 from foresight.engines.backend import Backend, Engine, create_backend
 from foresight.engines.build import build_apart, build_engines
-from foresight.engines.bundle import MANIFEST, Bundle, file_record, open_bundle
+from foresight.engines.bundle import MANIFEST, Bundle, open_bundle
 from foresight.engines.compiled import Compiled
 from foresight.engines.errors import EngineError
+from foresight.engines.files import file_record
 from foresight.engines.interrupt import WATCH
 from foresight.engines.manifest import Part
 from foresight.engines.onnxruntime import OnnxRuntimeBackend

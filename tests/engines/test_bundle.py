@@ -19,18 +19,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from foresight.engines import bundle as bundle_module
 from foresight.engines.bundle import (
     MANIFEST,
     SCHEMA,
     check_request_shape,
-    file_record,
     newest_bundle,
     open_bundle,
-    sole_writer,
     verify_files,
 )
-from foresight.engines.errors import BundleError, ForesightError, IntegrityError, InvalidRequest, OutputError
+from foresight.engines.errors import BundleError, ForesightError, IntegrityError, InvalidRequest
 from foresight.engines.manifest import Manifest
 from foresight.runtime.pipeline import load
 from tests.support import Json, copy_bundle, edit_manifest, json_paths, read_manifest, vouch_for
@@ -91,13 +88,6 @@ def test_parts_come_in_the_order_in_which_a_request_runs_them(bundle: Path) -> N
 def test_cache_bytes_are_the_stream_times_the_blocks(bundle: Path) -> None:
     frames, tokens, dim, fp32 = 3, 16, 40, 4
     assert open_bundle(bundle).manifest.cache_bytes(2) == 2 * len(BLOCKS) * frames * tokens * dim * fp32
-
-
-def test_a_file_record_is_size_and_sha256(tmp_path: Path) -> None:
-    (tmp_path / "abc").write_bytes(b"abc")
-    record = file_record(tmp_path / "abc")
-    assert record.bytes == 3
-    assert record.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 # Where there is no bundle
@@ -613,18 +603,3 @@ def test_other_sizes_are_refused_with_the_flag_to_export_with(bundle: Path, name
     wanted: dict[str, int | None] = {"height": None, "width": None, "frames": None, name: 64}
     with pytest.raises(InvalidRequest, match=rf"{name}: got 64, but .* export again with --{name} 64"):
         check_request_shape(open_bundle(bundle).manifest, **wanted)
-
-
-def test_one_process_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "bundle.partial"
-    with sole_writer(folder):
-        (folder / "nested").mkdir()
-        (folder / "nested" / "file").touch()
-        with pytest.raises(OutputError, match=r"bundle\.partial: another process is writing to it; wait for that"):
-            sole_writer(folder).__enter__()
-        bundle_module.empty_folder(folder)
-        assert list(folder.iterdir()) == []
-    with sole_writer(folder):
-        folder.rename(tmp_path / "bundle")
-    with sole_writer(folder):
-        assert folder.is_dir()
