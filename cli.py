@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from foresight.commands.outputs import Targets
     from foresight.engines.bundle import Bundle
     from foresight.engines.compiled import Compiled
-    from foresight.engines.tensorrt import BuildSettings
+    from foresight.engines.tensorrt.compiler import BuildSettings
     from foresight.evaluation.comparison import Comparison
     from foresight.runtime.pipeline import VideoPipeline
     from foresight.runtime.policies import Policy
@@ -260,7 +260,7 @@ def build(
     """Compile a bundle's engines for this machine; goes on where it was interrupted."""
     _log(verbose)
     from foresight.engines.bundle import newest_bundle, open_bundle
-    from foresight.engines.tensorrt import BuildSettings
+    from foresight.engines.tensorrt.compiler import BuildSettings
 
     _check_compiler(backend)
     settings = BuildSettings(level=level, workspace_bytes=None if workspace is None else workspace * MEBI)
@@ -546,13 +546,13 @@ def env(as_json: bool, verbose: bool, debug: bool) -> None:
 
 def _check_target(backend: str) -> None:
     """Before anything is written: can this machine build for that backend at all? Raises EngineError."""
-    from foresight.engines.tensorrt import find_target
+    from foresight.engines.tensorrt.library import find_target
 
     find_target(backend)
 
 
 def _check_compiler(backend: str) -> None:
-    from foresight.engines.tensorrt import MODULES
+    from foresight.engines.tensorrt.library import MODULES
 
     if backend not in MODULES:
         raise InvalidRequest(f"backend: got {backend!r}, expected one that compiles: {', '.join(MODULES)}")

@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.common import finish, table
 from benchmarks.published import PUBLISHED, write_published
 from foresight.engines.build import build_apart
-from foresight.engines.tensorrt import BuildSettings, Profile, profile_of
+from foresight.engines.tensorrt.compiler import BuildSettings, ShapeRanges, shape_ranges
 from foresight.exporter.checkpoint import Checkpoint
 from foresight.exporter.export import graph_from_plan, part_from_plan
 from foresight.exporter.graph import write_graph
@@ -60,7 +60,7 @@ class Block:
 
     kind: str
     graph: Path
-    profile: Profile
+    shapes: ShapeRanges
     score_bytes: int
 
 
@@ -83,8 +83,8 @@ def real_blocks(case: Case, work: Path, dtype: str, opset: int, count: int = 1) 
         folder.mkdir()
         for seed in range(count):
             write_graph(graph, _random(plan, seed), folder / "block.onnx")
-            profile = profile_of(part_from_plan(plan), split.ranges)
-            yield Block(kind, folder / "block.onnx", profile, _score_bytes(kind, profile, heads))
+            shapes = shape_ranges(part_from_plan(plan), split.ranges)
+            yield Block(kind, folder / "block.onnx", shapes, _score_bytes(kind, shapes, heads))
 
 
 def _random(plan: PartPlan, seed: int) -> Any:
@@ -97,11 +97,11 @@ def _random(plan: PartPlan, seed: int) -> Any:
     return weight
 
 
-def _score_bytes(kind: str, profile: Profile, heads: int) -> int:
+def _score_bytes(kind: str, shapes: ShapeRanges, heads: int) -> int:
     """Of 16-bit scores: within frames, across them, or over the tokens of all of them and of the text."""
-    _, _, shape = profile["hidden"]
+    _, _, shape = shapes["hidden"]
     if len(shape) == 3:
-        rows, length = shape[0], shape[1] + profile["text"][2][1]
+        rows, length = shape[0], shape[1] + shapes["text"][2][1]
     else:
         rows, frames, tokens, _ = shape
         rows, length = (rows * frames, tokens) if kind == "spatial" else (rows * tokens, frames)
@@ -112,7 +112,7 @@ def measure(case: Case, work: Path, dtype: str, opset: int) -> list[dict[str, An
     """Export and build a model's blocks in one dtype and opset."""
     rows = []
     for block in real_blocks(case, work, dtype, opset):
-        built = build_apart(RTX, block.graph, block.profile, BuildSettings())
+        built = build_apart(RTX, block.graph, block.shapes, BuildSettings())
         rows.append(
             {
                 "model": case.title,

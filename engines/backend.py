@@ -59,8 +59,8 @@ class Backend(Protocol):
 # name -> (module, factory, default device); the factory takes (device, threads, cuda_graphs, shared_weights).
 REGISTRY: dict[str, tuple[str, str, str]] = {
     "onnxruntime": ("onnxruntime", "OnnxRuntimeBackend", "cpu"),
-    "tensorrt": ("tensorrt", "TensorRTBackend", "cuda"),
-    "tensorrt-rtx": ("tensorrt", "TensorRTRTXBackend", "cuda"),
+    "tensorrt": ("tensorrt.backend", "TensorRTBackend", "cuda"),
+    "tensorrt-rtx": ("tensorrt.backend", "TensorRTRTXBackend", "cuda"),
     "reference": ("reference", "ReferenceBackend", "cpu"),
 }
 
@@ -81,7 +81,7 @@ def choose_backend(bundle: Bundle, device: str | None = None) -> str:
     candidates = [name for name in REGISTRY if name in built]
     if parse_device(device)[0] != "cuda" or not candidates:
         return DEFAULT
-    from .tensorrt import find_target
+    from .tensorrt.library import find_target
 
     try:
         create_arrays(device)

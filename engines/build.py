@@ -36,7 +36,8 @@ from .compiled import (
 from .errors import BundleError, EngineError, IntegrityError, InvalidRequest, OutputError
 from .files import empty_folder, file_record, sole_writer, write_atomically
 from .manifest import part_files
-from .tensorrt import MODULES, BuildSettings, Plan, Profile, build_plan, find_target, profile_of
+from .tensorrt.compiler import BuildSettings, Plan, ShapeRanges, build_plan, shape_ranges
+from .tensorrt.library import MODULES, find_target
 
 log = logging.getLogger("foresight")
 
@@ -113,7 +114,7 @@ def _build_missing(
                 build_apart,
                 index.backend,
                 bundle.file(part.graph),
-                profile_of(part, bundle.manifest.ranges),
+                shape_ranges(part, bundle.manifest.ranges),
                 settings,
                 cache,
                 device,
@@ -153,7 +154,7 @@ def _write_plan(path: Path, plan: Plan) -> CompiledPart:
 def build_apart(
     backend: str,
     graph: Path,
-    profile: Profile,
+    shapes: ShapeRanges,
     settings: BuildSettings,
     timing_cache: Path | None = None,
     device: str = "cuda",
@@ -161,7 +162,7 @@ def build_apart(
 ) -> Plan:
     """`build_plan` in a process of its own. Raises EngineError, also where the library crashes."""
     try:
-        return (apart or Apart()).call(build_plan, backend, graph, profile, settings, timing_cache, device)
+        return (apart or Apart()).call(build_plan, backend, graph, shapes, settings, timing_cache, device)
     except Crashed as error:
         raise EngineError(
             f"{graph.stem}: {backend} crashed while building {graph.name}; see whether memory was short"

@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import one_line
 from .onnxruntime import available_cores
-from .tensorrt import MODULES
+from .tensorrt.library import MODULES
 
 LIBRARIES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "msgspec", "av", "pillow", "jinja2",
@@ -25,10 +25,10 @@ NO_GPU = "none"
 RUNS = "runs engines"
 ASK = """
 import json, sys
-from foresight.engines import {module}
 from foresight.engines.errors import ForesightError
+from foresight.engines.{module} import {function}
 try:
-    print(json.dumps({module}.{call}))
+    print(json.dumps({function}({argument!r})))
 except ForesightError as error:
     sys.exit(str(error))
 """
@@ -60,7 +60,7 @@ def _gpu() -> str:
     """The first GPU, or "none" and the reason why."""
     if importlib.util.find_spec("cupy") is None:
         return f"{NO_GPU}: CuPy is not installed; install foresight-engines[cuda]"
-    found = _ask("arrays", "gpu_facts('cuda')")
+    found = _ask("arrays", "gpu_facts", "cuda")
     if isinstance(found, str):
         return f"{NO_GPU}: {found}"
     return f"{found['gpu']}, compute capability {found['compute_capability']}, CUDA {found['cuda']}"
@@ -70,15 +70,15 @@ def _probe(backend: str) -> str:
     """What a TensorRT library does here."""
     if not any(importlib.util.find_spec(module) for module in MODULES[backend]):
         return "not installed"
-    found = _ask("tensorrt", f"probe({backend!r})")
+    found = _ask("tensorrt.library", "probe", backend)
     if isinstance(found, str):
         return found
     return f"{found['version']}; builds engines: {found['builds engines']}; {RUNS}: {found['runs engines']}"
 
 
-def _ask(module: str, call: str) -> dict[str, str] | str:
+def _ask(module: str, function: str, argument: str) -> dict[str, str] | str:
     """What a function of the engines returns, or why it does not, in a process of its own, which it may take down."""
-    command = [sys.executable, "-c", ASK.format(module=module, call=call)]
+    command = [sys.executable, "-c", ASK.format(module=module, function=function, argument=argument)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:

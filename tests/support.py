@@ -27,7 +27,9 @@ from foresight.engines.interrupt import WATCH
 from foresight.engines.manifest import Part
 from foresight.engines.onnxruntime import OnnxRuntimeBackend
 from foresight.engines.reference import ReferenceBackend
-from foresight.engines.tensorrt import MODULES, BuildSettings, TensorRTBackend, profile_of
+from foresight.engines.tensorrt.backend import TensorRTBackend
+from foresight.engines.tensorrt.compiler import BuildSettings, shape_ranges
+from foresight.engines.tensorrt.library import MODULES
 from foresight.runtime.pipeline import VideoPipeline
 
 Floats = npt.NDArray[np.float32]
@@ -171,8 +173,8 @@ def load_graph(backend: Backend, graph: Path, part: Part) -> Engine:
         return backend.load_graph(graph, part)
     assert isinstance(backend, TensorRTBackend)
     dims = {dim for spec in part.inputs for dim in spec.shape if isinstance(dim, str)}
-    profile = profile_of(part, dict.fromkeys(("batch", *dims), (1, 8)))
-    return backend.load_plan(build_apart(backend.name, graph, profile, BuildSettings()).data, part)
+    shapes = shape_ranges(part, dict.fromkeys(("batch", *dims), (1, 8)))
+    return backend.load_plan(build_apart(backend.name, graph, shapes, BuildSettings()).data, part)
 
 
 def fail_at(call: int, wanted: Callable[[str], bool] = lambda part: True) -> Callable[[str, Mapping[str, Array]], None]:

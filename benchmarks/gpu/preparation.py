@@ -126,7 +126,7 @@ def check_backend(backend: str, device: str) -> None:
     usable, does not mean that the one knows the other: so it has to load the smallest of plans.
     """
     from foresight.engines.backend import create_backend
-    from foresight.engines.tensorrt import MODULES, probe
+    from foresight.engines.tensorrt.library import MODULES, probe
 
     create_backend(backend, device)
     runs = probe(backend)["runs engines"] if backend in MODULES else "yes"
@@ -202,13 +202,13 @@ def build_blocks(setup: Setup, backend: str, jobs: int) -> dict[str, Any]:
 def build_graph(setup: Setup, backend: str) -> dict[str, Any]:
     """Build the plan of the whole transformer, or find it; returns what it took."""
     from foresight.engines.build import build_apart
-    from foresight.engines.tensorrt import BuildSettings, profile_of
+    from foresight.engines.tensorrt.compiler import BuildSettings, shape_ranges
 
     path = setup.plan_path(backend)
     facts = path.with_suffix(".json")
     if not facts.exists():
-        profile = profile_of(setup.transformer, setup.manifest.ranges)
-        plan = build_apart(backend, setup.graph, profile, BuildSettings(), device=setup.device)
+        shapes = shape_ranges(setup.transformer, setup.manifest.ranges)
+        plan = build_apart(backend, setup.graph, shapes, BuildSettings(), device=setup.device)
         path.write_bytes(plan.data)
         made = {
             "seconds": plan.seconds,

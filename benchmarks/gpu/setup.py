@@ -63,7 +63,7 @@ class Setup:
     def plan_path(self, backend: str) -> Path:
         """Where the plan of the whole transformer for this device lies. Raises EngineError."""
         from foresight.engines.compiled import fingerprint
-        from foresight.engines.tensorrt import find_target
+        from foresight.engines.tensorrt.library import find_target
 
         return self.graph.with_name(f"{backend}-{fingerprint(find_target(backend, self.device))}.plan")
 

@@ -117,7 +117,7 @@ def graph_step(setup: Setup, backend_name: str, cuda_graphs: bool) -> Step:
 def load_whole(setup: Setup, backend: Backend, part: Part) -> Engine:
     """The engine of the whole transformer, which lies in no bundle. Raises EngineError."""
     from foresight.engines.onnxruntime import OnnxRuntimeBackend
-    from foresight.engines.tensorrt import TensorRTBackend
+    from foresight.engines.tensorrt.backend import TensorRTBackend
 
     if isinstance(backend, TensorRTBackend):
         return backend.load_plan(setup.plan_path(backend.name).read_bytes(), part)

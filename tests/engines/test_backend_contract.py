@@ -19,7 +19,7 @@ from foresight.engines.arrays import create_arrays
 from foresight.engines.backend import REGISTRY, Backend, Engine, create_backend
 from foresight.engines.errors import EngineError, ForesightError, InvalidRequest
 from foresight.engines.manifest import Dtype, Part, TensorSpec
-from foresight.engines.tensorrt import MODULES
+from foresight.engines.tensorrt.library import MODULES
 from tests.support import BACKEND, load_graph
 
 ONNX_TYPES = {

@@ -29,7 +29,8 @@ from foresight.engines.compiled import (
     verify_compiled,
 )
 from foresight.engines.errors import BundleError, EngineError, IntegrityError, InvalidRequest
-from foresight.engines.tensorrt import BuildSettings, find_target
+from foresight.engines.tensorrt.compiler import BuildSettings
+from foresight.engines.tensorrt.library import find_target
 from foresight.exporter.export import Export, ExportRequest
 from foresight.exporter.registry import REGISTRY
 from foresight.runtime.memory import plan_memory

@@ -16,7 +16,7 @@ from benchmarks.engine_build import CASES, RTX, Block, Case, real_blocks
 from foresight.engines.build import build_apart
 from foresight.engines.compiled import INDEX_SCHEMA, Compiled, CompiledPart, Index
 from foresight.engines.manifest import FileRecord
-from foresight.engines.tensorrt import BuildSettings, Plan
+from foresight.engines.tensorrt.compiler import BuildSettings, Plan
 
 pytestmark = pytest.mark.rtx
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has wheels for Linux x86-64 only")
@@ -26,7 +26,7 @@ COG_BLOCKS = 30
 
 
 def build(block: Block) -> Plan:
-    return build_apart(RTX, block.graph, block.profile, BuildSettings())
+    return build_apart(RTX, block.graph, block.shapes, BuildSettings())
 
 
 @pytest.mark.parametrize("opset", [20, 23])
@@ -64,7 +64,7 @@ def test_scratch_grows_with_the_tokens_and_not_with_the_scores(
         for block in real_blocks(case, tmp_path, dtype, opset):
             built.setdefault(block.kind, []).append((block, build(block)))
     for kind, ((small, plan), (large, larger)) in built.items():
-        tokens = math.prod(large.profile["hidden"][2]) / math.prod(small.profile["hidden"][2])
+        tokens = math.prod(large.shapes["hidden"][2]) / math.prod(small.shapes["hidden"][2])
         assert tokens > 2
         assert larger.scratch_bytes < 1.1 * tokens * plan.scratch_bytes, f"{kind}: grows faster than the stream"
         if kind == "spatial":

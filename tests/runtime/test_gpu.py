@@ -12,7 +12,7 @@ from foresight.engines.arrays import GpuArrays, create_arrays
 from foresight.engines.backend import create_backend
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import EngineError
-from foresight.engines.tensorrt import MODULES
+from foresight.engines.tensorrt.library import MODULES
 from foresight.runtime.pipeline import VideoPipeline, load
 from foresight.runtime.policies import Foresight, NoReuse, Policy, Static
 from tests.engines.test_backend_contract import BIAS, WEIGHT, affine, draw

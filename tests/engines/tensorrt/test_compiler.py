@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import EngineError, InvalidRequest
-from foresight.engines.tensorrt import INSTALL, BuildSettings, Profile, build_plan, find_target, profile_of, use
+from foresight.engines.tensorrt.compiler import BuildSettings, ShapeRanges, build_plan, shape_ranges
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has wheels for Linux x86-64 only")
 
@@ -43,7 +41,7 @@ def write(tmp_path: Path) -> Write:
     return make
 
 
-def batch(low: int, usual: int, high: int) -> Profile:
+def batch(low: int, usual: int, high: int) -> ShapeRanges:
     return {"x": ((low, 8), (usual, 8), (high, 8))}
 
 
@@ -51,25 +49,32 @@ def relu(write: Write) -> Path:
     return write(helper.make_node("Relu", ["x"], ["y"]))
 
 
-def first_block(bundle: Path) -> tuple[Path, Profile]:
+def first_block(bundle: Path) -> tuple[Path, ShapeRanges]:
     opened = open_bundle(bundle)
     block = opened.manifest.blocks[0]
-    return opened.file(block.graph), profile_of(block, opened.manifest.ranges)
+    return opened.file(block.graph), shape_ranges(block, opened.manifest.ranges)
 
 
-def test_a_profile_spans_the_ranges_and_expects_one_guided_prompt(bundle: Path) -> None:
+def test_shapes_span_the_ranges_and_expects_one_guided_prompt(bundle: Path) -> None:
     opened = open_bundle(bundle)
     block = opened.manifest.blocks[0]
-    low, usual, high = profile_of(block, opened.manifest.ranges)["hidden"]
+    low, usual, high = shape_ranges(block, opened.manifest.ranges)["hidden"]
     assert (low[0], usual[0], high[0]) == (1, 2, 2 * opened.manifest.shape.max_batch)
     assert low[1:] == usual[1:] == high[1:]
+
+
+def test_parts_that_have_no_batch_have_shapes_too(demo_bundle: Path) -> None:
+    manifest = open_bundle(demo_bundle).manifest
+    stage = manifest.decoder[0]
+    low, _, high = shape_ranges(stage.first, manifest.ranges)["latents"]
+    assert low[stage.axis] == 1 and high[stage.axis] == max(stage.chunks)
 
 
 @pytest.mark.rtx
 def test_two_builds_of_one_block_give_the_same_plan(demo_half_bundle: Path) -> None:
     """But for a few bytes: the compiler leaves a count of its own in it that differs from build to build."""
-    graph, profile = first_block(demo_half_bundle)
-    one, other = (build_plan(RTX, graph, profile, BuildSettings()) for _ in range(2))
+    graph, shapes = first_block(demo_half_bundle)
+    one, other = (build_plan(RTX, graph, shapes, BuildSettings()) for _ in range(2))
     assert one.scratch_bytes == other.scratch_bytes > 0
     assert len(one.data) == len(other.data) > 1000
     differing = np.frombuffer(one.data, np.uint8) != np.frombuffer(other.data, np.uint8)
@@ -113,7 +118,7 @@ def test_mixed_types_are_refused_not_cast(write: Write) -> None:
         build_plan(RTX, graph, batch(1, 1, 1), BuildSettings())
 
 
-def test_a_profile_that_contradicts_itself_is_refused(write: Write) -> None:
+def test_shapes_that_contradict_each_other_are_refused(write: Write) -> None:
     with pytest.raises(EngineError, match=r"part: .*(?i:min|max|profile).*\(shapes"):
         build_plan(RTX, relu(write), batch(4, 2, 1), BuildSettings())
 
@@ -148,75 +153,3 @@ def test_a_build_works_after_one_that_failed(write: Write) -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(InvalidRequest, match=r"(level|workspace): got .*, expected"):
         BuildSettings(**settings)
-
-
-def test_rtx_plans_are_for_no_gpu_in_particular() -> None:
-    assert set(find_target(RTX)) == {"library", "system"}
-
-
-def test_a_process_works_with_one_library() -> None:
-    use(RTX)
-    with pytest.raises(EngineError, match="already uses tensorrt-rtx"):
-        use("tensorrt")
-
-
-def python(code: str) -> str:
-    """Run code in a fresh process, because a process keeps the library it began with; what it printed."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-
-
-def test_a_library_that_is_missing_is_named_with_its_remedy() -> None:
-    code = (
-        "import sys; sys.modules['tensorrt'] = None\n"
-        "from foresight.engines import tensorrt\n"
-        "try: tensorrt.use('tensorrt')\n"
-        "except tensorrt.EngineError as error: print(error)"
-    )
-    assert python(code).startswith("tensorrt: not installed") and INSTALL["tensorrt"] in python(code)
-
-
-def test_a_library_that_is_too_old_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "tensorrt.py").write_text("__version__ = '10.3.0'")
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from foresight.engines import tensorrt\n"
-        "try: tensorrt.use('tensorrt')\n"
-        "except tensorrt.EngineError as error: print(error)"
-    )
-    assert python(code).strip() == "tensorrt: got version 10.3.0, expected 10.16 or newer; upgrade it"
-
-
-def test_importing_the_backend_loads_no_library() -> None:
-    code = "import sys, foresight.engines.build; print([m for m in sys.modules if m.startswith('tensorrt')])"
-    assert python(code).strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    "call",
-    ["trt.BuilderFlag.FP16", "trt.Builder(logger).build_engine", "context.set_device_memory_v2(0, 1)", "trt.nothing"],
-)
-def test_stubs_refuse_what_tensorrt_11_does_not_have(call: str, stubs: Path, tmp_path: Path) -> None:
-    head = "import tensorrt as trt\ndef f(logger: trt.ILogger, context: trt.IExecutionContext) -> None:\n    "
-    (tmp_path / "wrong.py").write_text(head + call + "\n")
-    (tmp_path / "right.py").write_text(head + "context.set_device_memory(0, 1)\n")
-    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-tensorrt]\nignore_errors = true\n")
-    command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "wrong.py", "right.py"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={"MYPYPATH": str(stubs)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1 and "Found 1 error in 1 file" in done.stdout and "wrong.py:3" in done.stdout
-
-
-@pytest.fixture(scope="module")
-def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tensorrt.pyi, made from the installed library."""
-    folder = tmp_path_factory.mktemp("stubs")
-    subprocess.run([sys.executable, "-m", "tests.tensorrt_stubs", str(folder)], check=True)
-    return folder
-
-
-def test_parts_that_have_no_batch_have_a_profile_too(demo_bundle: Path) -> None:
-    manifest = open_bundle(demo_bundle).manifest
-    stage = manifest.decoder[0]
-    low, _, high = profile_of(stage.first, manifest.ranges)["latents"]
-    assert low[stage.axis] == 1 and high[stage.axis] == max(stage.chunks)
