@@ -25,7 +25,7 @@ from benchmarks.published import PUBLISHED, write_published
 from foresight.engines.build import build_apart
 from foresight.engines.tensorrt.compiler import BuildSettings, ShapeRanges, shape_ranges
 from foresight.exporter.checkpoint import Checkpoint
-from foresight.exporter.export import graph_from_plan, part_from_plan
+from foresight.exporter.export import graph_from_plan
 from foresight.exporter.graph import write_graph
 from foresight.exporter.models import split_checkpoint
 from foresight.exporter.models.base import ExportRequest, PartPlan, Split
@@ -83,7 +83,7 @@ def real_blocks(case: Case, work: Path, dtype: str, opset: int, count: int = 1) 
         folder.mkdir()
         for seed in range(count):
             write_graph(graph, _random(plan, seed), folder / "block.onnx")
-            shapes = shape_ranges(part_from_plan(plan), split.ranges)
+            shapes = shape_ranges(plan.part, split.ranges)
             yield Block(kind, folder / "block.onnx", shapes, _score_bytes(kind, shapes, heads))
 
 

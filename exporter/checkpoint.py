@@ -57,7 +57,7 @@ class Checkpoint:
         got = self._index.get("_class_name")
         if got != expected:
             raise CheckpointError(
-                f"checkpoint {self.name}: is a {got}, expected a {expected}; choose the --model it belongs to"
+                f"checkpoint {self.name}: is a {got}, expected a {expected}; choose the model it belongs to"
             )
         for component, class_name in components.items():
             entry = self._index.get(component) or [None, None]
@@ -142,7 +142,7 @@ class Checkpoint:
         if self.variant is not None and self.read_variant is None:
             raise CheckpointError(
                 f"checkpoint {self.name}: no component has the variant {self.variant}, expected files like "
-                f"model.{self.variant}.safetensors; leave --variant out"
+                f"model.{self.variant}.safetensors; leave variant out"
             )
 
     @property

@@ -11,23 +11,18 @@ import hashlib
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import msgspec
-import numpy as np
 import onnx
 import torch
 import transformers
-from torch import nn
 
 from ..engines import progress as told
-from ..engines.arrays import HostArray, numpy_dtype
 from ..engines.bundle import (
     MANIFEST,
     SCHEMA,
@@ -37,29 +32,26 @@ from ..engines.bundle import (
     refuse_inside_bundle,
     verify_files,
 )
-from ..engines.errors import BundleError, ExportError, IntegrityError, InvalidRequest, OutputError
+from ..engines.errors import BundleError, IntegrityError, InvalidRequest, OutputError
 from ..engines.files import empty_folder, file_record, sole_writer, write_atomically
 from ..engines.manifest import (
-    DTYPE_BYTES,
     FileRecord,
     Manifest,
     Part,
     Source,
     Stage,
-    TensorSpec,
-    largest_sizes,
     part_files,
     stream_bytes_per_row,
 )
-from ..engines.onnxruntime import OnnxRuntimeBackend
 from ..engines.progress import OnProgress, silent
+from .check import TOLERANCES, check_part
 from .checkpoint import Checkpoint, find_checkpoint
-from .coverage import check_coverage, has_any_weights
-from .graph import Graph, graph_from_module, widen, write_graph
-from .hub import cache_free_bytes, free_bytes, on_one_disk
+from .coverage import check_coverage
+from .graph import Graph, graph_from_module, write_graph
 from .models import split_checkpoint
 from .models.base import ExportRequest as ExportRequest  # what Export takes
-from .models.base import PartPlan, Split, assign_parameters
+from .models.base import PartPlan, Split, StagePlan, assign_parameters
+from .plan import ExportPlan, plan_export
 from .registry import find_model
 from .sampler import sampler_from_table, write_table
 
@@ -68,8 +60,6 @@ log = logging.getLogger("foresight")
 OPSET = 23
 STATE = "state.json"
 SAMPLER = "sampler.npz"
-# Largest difference from eager that passes, as a share of the largest value of the output (at least 1).
-TOLERANCES = {"fp32": 2e-4, "fp16": 4e-2, "bf16": 2e-3}
 
 Progress = Callable[[int, int, str], None]
 
@@ -93,31 +83,6 @@ class _State(msgspec.Struct, forbid_unknown_fields=True):
     key: str
     parts: dict[str, Part]
     files: dict[str, FileRecord]
-
-
-@dataclass(frozen=True)
-class ExportPlan:
-    """What an export would write; sizes in bytes. `cache_bytes` is for one prompt with guidance (two rows).
-
-    `download_bytes` is what has to be downloaded first, `revision` and `variant` what of the checkpoint is read.
-    """
-
-    model: str
-    checkpoint: str
-    output: str
-    dtype: str
-    opset: int
-    shape: dict[str, int]
-    parts: dict[str, int]
-    kinds: int
-    blocks: int
-    bundle_bytes: int
-    cache_bytes: int
-    free_disk_bytes: int
-    revision: str | None
-    variant: str | None
-    download_bytes: int
-    cautions: tuple[str, ...]
 
 
 class Export:
@@ -149,49 +114,9 @@ class Export:
         self.split: Split = split_checkpoint(self.row.family, self.checkpoint, self.request)
 
     def plan(self) -> ExportPlan:
-        """What `run` would do; writes nothing. Raises OutputError where that could not be written."""
+        """What `run` would do; writes nothing. Raises CheckpointError, OutputError where that could not be done."""
         _check_free(self.output)
-        checked = not self.checkpoint.is_local or has_any_weights(self.checkpoint)
-        if checked:
-            check_coverage(self.split, self.checkpoint)
-        parts = {plan.name: _weight_bytes(plan) for plan in self.split.parts}
-        rows = 2
-        cached = [plan.outputs[: len(self.split.streams)] for plan in self.split.blocks]
-        sizes = largest_sizes(self.split.ranges, batch=rows)
-        cache = sum(DTYPE_BYTES[s.dtype] * int(np.prod(s.resolve(sizes))) for specs in cached for s in specs)
-        free = free_bytes(self.output.absolute().parent)
-        download = self.checkpoint.download_bytes if checked else 0
-        shape = self.split.shape
-        return ExportPlan(
-            model=self.model,
-            checkpoint=self.checkpoint.name,
-            output=str(self.output),
-            dtype=self.request.dtype,
-            opset=self.opset,
-            shape={"height": shape.height, "width": shape.width, "frames": shape.frames, "max_batch": shape.max_batch},
-            parts=parts,
-            kinds=len({plan.kind for plan in self.split.blocks}),
-            blocks=len(self.split.blocks),
-            bundle_bytes=sum(parts.values()),
-            cache_bytes=cache,
-            free_disk_bytes=free,
-            revision=self.checkpoint.revision,
-            variant=self.checkpoint.read_variant if checked else None,
-            download_bytes=download,
-            cautions=(*self.split.cautions, *self._cautions_of_room(checked, download, sum(parts.values()), free)),
-        )
-
-    def _cautions_of_room(self, checked: bool, download: int, bundle: int, free: int) -> Iterator[str]:
-        if not checked:
-            yield f"checkpoint {self.checkpoint.name} has configurations alone; no weights were checked"
-        cache, room = cache_free_bytes()
-        here = self.output.absolute().parent
-        if download and on_one_disk(cache, here):
-            download, bundle = 0, download + bundle
-        if download > room:
-            yield f"the download takes {_mebi(download)}, and {cache} has {_mebi(room)} free; set HF_HOME elsewhere"
-        if bundle > free:
-            yield f"what is written takes {_mebi(bundle)}, and {here} has {_mebi(free)} free; choose another --output"
+        return plan_export(self.model, self.request.dtype, self.opset, self.checkpoint, self.split, self.output)
 
     def fetch(self) -> None:
         """Check the checkpoint by its headers, then download all that is read of it; a folder is there already.
@@ -310,11 +235,10 @@ class Export:
         doing.tell("writing")
         assign_parameters(plan.module, lambda name: plan.parameter(self.checkpoint, name))
         files = write_graph(graphs[plan.kind], plan.module.get_parameter, partial / f"{plan.name}.onnx")
-        part = part_from_plan(plan)
         doing.tell("checking")
-        difference = check_part(plan, part, files[0], TOLERANCES[self.request.dtype])
+        difference = check_part(plan, files[0], TOLERANCES[self.request.dtype])
         assign_parameters(plan.module, lambda name: plan.module.get_parameter(name).to("meta"))
-        return msgspec.structs.replace(part, max_difference=difference), files
+        return msgspec.structs.replace(plan.part, max_difference=difference), files
 
     def _write_tables(self, partial: Path, state: _State) -> None:
         """Tokenizer and sampler: done first, as they take a second and may be refused."""
@@ -327,8 +251,7 @@ class Export:
         write_atomically(partial / STATE, msgspec.json.encode(state))
 
     def _write_manifest(self, partial: Path, state: _State) -> None:
-        split = self.split
-        part = state.parts
+        split, parts = self.split, state.parts
         manifest = Manifest(
             schema=SCHEMA,
             model=self.model,
@@ -341,25 +264,17 @@ class Export:
             ranges=split.ranges,
             streams=split.streams,
             guidance_order=split.guidance_order,
-            text_encoder=part["text_encoder"],
-            condition=part["condition"],
-            prologue=part["prologue"],
-            blocks=tuple(part[plan.name] for plan in split.blocks),
-            epilogue=part["epilogue"],
-            decoder=tuple(
-                Stage(
-                    first=part[stage.first.name],
-                    next=None if stage.next is None else part[stage.next.name],
-                    axis=stage.axis,
-                    chunks=stage.chunks,
-                )
-                for stage in split.decoder
-            ),
+            text_encoder=parts["text_encoder"],
+            condition=parts["condition"],
+            prologue=parts["prologue"],
+            blocks=tuple(parts[plan.name] for plan in split.blocks),
+            epilogue=parts["epilogue"],
+            decoder=tuple(_stage_from_plan(stage, parts) for stage in split.decoder),
             text=split.text,
             sampler=sampler_from_table(partial / SAMPLER, split.scheduler()),
             defaults=self.row.defaults,
             cache_bytes_per_row={
-                plan.name: stream_bytes_per_row(part[plan.name], split.streams, split.ranges) for plan in split.blocks
+                plan.name: stream_bytes_per_row(parts[plan.name], split.streams, split.ranges) for plan in split.blocks
             },
             cautions=split.cautions,
             files=dict(sorted(state.files.items())),
@@ -370,18 +285,6 @@ class Export:
     def _generator(self) -> dict[str, str]:
         libraries = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "onnx": onnx}
         return {name: str(library.__version__) for name, library in libraries.items()}
-
-
-def part_from_plan(plan: PartPlan) -> Part:
-    """What the manifest says of a part, but for the difference from eager that a check will find."""
-    return Part(
-        name=plan.name,
-        kind=plan.kind,
-        graph=f"{plan.name}.onnx",
-        inputs=tuple(graph_input.spec for graph_input in plan.inputs),
-        outputs=plan.outputs,
-        max_difference=0.0,
-    )
 
 
 def graph_from_plan(plan: PartPlan, opset: int) -> Graph:
@@ -404,93 +307,14 @@ def graph_from_plan(plan: PartPlan, opset: int) -> Graph:
     )
 
 
-def check_part(plan: PartPlan, part: Part, graph: Path, tolerance: float) -> float:
-    """Run a written graph and the module's reference on the same random inputs; the largest absolute difference.
-
-    Every input is drawn on its own, at each of the plan's sizes. All references are computed before the graph is
-    loaded, so that one copy of the weights is in memory at a time. Raises ExportError where a difference is beyond
-    `tolerance` times the output's largest value.
-    """
-    cases = [(sizes, *_expected(plan, sizes, seed)) for seed, sizes in enumerate(plan.check_sizes)]
-    assign_parameters(plan.module, lambda name: plan.module.get_parameter(name).to("meta"))
-    with _runnable(plan, graph, part) as (runnable, part):
-        engine, worst = OnnxRuntimeBackend(optimize=False).load_graph(runnable, part), 0.0
-    for sizes, inputs, expected in cases:
-        outputs = {spec.name: np.empty(spec.resolve(sizes), numpy_dtype(spec.dtype)) for spec in part.outputs}
-        engine.run({name: _without_bf16(tensor).contiguous().numpy() for name, tensor in inputs.items()} | outputs)
-        for spec, reference in zip(part.outputs, expected, strict=True):
-            difference = float(np.abs(outputs[spec.name].astype(np.float32) - reference).max())
-            allowed = 1.0 if spec.dtype == "uint8" else tolerance * max(1.0, float(np.abs(reference).max()))
-            if not difference <= allowed:
-                raise ExportError(
-                    f"{part.name}: {spec.name} differs from eager by {difference:.3g}, expected at most {allowed:.3g} "
-                    f"at {dict(sizes)}; this version of torch.onnx exports it wrongly"
-                )
-            worst = max(worst, difference)
-    return worst
-
-
-def _expected(plan: PartPlan, sizes: Mapping[str, int], seed: int) -> tuple[dict[str, torch.Tensor], list[HostArray]]:
-    """Random inputs and what the reference makes of them; bf16 weights are computed with in fp32."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs = {i.spec.name: i.example(sizes, generator) for i in plan.inputs}
-    with torch.no_grad(), _in_fp32(plan.module):
-        results = plan.reference(**{name: _without_bf16(tensor).clone() for name, tensor in inputs.items()})
-    results = results if isinstance(results, tuple) else (results,)
-    return inputs, [result.float().numpy() for result in results]
-
-
-@contextmanager
-def _in_fp32(module: nn.Module) -> Iterator[None]:
-    """Compute with fp32 copies of a module's bf16 parameters and buffers for a while."""
-    owners: list[dict[str, Any]] = [owner for part in module.modules() for owner in (part._parameters, part._buffers)]
-    kept = [
-        (owner, name, value)
-        for owner in owners
-        for name, value in owner.items()
-        if value is not None and value.dtype == torch.bfloat16
-    ]
-    try:
-        for owner, name, value in kept:
-            wide = value.float()
-            owner[name] = nn.Parameter(wide, requires_grad=False) if isinstance(value, nn.Parameter) else wide
-        yield
-    finally:
-        for owner, name, value in kept:
-            owner[name] = value
-
-
-@contextmanager
-def _runnable(plan: PartPlan, graph: Path, part: Part) -> Iterator[tuple[Path, Part]]:
-    """The graph as a CPU can run it: bf16, which has no CPU kernels, is widened to fp32."""
-    if not any(parameter.dtype == torch.bfloat16 for parameter in plan.module.parameters()):
-        yield graph, part
-        return
-    with tempfile.TemporaryDirectory(dir=graph.parent, prefix="check-") as folder:
-        widen(graph, Path(folder) / graph.name)
-        specs = [tuple(_widened(spec) for spec in specs) for specs in (part.inputs, part.outputs)]
-        yield Path(folder) / graph.name, msgspec.structs.replace(part, inputs=specs[0], outputs=specs[1])
-
-
-def _widened(spec: TensorSpec) -> TensorSpec:
-    return msgspec.structs.replace(spec, dtype="fp32") if spec.dtype == "bf16" else spec
-
-
-def _without_bf16(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-
-
-def _weight_bytes(plan: PartPlan) -> int:
-    return sum(p.numel() * p.element_size() for p in plan.module.parameters())
+def _stage_from_plan(plan: StagePlan, parts: Mapping[str, Part]) -> Stage:
+    later = None if plan.next is None else parts[plan.next.name]
+    return Stage(first=parts[plan.first.name], next=later, axis=plan.axis, chunks=plan.chunks)
 
 
 def _public_name(checkpoint: Checkpoint) -> str:
     """A folder's name without the path that leads to it, which is nobody else's business."""
     return checkpoint.folder.name if Path(checkpoint.name).is_dir() else checkpoint.name
-
-
-def _mebi(size: int) -> str:
-    return f"{size / 2**20:.0f} MiB"
 
 
 def _is_as_recorded(path: Path, state: _State) -> bool:
@@ -503,7 +327,7 @@ def _check_free(output: Path) -> None:
     if output.is_dir() and ((output / MANIFEST).is_file() or not any(output.iterdir())):
         return
     if output.exists():
-        raise OutputError(f"export to {output}: something that is no bundle is there; choose another --output")
+        raise OutputError(f"export to {output}: something that is no bundle is there; choose another output")
 
 
 def _replace(partial: Path, output: Path) -> None:

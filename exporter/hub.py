@@ -139,14 +139,14 @@ class Repository:
             except SafetensorsParsingError as error:
                 raise CheckpointError(
                     f"checkpoint {self.name}: {path} is no safetensors file on the hub ({one_line(error)[:200]}); "
-                    "choose another --revision, or tell its authors"
+                    "choose another revision, or tell its authors"
                 ) from error
         end = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
         size = (self.sizes or {}).get(path, end)
         if size < end:
             raise CheckpointError(
                 f"checkpoint {self.name}: {path} is cut off on the hub, it has {size} bytes, expected more than {end}; "
-                "choose another --revision, or tell its authors"
+                "choose another revision, or tell its authors"
             )
         file = PurePosixPath(path).name
         weights = {name: Stored(file, str(info.dtype), tuple(info.shape)) for name, info in found.tensors.items()}
@@ -175,7 +175,7 @@ class HubFiles:
         """What to do where a file is missing."""
         if self.repository.sizes is None:
             return OFFLINE_REMEDY if huggingface_hub.constants.HF_HUB_OFFLINE else "export again with the hub in reach"
-        return f"choose another --revision, or delete {self.repository.folder} and export again"
+        return f"choose another revision, or delete {self.repository.folder} and export again"
 
     @property
     def names(self) -> Collection[str]:
@@ -232,7 +232,7 @@ def explained(repository: str, revision: str | None) -> Iterator[None]:
         reason, remedy = _explain(error, repository, revision)
         raise CheckpointError(
             f"checkpoint {repository}: neither a folder nor to be had from the hub ({reason}); {remedy}, or give a "
-            "folder with --checkpoint"
+            "folder as checkpoint"
         ) from error
 
 

@@ -201,7 +201,7 @@ def _why_none(files: Files, library: str, variant: str | None) -> str:
     expected = f"{stems(library)[0]}.safetensors"
     shards = sorted(name for name in readable if re.search(r"-\d+-of-\d+", name))
     if variant is None and there:
-        return f"{label} has no {expected}, only the variant {' and '.join(there)}; give --variant {there[0]}"
+        return f"{label} has no {expected}, only the variant {' and '.join(there)}; give variant {there[0]}"
     if shards:
         return f"{label} has shards of weights ({some(shards)}) and no index of them; {files.remedy}"
     if variant is not None and variant in variants(names, library):
@@ -211,7 +211,7 @@ def _why_none(files: Files, library: str, variant: str | None) -> str:
         )
     if there:
         return (
-            f"{label} has no variant {variant} and no {expected}, only {' and '.join(there)}; give --variant {there[0]}"
+            f"{label} has no variant {variant} and no {expected}, only {' and '.join(there)}; give variant {there[0]}"
         )
     others = sorted(name for name in names if name.endswith(OTHER_FORMATS))
     if others:

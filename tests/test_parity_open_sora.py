@@ -160,7 +160,7 @@ def test_sizes_that_the_model_was_not_made_for_are_refused(tiny: Path, size: dic
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = random_latte(tmp_path / "latte", **LIGHT)
-    with pytest.raises(CheckpointError, match=r"transformer is a None, expected an STDiT3; choose the --model"):
+    with pytest.raises(CheckpointError, match=r"transformer is a None, expected an STDiT3; choose the model"):
         Export("open-sora", ExportRequest(), str(folder))
 
 

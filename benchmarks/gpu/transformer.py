@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.setup import whole_part
 from foresight.exporter.checkpoint import Checkpoint
-from foresight.exporter.export import part_from_plan
 from foresight.exporter.graph import graph_from_module, write_graph
 from foresight.exporter.models.base import TORCH_DTYPES, Split, assign_parameters
 
@@ -29,7 +28,7 @@ class Transformer(nn.Module):
         self.plans = (split.prologue, *split.blocks, split.epilogue)
         self.parts = nn.ModuleList(copy.deepcopy(plan.module) for plan in self.plans)
         self.streams = split.streams
-        self.part = whole_part([part_from_plan(plan) for plan in self.plans], split.streams)
+        self.part = whole_part([plan.part for plan in self.plans], split.streams)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Give it its weights. Raises CheckpointError."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...engines.errors import CheckpointError, InvalidRequest
-from ...engines.manifest import FRAME_MEANS, Dtype, Shape, TensorSpec, Text
+from ...engines.manifest import FRAME_MEANS, Dtype, Part, Shape, TensorSpec, Text
 from ..checkpoint import Checkpoint
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -118,6 +118,18 @@ class PartPlan:
     reference: Callable[..., Any]
     check_sizes: tuple[Mapping[str, int], ...]
     aliases: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def part(self) -> Part:
+        """What the manifest says of it, but for the difference from eager that a check will find."""
+        return Part(
+            name=self.name,
+            kind=self.kind,
+            graph=f"{self.name}.onnx",
+            inputs=tuple(graph_input.spec for graph_input in self.inputs),
+            outputs=self.outputs,
+            max_difference=0.0,
+        )
 
     def reads(self, checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every weight that the part is made of, by the checkpoint's name for it, with its shape."""

@@ -214,10 +214,10 @@ def test_a_disk_that_is_too_small_is_said(
     job = Export("latte", ExportRequest(), str(copied), tmp_path / "bundle")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     if where == "output":
-        assert "choose another --output" in job.plan().cautions[-1]
+        assert "choose another output" in job.plan().cautions[-1]
     else:
         monkeypatch.setattr(Checkpoint, "download_bytes", 2**30)
-        monkeypatch.setattr("foresight.exporter.export.on_one_disk", lambda cache, output: False)
+        monkeypatch.setattr("foresight.exporter.plan.on_one_disk", lambda cache, output: False)
         assert any("the download takes 1024 MiB" in caution for caution in job.plan().cautions)
 
 

@@ -18,11 +18,8 @@ from foresight.engines.backend import create_backend
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import ExportError
 from foresight.engines.manifest import Part, TensorSpec
-from foresight.exporter.checkpoint import Checkpoint
-from foresight.exporter.export import TOLERANCES, check_part
 from foresight.exporter.graph import Graph, graph_from_module, write_graph
-from foresight.exporter.models import split_checkpoint
-from foresight.exporter.models.base import ExportRequest, PartPlan, Split, assign_parameters, mean_squared_change
+from foresight.exporter.models.base import assign_parameters, mean_squared_change
 from tests.support import load_graph
 
 WIDTH = 6
@@ -144,40 +141,6 @@ def test_the_change_of_half_precision_is_summed_in_single() -> None:
 
 
 # The graphs of a bundle
-
-
-@pytest.fixture(scope="module")
-def split(checkpoint: Path) -> Split:
-    return split_checkpoint("latte", Checkpoint("tiny", checkpoint), ExportRequest())
-
-
-@pytest.fixture
-def loaded(split: Split, checkpoint: Path) -> Callable[[int, int], PartPlan]:
-    """A block's plan with the weights of another block in its module."""
-
-    def load(block: int, weights_of: int) -> PartPlan:
-        plan, donor = split.blocks[block], split.blocks[weights_of]
-        files = Checkpoint("tiny", checkpoint)
-        values = {name: donor.parameter(files, name) for name, _ in donor.module.named_parameters()}
-        assign_parameters(plan.module, values.__getitem__)
-        return plan
-
-    return load
-
-
-@pytest.mark.parametrize("block", range(4))
-def test_every_block_has_its_own_weights(bundle: Path, loaded: Callable[[int, int], PartPlan], block: int) -> None:
-    part = open_bundle(bundle).manifest.blocks[block]
-    assert check_part(loaded(block, block), part, bundle / part.graph, TOLERANCES["fp32"]) < 1e-4
-
-
-@pytest.mark.parametrize(("block", "other"), [(0, 2), (2, 0)])
-def test_swapped_weights_would_be_far_off(
-    bundle: Path, loaded: Callable[[int, int], PartPlan], block: int, other: int
-) -> None:
-    part = open_bundle(bundle).manifest.blocks[block]
-    with pytest.raises(ExportError, match=r"differs from eager by [0-9.]+, expected at most 0.00"):
-        check_part(loaded(block, other), part, bundle / part.graph, TOLERANCES["fp32"])
 
 
 def test_a_block_measures_the_change_from_what_it_is_given(bundle: Path) -> None:

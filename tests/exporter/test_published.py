@@ -14,7 +14,8 @@ from torch import nn
 from benchmarks.engine_build import CASES, Case, real_split
 from benchmarks.published import PUBLISHED, write_published
 from foresight.engines.manifest import DTYPE_BYTES
-from foresight.exporter.export import OPSET, TOLERANCES, check_part, graph_from_plan, part_from_plan
+from foresight.exporter.check import TOLERANCES, check_part
+from foresight.exporter.export import OPSET, graph_from_plan
 from foresight.exporter.graph import write_graph
 from foresight.exporter.models.base import assign_parameters
 from foresight.exporter.registry import REGISTRY
@@ -78,7 +79,7 @@ def test_a_block_of_real_width_is_exported_as_it_is(tmp_path: Path, case: Case) 
         graph = graph_from_plan(plan, OPSET)
         randomise(plan.module)
         write_graph(graph, plan.module.get_parameter, tmp_path / f"{plan.name}.onnx")
-        difference = check_part(plan, part_from_plan(plan), tmp_path / f"{plan.name}.onnx", TOLERANCES["fp32"])
+        difference = check_part(plan, tmp_path / f"{plan.name}.onnx", TOLERANCES["fp32"])
         assert 0 < difference < 1e-3, kind
 
 

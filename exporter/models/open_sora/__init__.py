@@ -51,7 +51,7 @@ def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
     kind = checkpoint.config("transformer").get("model_type")
     if kind != "STDiT3":
         raise CheckpointError(
-            f"checkpoint {checkpoint.name}: transformer is a {kind}, expected an STDiT3; choose the --model it is"
+            f"checkpoint {checkpoint.name}: transformer is a {kind}, expected an STDiT3; choose the model it is"
         )
     dtype = TORCH_DTYPES[request.dtype]
     with init_empty_weights(include_buffers=False):
