@@ -1,1 +1,5 @@
-"""What the command line does besides its commands: showing progress, and ending when it is interrupted."""
+"""The command line, one file a command; the only part of the package that prints.
+
+A command fills a request from its options, calls the library and prints rows; it computes nothing. `console` has what
+all of them share, `options` the options that several take.
+"""

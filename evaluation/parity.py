@@ -87,7 +87,7 @@ def compare_backends(
         import polygraphy.comparator  # noqa: F401
     except ImportError as error:
         raise EngineError(
-            f'compare: polygraphy is not installed ({one_line(error)}); pip install "polygraphy>=0.53"'
+            f'parity: polygraphy is not installed ({one_line(error)}); pip install "polygraphy>=0.53"'
         ) from error
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise InvalidRequest(f"tolerance: got {quoted(tolerance)}, expected a number above 0")

@@ -226,5 +226,5 @@ def test_an_engine_that_fails_is_an_error_of_its_part(bundle: Path, capfd: pytes
 def test_without_polygraphy_the_error_says_what_to_install(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("polygraphy", "polygraphy.comparator"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(EngineError, match='^compare: polygraphy is not installed .*pip install "polygraphy'):
+    with pytest.raises(EngineError, match='^parity: polygraphy is not installed .*pip install "polygraphy'):
         compare(bundle)

@@ -1,0 +1,153 @@
+"""`foresight export`: a checkpoint taken apart and written as a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..engines.errors import ForesightError
+from ..engines.progress import Progress
+from ..engines.wording import MEBI
+from .build import check_compiler, check_target, compile_engines
+from .console import print_result, progress
+from .options import PATH, common, group
+from .rows import caution, compiled_row, describe_compiled, describe_source
+
+if TYPE_CHECKING:
+    from ..engines.bundle import Bundle
+    from ..exporter.plan import ExportPlan
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to read, and what to write."""
+
+    model: str
+    checkpoint: str | None
+    revision: str | None
+    variant: str | None
+    output: Path | None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The fields of an ExportRequest, which only torch's world can check."""
+
+    dtype: Any
+    height: int | None
+    width: int | None
+    frames: int | None
+    resolution: str | None
+    aspect: str | None
+    duration: str | None
+    max_batch: int
+
+
+@click.command()
+@group(
+    "job",
+    Job,
+    click.option(
+        "--model",
+        required=True,
+        help="latte, cogvideox-2b, cogvideox-5b or open-sora; in a clone also latte-demo, cogvideox-demo, "
+        "open-sora-demo.",
+    ),
+    click.option(
+        "--checkpoint", help="A diffusers folder, a hub id or its page's address, instead of the model's own."
+    ),
+    click.option("--revision", help="Branch, tag or commit of a checkpoint on the hub.  [default: main]"),
+    click.option("--variant", help="Read model.VARIANT.safetensors, fp16 say, of components that have it."),
+    click.option("--output", type=PATH, help="The bundle to write.  [default: bundles/MODEL]"),
+)
+@group(
+    "sizes",
+    Sizes,
+    click.option(
+        "--dtype",
+        default="fp32",
+        show_default=True,
+        help="fp32, fp16 or bf16 (GPUs only); the reuse metric stays fp32.",
+    ),
+    click.option("--height", type=int, help="Pixels.  [default: the checkpoint's]"),
+    click.option("--width", type=int, help="Pixels.  [default: the checkpoint's]"),
+    click.option("--frames", type=int, help="[default: the checkpoint's]"),
+    click.option("--resolution", help="Open-Sora: 144p to 720p, instead of height and width."),
+    click.option("--aspect", help="Open-Sora: height to width, such as 9:16.  [default: 9:16]"),
+    click.option("--duration", help="Open-Sora: 2s, 4s, 8s or 16s, instead of frames."),
+    click.option("--max-batch", type=int, default=4, show_default=True, help="Most prompts in one batch."),
+)
+@click.option("--opset", type=click.IntRange(18, 23), default=23, show_default=True, help="ONNX operator set.")
+@click.option("--backend", help="Compile engines too: tensorrt or tensorrt-rtx; as `build` does.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@common
+def export(job: Job, sizes: Sizes, opset: int, backend: str | None, dry_run: bool, as_json: bool) -> None:
+    """Take a checkpoint apart and write it as a bundle: one graph per block."""
+    with progress() as show:
+        show(Progress("loading torch", 0, 0, ""))
+        try:
+            from ..exporter.export import Export, ExportRequest
+        except ModuleNotFoundError as error:
+            raise ForesightError(f"export: {error.name} is not installed; install foresight-engines[export]") from error
+    if backend is not None:
+        check_compiler(backend)
+    request = ExportRequest(**vars(sizes))
+    exported = Export(job.model, request, job.checkpoint, job.output, opset, job.revision, job.variant)
+    plan = exported.plan()
+    if dry_run:
+        print_result(plan, as_json, _describe_plan(plan))
+        return
+    if backend is not None:
+        check_target(backend)
+    exported.fetch()  # with the progress bars of the hub's library
+    with progress() as show:
+        bundle = exported.run(on_progress=show)
+    row = _row(bundle, plan, exported.was_up_to_date)
+    lines = _describe(bundle, plan, row)
+    if backend is not None:
+        compiled = compile_engines(bundle, backend)
+        row["engines"] = compiled_row(compiled)
+        lines += describe_compiled(compiled)
+    print_result(row, as_json, lines)
+
+
+def _row(bundle: Bundle, plan: ExportPlan, was_up_to_date: bool) -> dict[str, Any]:
+    manifest = bundle.manifest
+    in_grey_levels = {part.name for stage in manifest.decoder[-1:] for part in stage.parts}
+    worst = max(manifest.parts, key=lambda part: 0 if part.name in in_grey_levels else part.max_difference)
+    return {
+        "bundle": str(bundle.path),
+        "id": bundle.id,
+        "was_up_to_date": was_up_to_date,
+        "bytes": sum(record.bytes for record in manifest.files.values()),
+        "blocks": len(manifest.blocks),
+        "cache_bytes": plan.cache_bytes,
+        "largest_difference": {"part": worst.name, "value": worst.max_difference},
+        "cautions": list(manifest.cautions),
+    }
+
+
+def _describe(bundle: Bundle, plan: ExportPlan, row: dict[str, Any]) -> list[str]:
+    found, worst = "is up to date: " if row["was_up_to_date"] else "", row["largest_difference"]
+    return [
+        f"{row['bundle']}: {found}{row['blocks']} blocks, {row['bytes'] / MEBI:.1f} MiB, {bundle.manifest.dtype}",
+        f"largest difference from eager: {worst['value']:.2g} ({worst['part']})",
+        f"cache for one guided prompt: {plan.cache_bytes / MEBI:.1f} MiB",
+        *map(caution, plan.cautions),
+    ]
+
+
+def _describe_plan(plan: ExportPlan) -> list[str]:
+    shape = plan.shape
+    return [
+        f"would write {plan.output}: {plan.model} from {describe_source(plan)}, {plan.dtype}, opset {plan.opset}",
+        f"video: {shape['frames']} frames of {shape['height']} x {shape['width']}",
+        *([f"download: {plan.download_bytes / MEBI:.1f} MiB"] if plan.download_bytes else []),
+        f"graphs: {len(plan.parts)}, of which {plan.blocks} blocks of {plan.kinds} kinds",
+        f"size: {plan.bundle_bytes / MEBI:.1f} MiB of weights ({plan.free_disk_bytes / MEBI:.0f} MiB free)",
+        f"cache for one guided prompt: {plan.cache_bytes / MEBI:.1f} MiB",
+        *map(caution, plan.cautions),
+    ]

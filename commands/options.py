@@ -1,0 +1,116 @@
+"""Options that several commands have, groups of options as one dataclass, and the flags of the reuse policies."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import Field, fields
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+
+import click
+from click.core import ParameterSource
+
+from ..runtime.policies import POLICIES, Foresight, policy_from_settings
+from .console import log
+
+Command: TypeAlias = Callable[..., Any]
+Option: TypeAlias = Callable[[Command], Command]
+
+PATH = click.Path(path_type=Path)
+SHOWN = ("gamma", "warmup", "reuse_steps", "interval", "cache")  # the order of settings in help; others follow
+
+
+def common(command: Command) -> Command:
+    """The options that every command has; it is given `as_json`."""
+
+    @wraps(command)
+    def logging(*arguments: Any, verbose: bool, debug: bool, **options: Any) -> Any:
+        log(verbose)  # `debug` is looked for where errors are reported, as those of parsing are too
+        return command(*arguments, **options)
+
+    return _with(
+        logging,
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        click.option("--verbose", is_flag=True, help="Log what is being done, on stderr."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+    )
+
+
+def bundle_argument(command: Command) -> Command:
+    """A bundle's folder; without one, the newest under bundles/."""
+    return click.argument("bundle", required=False, type=PATH)(command)
+
+
+def group(name: str, kind: Callable[..., Any], *options: Option) -> Option:
+    """Options of a command that it is given as one argument `name`: a `kind` with a field for each of them."""
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def grouped(*arguments: Any, **given: Any) -> Any:
+            values = {option: given.pop(option) for option in own}
+            return command(*arguments, **{name: kind(**values)}, **given)
+
+        parameters: list[click.Parameter] = vars(grouped).setdefault("__click_params__", [])  # where click keeps them
+        others = len(parameters)
+        _with(grouped, *options)
+        own = [parameter.name for parameter in parameters[others:]]
+        return grouped
+
+    return decorate
+
+
+def given() -> set[str]:
+    """The names of the options that were typed, whatever their values."""
+    context = click.get_current_context()
+    return {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+
+
+def alternatives(words: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def policy_options(command: Command) -> Command:
+    """The flags of all registered policies, one for each of their fields; the command is given `policy`."""
+    chosen = click.option(
+        "--policy", "policy_name", default=Foresight.name, show_default=True, help=f"{alternatives(POLICIES)}."
+    )
+    settings = {setting.name: option for setting, option in _policy_settings()}
+    shown = [name for name in SHOWN if name in settings]
+    shown += [name for name in settings if name not in SHOWN]
+
+    def policy(policy_name: str, **values: Any) -> Any:
+        return policy_from_settings(policy_name, **values)
+
+    return group("policy", policy, chosen, *(settings[name] for name in shown))(command)
+
+
+def _policy_settings() -> Iterator[tuple[Field[Any], Option]]:
+    for policy in POLICIES.values():
+        for setting in fields(policy):
+            having = [other for other in POLICIES.values() if setting.name in other.__dataclass_fields__]
+            yield setting, _setting_option(setting, get_type_hints(policy)[setting.name], having)
+
+
+def _setting_option(setting: Field[Any], hint: Any, having: list[Any]) -> Option:
+    """The option of a policy's field: type and default are the field's, and so is what help says."""
+    (kind,) = {hint} if get_origin(hint) not in (Union, types.UnionType) else {*get_args(hint)} - {type(None)}
+    told = setting.metadata["help"]
+    if len(having) == 1:
+        told = f"{having[0].name}: {told[0].lower()}{told[1:]}"
+    default = setting.metadata.get("default", setting.default)
+    return click.option(
+        f"--{setting.name.replace('_', '-')}",
+        type=str if get_origin(kind) is Literal else kind,
+        help=f"{told}  [default: {default}]",
+    )
+
+
+def _with(command: Command, *options: Option) -> Command:
+    """Add options, the first of which help shows first."""
+    for option in reversed(options):
+        command = option(command)
+    return command

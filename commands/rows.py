@@ -1,0 +1,56 @@
+"""Rows and lines that several commands print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..engines.wording import MEBI
+
+if TYPE_CHECKING:
+    from ..engines.compiled import Compiled
+
+
+def compiled_row(compiled: Compiled) -> dict[str, Any]:
+    """A bundle's engines for one backend, as --json shows them."""
+    index = compiled.index
+    return {
+        "folder": str(compiled.folder),
+        "backend": index.backend,
+        "target": index.target,
+        "settings": index.settings,
+        "plan_bytes": compiled.plan_bytes,
+        "scratch_bytes": compiled.scratch_bytes,
+        "parts": {
+            name: {
+                "plan_bytes": part.record.bytes,
+                "scratch_bytes": part.scratch_bytes,
+                "fused_attention": part.fused_attention,
+                "build_seconds": part.build_seconds,
+            }
+            for name, part in sorted(index.parts.items())
+        },
+    }
+
+
+def describe_compiled(compiled: Compiled) -> list[str]:
+    """The same for people."""
+    index, apart = compiled.index, compiled.taken_apart
+    lines = [
+        f"{compiled.folder}: {len(index.parts)} engines, {compiled.plan_bytes / MEBI:.1f} MiB",
+        f"for: {', '.join(index.target.values())}",
+        f"scratch: {compiled.scratch_bytes / MEBI:.1f} MiB, one buffer for all",
+    ]
+    if apart:
+        lines.append(f"attention is not fused in {len(apart)} of them, so its scores take memory: {', '.join(apart)}")
+    return lines
+
+
+def describe_source(source: Any) -> str:
+    """The checkpoint of a plan or a manifest, with its revision and variant if it has any."""
+    told = [f"{name} {value}" for name in ("revision", "variant") if (value := getattr(source, name)) is not None]
+    return ", ".join([source.checkpoint, *told])
+
+
+def caution(text: str) -> str:
+    """The line of what the user should know of a checkpoint or of sizes."""
+    return f"caution: {text}"

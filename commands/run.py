@@ -1,0 +1,301 @@
+"""`foresight run`: a video of a prompt, or of every prompt of a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..engines.errors import InvalidRequest
+from ..engines.wording import MEBI
+from .console import Row, print_lines, print_result, progress, session
+from .options import PATH, common, given, group, policy_options
+
+if TYPE_CHECKING:
+    from ..evaluation.comparison import Comparison
+    from ..runtime.pipeline import VideoPipeline
+    from ..runtime.policies import Policy
+    from ..runtime.video import Video
+    from .outputs import Targets
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of every video; None is the bundle's default."""
+
+    prompt: str | None
+    prompts: Path | None
+    negative_prompt: str | None
+    steps: int | None
+    guidance: float | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where to write what, and whether to compare with a run without reuse."""
+
+    save_latents: Path | None
+    save_frames: Path | None
+    output: Path | None
+    report: Path | None
+    trace: Path | None
+
+    def targets(self) -> Targets:
+        """Checked. Raises InvalidRequest, OutputError."""
+        from .outputs import Targets
+
+        wants_arrays = self.save_latents or self.save_frames
+        video = self.output or (None if wants_arrays else Path("video.mp4"))
+        targets = Targets(video, self.save_frames, self.save_latents, self.report, self.trace)
+        targets.check()
+        return targets
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The backend, and what its engines may take."""
+
+    backend: str | None
+    device: str | None
+    threads: int | None
+    low_memory: bool
+    cache_memory: float | None
+    cache_profile: Path | None
+    cuda_graphs: bool
+
+    def load(self, bundle: Path | None) -> VideoPipeline:
+        """The pipeline of a bundle, or of the newest one."""
+        from ..engines.bundle import newest_bundle
+        from ..runtime.pipeline import load
+        from .outputs import read_trace
+
+        megabytes = self.cache_memory
+        if megabytes is not None and not 0 < megabytes < math.inf:
+            raise InvalidRequest(f"cache_memory: got {megabytes} MiB, expected more than 0")
+        with progress() as show:
+            return load(
+                bundle or newest_bundle(),
+                backend=self.backend,
+                device=self.device,
+                threads=self.threads,
+                low_memory=self.low_memory,
+                cache_memory=None if megabytes is None else int(megabytes * MEBI),
+                cache_profile=read_trace(self.cache_profile) if self.cache_profile else None,
+                cuda_graphs=self.cuda_graphs,
+                on_progress=show,
+            )
+
+
+@click.command()
+@click.option("--bundle", type=PATH, help="[default: the newest under bundles/]")
+@group(
+    "asked",
+    Asked,
+    click.option("--prompt", help="[default: the bundle's sample prompt]"),
+    click.option("--prompts", type=PATH, help="A file with one prompt a line; one video each."),
+    click.option("--negative-prompt", help="[default: the bundle's]"),
+    click.option("--steps", type=int, help="Denoising steps, 1 to 100.  [default: the bundle's]"),
+    click.option("--guidance", type=float, help="1 switches it off.  [default: the bundle's]"),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, help="Of the initial noise; line i of a file adds i."
+    ),
+)
+@policy_options
+@click.option("--latents", type=PATH, help="Initial noise (.npy, fp32) instead of --seed.")
+@group(
+    "outputs",
+    Outputs,
+    click.option("--save-latents", type=PATH, help="Write the final latents (.npy)."),
+    click.option("--save-frames", type=PATH, help="Write the frames (.npy, uint8, F H W 3)."),
+    click.option("--output", type=PATH, help=".mp4, .gif, .npy or a folder.  [default: video.mp4]"),
+    click.option("--report", type=PATH, help="Write a page that shows what was skipped (.html)."),
+    click.option("--trace", type=PATH, help="Write what every step did and measured (.json)."),
+)
+@click.option("--compare", is_flag=True, help="Run without reuse too; report PSNR, SSIM and the time saved.")
+@group(
+    "engines",
+    Engines,
+    click.option(
+        "--backend",
+        help="onnxruntime, tensorrt or tensorrt-rtx.  [default: what the bundle has engines for here, else "
+        "onnxruntime]",
+    ),
+    click.option("--device", help="cpu, cuda or cuda:N.  [default: cpu for onnxruntime, else cuda]"),
+    click.option("--threads", type=int, help="CPU threads of each engine.  [default: the cores, up to 16]"),
+    click.option(
+        "--low-memory", is_flag=True, help="Load the engines of each phase when it comes, free them after it."
+    ),
+    click.option(
+        "--cache-memory", type=float, help="Most memory for stream and cache, MiB.  [default: what they need]"
+    ),
+    click.option("--cache-profile", type=PATH, help="A --trace, to choose what to cache where not all fits."),
+    click.option("--cuda-graphs", is_flag=True, help="TensorRT: record every block once, and replay it."),
+)
+@common
+def run(
+    bundle: Path | None,
+    asked: Asked,
+    policy: Policy,
+    latents: Path | None,
+    outputs: Outputs,
+    compare: bool,
+    engines: Engines,
+    as_json: bool,
+) -> None:
+    """Make a video of a prompt, skipping the blocks that would hardly change."""
+    from .outputs import read_latents
+
+    typed, finished = given(), session().finished
+    texts = _read_prompts(asked.prompt, asked.prompts)
+    targets = outputs.targets()
+    request: dict[str, Any] = {
+        "negative_prompt": asked.negative_prompt,
+        "steps": asked.steps,
+        "guidance": asked.guidance,
+        "latents": read_latents(latents) if latents else None,
+    }
+    pipeline = engines.load(bundle)
+    texts = texts or [pipeline.manifest.defaults.prompt]
+    if compare:  # so that neither pays for what only the first request does
+        with progress("warming up: ") as show:
+            pipeline(texts[0], **{**request, "seed": asked.seed, "steps": 1}, on_progress=show)
+    for index, text in enumerate(texts):
+        own = {**request, "seed": asked.seed + index}
+        finished.append(_make(pipeline, text, policy, own, targets.numbered(index, len(texts)), compare, typed))
+        if not as_json:
+            print_lines(_describe(finished[-1]))
+    if as_json:
+        print_result(finished[0] if len(texts) == 1 else finished, as_json, [])
+
+
+def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
+    if prompt is not None and file is not None:
+        raise InvalidRequest("prompt: got --prompt and --prompts, expected one of them")
+    if file is None:
+        if prompt is not None and not prompt.strip():
+            raise InvalidRequest("prompt: got an empty text, expected some words; leave --prompt out for the sample")
+        return [] if prompt is None else [prompt]
+    from .outputs import read_prompts
+
+    return read_prompts(file)
+
+
+def _make(
+    pipeline: VideoPipeline,
+    text: str,
+    policy: Policy,
+    request: dict[str, Any],
+    targets: Targets,
+    compare: bool,
+    given: Collection[str],
+) -> Row:
+    """Make and write one video; what is left of it in memory is its row."""
+    from ..evaluation.comparison import compare_in_turns
+    from ..runtime.notes import notes_on
+    from ..runtime.policies import NoReuse
+
+    comparison = None
+    if compare:
+        comparison = compare_in_turns(
+            lambda: _generate(pipeline, text, policy, request, "with reuse: "),
+            lambda: _generate(pipeline, text, NoReuse(), request, "without reuse: "),
+        )
+    video = comparison.video if comparison else _generate(pipeline, text, policy, request)
+    notes = notes_on(video.trace, given, draws_noise=pipeline.draws_noise(video.trace.steps_requested))
+    with progress() as show:
+        written = targets.write(video, comparison.reference if comparison else None, show)
+    return {
+        "bundle": str(pipeline.bundle.path),
+        "model": pipeline.manifest.model,
+        **_row(video, written),
+        **({"compared": _comparison_row(comparison)} if comparison else {}),
+        "notes": [*pipeline.manifest.cautions, *notes],
+    }
+
+
+def _generate(pipeline: VideoPipeline, text: str, policy: Policy, request: dict[str, Any], label: str = "") -> Video:
+    interrupts = session().interrupts
+    with progress(label) as show:
+        video: Video = pipeline(text, policy=policy, on_progress=show, cancel=interrupts, **request)
+    return video
+
+
+def _row(video: Video, written: list[Path]) -> Row:
+    trace = video.trace
+    summary: Row = {
+        "prompt": video.prompt,
+        "seed": video.seed,
+        "files": [str(path) for path in written],
+        "policy": trace.policy,
+        "frames": list(video.frames.shape),
+        "blocks_computed": trace.blocks_computed,
+        "blocks_reused": trace.blocks_reused,
+        "blocks_dead": trace.blocks_dead,
+        "blocks_possible": trace.blocks_possible,
+        "share_skipped": trace.share_skipped,
+        "text_ms": trace.text_ms,
+        "denoise_ms": trace.denoise_ms,
+        "decode_ms": trace.decode_ms,
+        "cache_bytes": trace.cache_bytes,
+        "uncached": list(trace.uncached),
+        "planned_bytes": trace.planned_bytes,
+        "device_bytes": trace.device_bytes,
+    }
+    if trace.truncated_prompts:
+        summary["truncated"] = True
+    return summary
+
+
+def _comparison_row(comparison: Comparison) -> Row:
+    decibel = comparison.psnr_db
+    return {
+        "denoise_ms": comparison.reference.trace.denoise_ms,
+        "speedup": comparison.speedup,
+        "speedups": list(comparison.speedups),
+        "ceiling": comparison.ceiling if math.isfinite(comparison.ceiling) else None,
+        "noisy": comparison.noisy,
+        "psnr_db": decibel if math.isfinite(decibel) else None,
+        "ssim": comparison.ssim,
+        "identical": math.isinf(decibel),
+    }
+
+
+def _describe(row: Row) -> list[str]:
+    steps = row["blocks_possible"]
+    frames, height, width, _ = row["frames"]
+    lines = [f"{path}" for path in row["files"]]
+    lines.append(
+        f"made by {row['bundle']} ({row['model']}) of {row['prompt']!r}, seed {row['seed']}: "
+        f"{frames} frames of {height} x {width}"
+    )
+    lines.append(
+        f"blocks: {row['blocks_computed']} of {steps} run, {row['blocks_reused']} reused, {row['blocks_dead']} dead "
+        f"({100 * row['share_skipped']:.1f} % skipped)"
+    )
+    lines.append(
+        f"time: text {row['text_ms']:.0f} ms, denoising {row['denoise_ms']:.0f} ms, "
+        f"decoding {row['decode_ms']:.0f} ms; cache {row['cache_bytes'] / MEBI:.1f} MiB"
+    )
+    if row["uncached"]:
+        lines.append(f"no room to cache, so always run: {', '.join(row['uncached'])}")
+    if "compared" in row:
+        lines += _describe_comparison(row["compared"])
+    return lines + [f"note: {note}" for note in row["notes"]]
+
+
+def _describe_comparison(row: Row) -> list[str]:
+    pairs, ceiling = row["speedups"], row["ceiling"]
+    quality = "identical" if row["identical"] else f"PSNR {row['psnr_db']:.1f} dB, SSIM {row['ssim']:.4f}"
+    spread = "one pair of runs" if len(pairs) == 1 else f"{min(pairs):.2f} to {max(pairs):.2f} in {len(pairs)} pairs"
+    most = "" if ceiling is None else f"; at most {ceiling:.2f}x, by the blocks that ran"
+    lines = [
+        f"against no reuse ({row['denoise_ms']:.0f} ms): {row['speedup']:.2f}x as fast ({spread}{most}), {quality}"
+    ]
+    if row["noisy"]:
+        lines.append("note: speed-up: the machine is noisy, so the times tell little; measure again when it is idle")
+    return lines

@@ -1,0 +1,37 @@
+"""`foresight verify`: whether a bundle's files are those that were written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .console import print_result, progress
+from .options import bundle_argument, common
+
+
+@click.command()
+@bundle_argument
+@common
+def verify(bundle: Path | None, as_json: bool) -> None:
+    """Compare every file of a bundle with its manifest, and every compiled engine with its index."""
+    from ..engines.bundle import newest_bundle, open_bundle, verify_files
+    from ..engines.compiled import list_compiled, verify_compiled
+
+    opened = open_bundle(bundle or newest_bundle())
+    with progress() as show:
+        verify_files(opened, show)
+    engines = list_compiled(opened)
+    for compiled in engines:
+        verify_compiled(compiled)
+    count = len(opened.manifest.files)
+    row = {
+        "bundle": str(opened.path),
+        "id": opened.id,
+        "files": count,
+        "engines": [str(compiled.folder) for compiled in engines],
+        "intact": True,
+    }
+    lines = [f"{opened.path}: {count} files, all as the manifest says"]
+    lines += [f"{compiled.folder}: {len(compiled.index.parts)} engines, all as built" for compiled in engines]
+    print_result(row, as_json, lines)
