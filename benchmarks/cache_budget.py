@@ -20,9 +20,10 @@ from foresight.engines.bundle import open_bundle
 from foresight.evaluation.quality import psnr
 from foresight.exporter.export import Export
 from foresight.runtime.budget import Profile
-from foresight.runtime.cache import Layout
+from foresight.runtime.caches import CACHE_MODES, Layout, find_mode
+from foresight.runtime.memory import MemoryLimits
 from foresight.runtime.pipeline import VideoPipeline
-from foresight.runtime.policies import CACHE_MODES, CacheMode, Foresight, NoReuse
+from foresight.runtime.policies import Foresight, NoReuse
 
 PROFILED = "a green square moving down"
 PROMPTS = (
@@ -55,9 +56,8 @@ def main() -> None:
         for share in SHARES:
             for chosen_by in ("depth", "profile") if 0 < share < 1 else ("depth",):
                 limit = _budget(whole, mode, share)
-                pipeline = VideoPipeline(
-                    opened, backend, cache_memory=limit, cache_profile=profile if chosen_by == "profile" else None
-                )
+                limits = MemoryLimits(cache_memory=limit, cache_profile=profile if chosen_by == "profile" else None)
+                pipeline = VideoPipeline(opened, backend, limits)
                 videos = [
                     pipeline(text, seed=seed, steps=options.steps, policy=Foresight(cache=mode))
                     for seed, text in enumerate(PROMPTS)
@@ -81,11 +81,11 @@ def main() -> None:
     finish("cache_budget", {"prompts": len(PROMPTS), "steps": options.steps, "rows": rows}, options.save)
 
 
-def _budget(pipeline: VideoPipeline, mode: CacheMode, share: float) -> int:
+def _budget(pipeline: VideoPipeline, mode: str, share: float) -> int:
     """Bytes for slots for that share of the blocks, for one guided prompt."""
     manifest, blocks = pipeline.manifest, len(pipeline.manifest.blocks)
     buffer = 2 * manifest.cache_bytes_per_row[manifest.blocks[0].name]
-    return Layout(mode).buffers(blocks, round(share * blocks)) * buffer
+    return Layout(find_mode(mode)).buffers(blocks, round(share * blocks)) * buffer
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def sweep(pipeline: VideoPipeline, pairs: list[tuple[str, int]], steps: int) -> 
         for index, (cache, (reuse, interval), gamma) in enumerate(settings):
             if index % 6 == 5:  # the baseline takes its turns too, so that the machine's drift hits both
                 times.append(pipeline(prompt, seed=seed, steps=steps, policy=NoReuse()).trace.denoise_ms)
-            policy = Foresight(reuse, interval, gamma=gamma, cache=cache)  # type: ignore[arg-type]
+            policy = Foresight(reuse, interval, gamma=gamma, cache=cache)
             video: Video = pipeline(prompt, seed=seed, steps=steps, policy=policy)
             rows[settings[index]].append(
                 {

@@ -20,13 +20,13 @@ from typing import Any
 from benchmarks.common import finish, median, table
 from benchmarks.step_time import SIZE
 from foresight.runtime.pipeline import VideoPipeline, load
-from foresight.runtime.policies import CacheMode, NoReuse, Policy, Static
+from foresight.runtime.policies import NoReuse, Policy, Static
 from foresight.runtime.trace import Trace
 
 PROMPT = "a red circle moving right"
 
 
-def policies_of(*caches: CacheMode) -> dict[str, Policy]:
+def policies_of(*caches: str) -> dict[str, Policy]:
     """No reuse, which all others are compared with, and two static policies for every way of caching."""
     policies: dict[str, Policy] = {"none": NoReuse()}
     for cache in caches:

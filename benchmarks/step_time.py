@@ -64,7 +64,7 @@ def engine_step(bundle: Path, threads: int, pool: str) -> Step:
 
     from foresight.engines import onnxruntime as backend_module
     from foresight.engines.bundle import open_bundle
-    from foresight.runtime.cache import Layout, create_cache
+    from foresight.runtime.caches import Layout, create_cache, find_mode
 
     class Spinning(backend_module.OnnxRuntimeBackend):
         def _options(self, weights: Any) -> Any:
@@ -87,10 +87,10 @@ def engine_step(bundle: Path, threads: int, pool: str) -> Step:
         for spec in (*part.inputs, *part.outputs):
             if spec.name not in tensors:
                 tensors[spec.name] = generator.standard_normal(spec.resolve(sizes), dtype=np.float32)
-    cache = create_cache(Layout(), manifest, backend.arrays, ROWS, (True,) * len(manifest.blocks))
+    cache = create_cache(Layout(find_mode("output")), manifest, backend.arrays, ROWS, (True,) * len(manifest.blocks))
 
     def step() -> None:
-        engines["prologue"].run({**tensors, **cache.enter()})
+        engines["prologue"].run({**tensors, **cache.enter(0)})
         for index, block in enumerate(manifest.blocks):
             stream, _ = cache.bind(index)
             engines[block.name].run({**tensors, **stream})

@@ -1,4 +1,4 @@
-"""Words that messages share: sizes that can be told apart, and the command that the reader typed."""
+"""Words that messages share: sizes that can be told apart, counted nouns, and the command that the reader typed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def mebibytes(*sizes: float) -> tuple[str, ...]:
         if len(set(words)) == len(set(sizes)):
             break
     return words
+
+
+def plural(count: int, noun: str) -> str:
+    """A count and its noun."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def command(arguments: str) -> str:

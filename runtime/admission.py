@@ -92,7 +92,7 @@ class MemoryReservations:
                 raise OutOfMemory(
                     f"request: got {free / MEBI:.0f} MiB of free memory on {self._arrays.device}{others}, "
                     f"expected {size / MEBI:.0f} for {prompts} prompts; send fewer at once, or use a smaller "
-                    "--cache-memory, or --low-memory"
+                    "cache_memory, or low_memory"
                 )
             promise = Reservation(ledger, size)
             ledger.promises.append(promise)

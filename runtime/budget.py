@@ -13,8 +13,8 @@ from typing import Any
 
 from ..engines.errors import InvalidRequest, quoted
 from ..engines.wording import mebibytes
-from .cache import Layout
-from .policies import CacheMode, Decision
+from .caches import CacheMode, Layout
+from .decisions import Decision
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,34 @@ class Profile:
             return cls(len(trace["blocks"]), tuple(_wanted(step) for step in trace["steps"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise InvalidRequest(
-                f"cache_profile: got no trace of a request ({quoted(error)}), see run --trace"
+                f"cache_profile: got no trace of a request ({quoted(error)}), expected what Trace.to_dict() makes"
             ) from error
 
 
 def choose_cached(
-    layout: Layout, blocks: int, buffer_bytes: int, limit: int | None = None, profile: Profile | None = None
+    layout: Layout,
+    reusable: Sequence[bool],
+    buffer_bytes: int,
+    limit: int | None = None,
+    profile: Profile | None = None,
 ) -> tuple[bool, ...]:
-    """Which of `blocks` get a slot, so that all buffers, `buffer_bytes` each, stay within `limit` bytes.
+    """Which of the `reusable` blocks get a slot, so that all buffers, `buffer_bytes` each, stay within `limit` bytes.
 
     With a profile those that save the most block calls of its request; without one the deepest, as reusing one of
     them saves all before it (or, of residuals, as they change least). Raises InvalidRequest where not even a request
     without slots fits.
     """
     if limit is None:
-        return (True,) * blocks
+        return tuple(reusable)
+    blocks = len(reusable)
     if profile is not None and profile.blocks != blocks:
         raise InvalidRequest(f"cache_profile: got a trace of {profile.blocks} blocks, this bundle has {blocks}")
     slots = layout.slots(blocks, limit // buffer_bytes)
     if slots < 0:
         got, least = mebibytes(limit, layout.buffers(blocks, 0) * buffer_bytes)
         raise InvalidRequest(f"cache_memory: got {got} MiB, expected at least {least} for a request of this size")
-    chosen = set(rank_blocks(layout.mode, blocks, profile)[:slots])
+    ranked = [block for block in rank_blocks(layout.mode, blocks, profile) if reusable[block]]
+    chosen = set(ranked[:slots])
     return tuple(block in chosen for block in range(blocks))
 
 
@@ -70,11 +76,7 @@ def rank_blocks(mode: CacheMode, blocks: int, profile: Profile | None) -> list[i
 
 def _saved(mode: CacheMode, profile: Profile | None, slots: set[int]) -> int:
     """Block calls that the profile's request would not have made with those slots."""
-    if profile is None:
-        return 0
-    if mode == "residual":
-        return sum(len(slots & wanted) for wanted in profile.wanted)
-    return sum(max(slots & wanted, default=-1) + 1 for wanted in profile.wanted)  # a reused block spares all before it
+    return 0 if profile is None else sum(mode.spared(slots & wanted) for wanted in profile.wanted)
 
 
 def _wanted(step: Mapping[str, Any]) -> frozenset[int]:

@@ -1,25 +1,28 @@
 """The denoising loop: from noise to latents, running the blocks that the policy wants run.
 
 `denoise` is the algorithm of arXiv 2506.00329 and holds no state of its own: all that changes belongs to the request
-it is given. Blocks write into cache slots and the next block reads from there; see cache.py.
+whose state it is given. Blocks write into cache slots and the next block reads from there; see runtime/caches.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import numpy as np
 
 from ..engines.arrays import Array, Arrays, Download
 from ..engines.backend import Engine
+from ..engines.errors import InvalidRequest
 from ..engines.progress import OnProgress, Progress, silent
 from .admission import CancelToken, check_cancelled
-from .cache import BlockCache
-from .decode import run_engine
-from .policies import Decider, Decision, eliminate_dead
+from .caches import BlockCache, CacheMode
+from .decisions import Decision, Measure
+from .parts import run_engine
+from .policies import Decider
 from .sampler import Sampler, Schedule
 from .trace import Trace
 
@@ -37,20 +40,44 @@ class Transformer:
     guidance_order: Literal["negative_first", "positive_first"]
 
 
+class Outputs:
+    """The last `most` computed model outputs of one request, newest first: what forecasts are made of."""
+
+    def __init__(self, most: int) -> None:
+        self._kept: deque[Array] = deque(maxlen=most)
+
+    def keep(self, output: Array) -> None:
+        """Add the newest; it is only read."""
+        self._kept.appendleft(output)
+
+    def weigh(self, weights: Sequence[float]) -> Array:
+        """Their weighted sum, a new array. Raises InvalidRequest where there are fewer of them than weights."""
+        if not 0 < len(weights) <= len(self._kept):
+            raise InvalidRequest(
+                f"policy: got a forecast of {len(weights)} outputs, expected 1 to {len(self._kept)}, which are kept"
+            )
+        total = self._kept[0] * np.float32(weights[0])
+        for weight, output in zip(weights[1:], list(self._kept)[1:], strict=False):
+            total += output * np.float32(weight)
+        return total
+
+
 @dataclass
-class Request:
-    """Everything one request owns. Arrays are on the backend's device.
+class DenoiseState:
+    """Everything that one request owns while it is denoised. Arrays are on the backend's device.
 
     `tensors` are the graphs' inputs and outputs by name, apart from the stream, which `cache` holds; `distances` is
-    (blocks, rows) fp32, written by the blocks. `halves` is 2 with guidance, else 1.
+    (blocks, rows) fp32, written by the blocks. `halves` is 2 with guidance, else 1. `measuring` is the step whose
+    distances are on their way to the host, and which of its blocks measured any.
     """
 
     arrays: Arrays
     sampler: Sampler
     schedule: Schedule
+    mode: CacheMode
     cache: BlockCache
     decider: Decider
-    drop_dead: bool
+    outputs: Outputs
     tensors: dict[str, Array]
     distances: Array
     guidance: float
@@ -59,48 +86,58 @@ class Request:
     on_step: OnStep | None = None
     on_progress: OnProgress = silent
     cancel: CancelToken | None = None
+    measuring: tuple[int, list[bool], Download] | None = field(default=None, init=False)
 
 
-def denoise(model: Transformer, request: Request) -> Array:
+def denoise(model: Transformer, state: DenoiseState) -> Array:
     """Run all steps; returns the final latents, (prompts, …) fp32. Raises Cancelled, EngineError.
 
     On a GPU this hands work over and runs ahead of it. Only to decide on a step it waits, for what the blocks of the
     step before measured; by then the device has the end of that step and the beginning of this one still to do.
     """
-    arrays, cache, sampler, steps = request.arrays, request.cache, request.sampler, request.schedule.steps
-    distances: Download | None = None
-    measured: list[bool] = []
+    steps, blocks = state.schedule.steps, len(model.blocks)
     for step in range(steps):
         started = time.perf_counter()
-        _set_inputs(request, step)
-        _run(model.prologue, request, cache.enter())
-        if distances is not None:
-            _observe(request, step - 1, distances, measured)
-        measures = request.decider.measures()
-        decisions = _decide(request, step)
-        measured = [False] * len(model.blocks)
-        for block, decision in enumerate(decisions):
-            check_cancelled(request.cancel, f"in step {step + 1} of {steps}, before block {block}")
-            _tell(request, step, block)
-            if decision is Decision.COMPUTE:
-                stream, measured[block] = cache.bind(block)
-                _run(model.blocks[block], request, {**stream, "distance": request.distances[block]})
-                cache.commit(block)
-            elif decision is Decision.REUSE:
-                cache.reuse(block)
-        distances = arrays.start_download(request.distances)
-        _run(model.epilogue, request, cache.stream)
-        output = request.tensors["model_output"]
-        sampler.advance(step, guide(output, request.guidance, request.halves, model.guidance_order))
+        weights = state.decider.forecast(step)
+        if weights is None:
+            decisions, measures, output = _run_step(model, state, step)
+        else:
+            check_cancelled(state.cancel, f"in step {step + 1} of {steps}, before its forecast")
+            decisions, measures, output = [Decision.FORECAST] * blocks, [None] * blocks, state.outputs.weigh(weights)
+        state.sampler.advance(step, output)
         if step == steps - 1:
-            _wait(request, arrays.synchronize)
+            _wait(state, state.arrays.synchronize)
         elapsed_ms = 1e3 * (time.perf_counter() - started)
-        request.trace.record(float(request.schedule.timesteps[step]), elapsed_ms, decisions, measures)
-        if request.on_step is not None:
-            request.on_step(step + 1, steps, request.trace)
-    if distances is not None:
-        _observe(request, steps - 1, distances, measured)
-    return sampler.latents
+        state.trace.record(float(state.schedule.timesteps[step]), elapsed_ms, decisions, measures)
+        if state.on_step is not None:
+            state.on_step(step + 1, steps, state.trace)
+    _observe(state)
+    return state.sampler.latents
+
+
+def _run_step(model: Transformer, state: DenoiseState, step: int) -> tuple[list[Decision], list[Measure | None], Array]:
+    """A step in which the model runs: what was decided for each block, on which grounds, and the guided output."""
+    cache = state.cache
+    _set_inputs(state, step)
+    _run(model.prologue, state, cache.enter(step))
+    _observe(state)
+    measures = state.decider.measures()
+    decisions = _decide(state, step)
+    measured = [False] * len(model.blocks)
+    for block, decision in enumerate(decisions):
+        check_cancelled(state.cancel, f"in step {step + 1} of {state.schedule.steps}, before block {block}")
+        _tell(state, step, block)
+        if decision is Decision.COMPUTE:
+            stream, measured[block] = cache.bind(block)
+            _run(model.blocks[block], state, {**stream, "distance": state.distances[block]})
+            cache.commit(block)
+        elif decision is Decision.REUSE:
+            cache.reuse(block)
+    state.measuring = step, measured, state.arrays.start_download(state.distances)
+    _run(model.epilogue, state, cache.stream)
+    output = guide(state.tensors["model_output"], state.guidance, state.halves, model.guidance_order)
+    state.outputs.keep(output)
+    return decisions, measures, output
 
 
 def guide(output: Array, guidance: float, halves: int, order: str) -> Array:
@@ -113,45 +150,48 @@ def guide(output: Array, guidance: float, halves: int, order: str) -> Array:
     return negative + np.float32(guidance) * (positive - negative)
 
 
-def _tell(request: Request, step: int, block: int) -> None:
+def _tell(state: DenoiseState, step: int, block: int) -> None:
     """Say that this block comes now."""
-    steps, blocks = request.schedule.steps, len(request.trace.blocks)
+    steps, blocks = state.schedule.steps, len(state.trace.blocks)
     detail, share = f"block {block + 1} of {blocks}", block / blocks
-    request.on_progress(Progress("denoising", step, steps, "steps", detail, share))
+    state.on_progress(Progress("denoising", step, steps, "steps", detail, share))
 
 
-def _set_inputs(request: Request, step: int) -> None:
-    latents = request.sampler.model_input(step)
-    rows = request.tensors["latents"]
-    for half in range(request.halves):
+def _set_inputs(state: DenoiseState, step: int) -> None:
+    latents = state.sampler.model_input(step)
+    rows = state.tensors["latents"]
+    for half in range(state.halves):
         rows[half * len(latents) : (half + 1) * len(latents)] = latents
-    request.tensors["timestep"][:] = request.schedule.timesteps[step]
+    state.tensors["timestep"][:] = state.schedule.timesteps[step]
 
 
-def _run(engine: Engine, request: Request, tensors: Mapping[str, Array]) -> None:
+def _run(engine: Engine, state: DenoiseState, tensors: Mapping[str, Array]) -> None:
     started = time.perf_counter()
-    run_engine(engine, {**request.tensors, **tensors})
-    request.trace.engine_ms += 1e3 * (time.perf_counter() - started)
+    run_engine(engine, {**state.tensors, **tensors})
+    state.trace.engine_ms += 1e3 * (time.perf_counter() - started)
 
 
-def _decide(request: Request, step: int) -> list[Decision]:
-    """The policy's decisions, as far as outputs are cached at all; without the blocks that nothing depends on."""
-    planned = zip(request.decider.plan(step), request.cache.cached, strict=True)
-    decisions = [decision if cached else Decision.COMPUTE for decision, cached in planned]
-    return eliminate_dead(decisions) if request.drop_dead else decisions
+def _decide(state: DenoiseState, step: int) -> list[Decision]:
+    """The policy's decisions, as far as blocks are cached at all; without those that nothing depends on."""
+    planned = zip(state.decider.plan(step), state.cache.cached, strict=True)
+    return state.mode.eliminate_dead([decision if cached else Decision.COMPUTE for decision, cached in planned])
 
 
-def _observe(request: Request, step: int, distances: Download, measured: Sequence[bool]) -> None:
-    """Tell the policy and the trace what a step measured, once that is on the host."""
-    rows = _wait(request, distances.wait)
-    prompts = rows.reshape(len(rows), request.halves, -1).mean(axis=1, dtype=np.float64)
+def _observe(state: DenoiseState) -> None:
+    """Tell the policy and the trace what the last step that ran has measured, once that is on the host."""
+    if state.measuring is None:
+        return
+    step, measured, distances = state.measuring
+    state.measuring = None
+    rows = _wait(state, distances.wait)
+    prompts = rows.reshape(len(rows), state.halves, -1).mean(axis=1, dtype=np.float64)
     changes = [tuple(map(float, row)) if known else None for row, known in zip(prompts, measured, strict=True)]
-    request.decider.observe(step, changes)
-    request.trace.measure(step, [max(change) if change else None for change in changes])
+    state.decider.observe(step, changes)
+    state.trace.measure(step, [max(change) if change else None for change in changes])
 
 
-def _wait(request: Request, wait: Callable[[], T]) -> T:
+def _wait(state: DenoiseState, wait: Callable[[], T]) -> T:
     started = time.perf_counter()
     result = wait()
-    request.trace.wait_ms += 1e3 * (time.perf_counter() - started)
+    state.trace.wait_ms += 1e3 * (time.perf_counter() - started)
     return result

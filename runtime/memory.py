@@ -9,7 +9,9 @@ from typing import Any
 
 from ..engines.compiled import Compiled
 from ..engines.manifest import DTYPE_BYTES, Manifest, Part, TensorSpec, chunk_sizes, part_files
-from .cache import Layout
+from .budget import Profile, choose_cached
+from .caches import CACHE_MODES, Layout, find_mode
+from .policies import Policy
 
 # fp32 arrays of the latents' size that the sampler has at hand besides the samples and outputs its table asks for:
 # the noise, and the terms of a sum.
@@ -77,6 +79,38 @@ class MemoryPlan:
         return asdict(self) | sums
 
 
+@dataclass(frozen=True)
+class MemoryLimits:
+    """What a pipeline's requests may take, and how.
+
+    `cache_memory` is the most bytes of one request's stream and cache; blocks that find no room are run every time, and
+    `cache_profile` helps to choose them. `fixed_slots` gives every block cache addresses of its own, for CUDA graphs.
+    """
+
+    low_memory: bool = False
+    cache_memory: int | None = None
+    cache_profile: Profile | None = None
+    fixed_slots: bool = False
+
+    def layout(self, policy: Policy) -> Layout:
+        """How that policy's caches are laid out."""
+        return Layout(find_mode(policy.cache), self.fixed_slots)
+
+    def cached(self, manifest: Manifest, policy: Policy, rows: int) -> tuple[bool, ...]:
+        """Per block whether there is room for its output. Raises InvalidRequest where there is none for a request."""
+        buffer = rows * manifest.cache_bytes_per_row[manifest.blocks[0].name]
+        reusable = policy.reusable([block.kind for block in manifest.blocks])
+        return choose_cached(self.layout(policy), reusable, buffer, self.cache_memory, self.cache_profile)
+
+    def plan(
+        self, manifest: Manifest, policy: Policy, prompts: int, guided: bool, compiled: Compiled | None
+    ) -> MemoryPlan:
+        """What a request takes. Raises InvalidRequest where `cache_memory` is too small."""
+        slots = sum(self.cached(manifest, policy, prompts * (2 if guided else 1)))
+        layout = self.layout(policy)
+        return plan_memory(manifest, prompts, guided, layout, slots, self.low_memory, compiled, policy.outputs)
+
+
 def plan_memory(
     manifest: Manifest,
     prompts: int = 1,
@@ -85,19 +119,21 @@ def plan_memory(
     slots: int | None = None,
     low_memory: bool = False,
     compiled: Compiled | None = None,
+    outputs: int = 0,
 ) -> MemoryPlan:
     """The plan of a request of that many prompts.
 
     `slots` is the number of blocks that are cached (None: all); without `compiled`, weights are those of the ONNX
-    graphs and the scratch, which ONNX Runtime allocates as it runs, is not known.
+    graphs and the scratch, which ONNX Runtime allocates as it runs, is not known. `outputs` is the number of model
+    outputs that the policy keeps.
     """
-    layout = layout or Layout()
+    layout = layout or Layout(next(iter(CACHE_MODES.values())))
     rows, blocks = prompts * (2 if guided else 1), len(manifest.blocks)
     buffer = manifest.cache_bytes_per_row[manifest.blocks[0].name] * rows
     cache = layout.buffers(blocks, blocks if slots is None else slots) * buffer
     sizes = {name: largest for name, (_, largest) in manifest.ranges.items()} | {"batch": rows}
     latents = 4 * prompts * math.prod(manifest.shape.latents)
-    sampler = (SAMPLER_ARRAYS + manifest.sampler.kept) * latents
+    sampler = (SAMPLER_ARRAYS + manifest.sampler.kept + outputs) * latents
     condition = _bytes(manifest.condition.outputs, sizes)
     video = 3 * manifest.shape.frames * manifest.shape.height * manifest.shape.width
     denoise = (manifest.prologue, *manifest.blocks, manifest.epilogue)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from .policies import POLICIES, Cycle, NoReuse, policy_from_settings
+from .policies import Cycle, NoReuse, policy_of_settings
 from .trace import Trace
 
 
@@ -36,7 +36,5 @@ def notes_on(trace: Trace, given: Collection[str], *, draws_noise: bool = False)
 
 def cycle_of(trace: Trace) -> Cycle | None:
     """When the policy allowed reuse; None if it never did, or is none of this package's."""
-    settings = dict(trace.policy)
-    name = settings.pop("name")
-    policy = policy_from_settings(name, **settings) if name in POLICIES else None
+    policy = policy_of_settings(trace.policy)
     return policy if isinstance(policy, Cycle) else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .policies import Decision, Measure
+from .decisions import Decision, Measure
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,11 @@ class Trace:
         return self.count(Decision.DEAD)
 
     @property
+    def blocks_forecast(self) -> int:
+        """Block calls of steps in which no engine ran, as the model's output was made of earlier ones."""
+        return self.count(Decision.FORECAST)
+
+    @property
     def blocks_possible(self) -> int:
         """Block calls of the same request without reuse."""
         return len(self.steps) * len(self.blocks)
@@ -130,7 +135,14 @@ class Trace:
         """Everything as plain JSON values, with the totals; numbers that are not finite become None."""
         totals = {
             name: getattr(self, name)
-            for name in ("blocks_computed", "blocks_reused", "blocks_dead", "blocks_possible", "share_skipped")
+            for name in (
+                "blocks_computed",
+                "blocks_reused",
+                "blocks_dead",
+                "blocks_forecast",
+                "blocks_possible",
+                "share_skipped",
+            )
         }
         return _finite({**asdict(self), **totals})  # type: ignore[no-any-return]
 

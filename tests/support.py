@@ -30,7 +30,11 @@ from foresight.engines.reference import ReferenceBackend
 from foresight.engines.tensorrt.backend import TensorRTBackend
 from foresight.engines.tensorrt.compiler import BuildSettings, shape_ranges
 from foresight.engines.tensorrt.library import MODULES
+from foresight.runtime.caches import Layout, find_mode
+from foresight.runtime.memory import MemoryLimits
 from foresight.runtime.pipeline import VideoPipeline
+from foresight.runtime.policies import Context
+from foresight.runtime.sampler import Schedule
 
 Floats = npt.NDArray[np.float32]
 Json = dict[str, Any]
@@ -149,12 +153,26 @@ class WatchedBackend(BackendInFront):
 def watched_pipeline(bundle: Path, **settings: Any) -> tuple[VideoPipeline, WatchedBackend]:
     """A pipeline on a watched backend."""
     backend = WatchedBackend(backend_under_test(bundle))
-    return VideoPipeline(open_bundle(bundle), backend, **settings), backend
+    return VideoPipeline(open_bundle(bundle), backend, MemoryLimits(**settings)), backend
 
 
 def load_pipeline(bundle: Path, **settings: Any) -> VideoPipeline:
-    """A pipeline on the backend under test."""
-    return VideoPipeline(open_bundle(bundle), backend_under_test(bundle), **settings)
+    """A pipeline on the backend under test; settings are those of MemoryLimits, and `on_progress`."""
+    on_progress = settings.pop("on_progress", None)
+    limits = MemoryLimits(**settings)
+    return VideoPipeline(open_bundle(bundle), backend_under_test(bundle), limits, on_progress=on_progress)
+
+
+def layout_of(mode: str = "output", fixed: bool = False) -> Layout:
+    """How the caches of a mode are laid out."""
+    return Layout(find_mode(mode), fixed)
+
+
+def context_of(steps: int, blocks: int, prompts: int = 1) -> Context:
+    """What a policy learns of a request of that many steps on a model of that many blocks."""
+    timesteps, nothing = np.linspace(999, 0, steps), np.zeros(steps)
+    schedule = Schedule(timesteps, nothing, nothing, nothing[:, None], nothing[:, None], 1.0)
+    return Context(schedule, ("block",) * blocks, prompts)
 
 
 def backend_under_test(bundle: Path | None = None) -> Backend:

@@ -15,7 +15,7 @@ from foresight.engines.arrays import Array, Arrays, numpy_dtype
 from foresight.engines.backend import Backend, Engine, create_backend
 from foresight.engines.bundle import open_bundle
 from foresight.engines.manifest import Part
-from foresight.runtime.cache import Layout, create_cache
+from foresight.runtime.caches import Layout, create_cache, find_mode
 
 # A block meets its last set of addresses in its third step, and CUDA graphs record a set when it comes again.
 WARM_UP = 6
@@ -91,11 +91,11 @@ def blocks_step(setup: Setup, backend_name: str, cuda_graphs: bool) -> Step:
     prologue, *blocks, epilogue = [backend.load(opened, part) for part in parts]
     tensors = random_tensors(backend.arrays, setup, parts)
     with backend.arrays.active():
-        layout, everything = Layout(fixed=cuda_graphs), (True,) * len(blocks)
+        layout, everything = Layout(find_mode("output"), fixed=cuda_graphs), (True,) * len(blocks)
         cache = create_cache(layout, manifest, backend.arrays, setup.sizes["batch"], everything)
 
     def run() -> None:
-        prologue.run({**tensors, **cache.enter()})
+        prologue.run({**tensors, **cache.enter(0)})
         for index, block in enumerate(blocks):
             stream, _ = cache.bind(index)
             block.run({**tensors, **stream})

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ...engines.errors import InvalidRequest, OutputError, one_line, quoted
-from ...runtime.notes import cycle_of
-from ...runtime.policies import NoReuse
+from ...engines.wording import plural
+from ...runtime.policies import NoReuse, policy_of_settings
 from ...runtime.trace import Trace
 from ...runtime.video import Video
 from ...runtime.whole import write_whole
 from ..quality import psnr, ssim
 from .charts import bars, block_map, changes, hover, step_ticks
 from .film import film
-from .wording import decibels, duration, memory, plural, similarity
+from .wording import decibels, duration, memory, similarity
 
 # What a trace and that of its reference must have in common.
 COMPARABLE = ("bundle", "prompts", "negative_prompt", "steps_requested", "guidance", "latents_given", "backend")
@@ -138,20 +138,11 @@ def _notes(video: Video) -> list[str]:
 
 
 def _policy_words(trace: Trace) -> str:
-    settings = {key: value for key, value in trace.policy.items() if key != "name"}
-    cycle = cycle_of(trace)
-    if trace.policy["name"] == NoReuse.name:
-        return "none: every block runs in every step"
-    if cycle is None:
-        return ", ".join([str(trace.policy["name"]), *(f"{key} {value}" for key, value in settings.items())])
-    gamma = f", γ = {settings['gamma']:g}" if "gamma" in settings else ""
-    which = "the blocks whose last change is at most γ λ" if gamma else "all blocks"
-    cached = {"output": "block outputs are cached", "residual": "what blocks add to the stream is cached"}
-    return (
-        f"{trace.policy['name']}{gamma}: after {plural(cycle.warmup_steps(trace.steps_requested), 'warm-up step')}, "
-        f"{cycle.reuse_steps} of every {cycle.interval} steps reuse{'s' if cycle.reuse_steps == 1 else ''} {which}; "
-        f"{cached[settings['cache']]}"
-    )
+    policy = policy_of_settings(trace.policy)
+    if policy is not None:
+        return policy.describe(trace.steps_requested)
+    settings = (f"{key} {value}" for key, value in trace.policy.items() if key != "name")
+    return ", ".join([str(trace.policy["name"]), *settings])
 
 
 def _tiles(video: Video, reference: Video | None) -> list[tuple[str, str]]:
@@ -174,6 +165,7 @@ def _calls(trace: Trace) -> dict[str, Any]:
         ("computed", "run", trace.blocks_computed),
         ("reused", "reused", trace.blocks_reused),
         ("dead", "dead", trace.blocks_dead),
+        *([("forecast", "forecast", trace.blocks_forecast)] if trace.blocks_forecast else []),
     ]
     return {
         "possible": plural(possible, "call"),

@@ -11,14 +11,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from ...runtime.caches import CACHE_MODES, find_mode
+from ...runtime.decisions import Decision
 from ...runtime.notes import cycle_of
-from ...runtime.policies import Decision
 from ...runtime.trace import Trace
 from .wording import duration
 
 OUTLIER = 4  # times the median: steps slower than that are cut off, and named
 MAX_TICKS = 11
-SYMBOLS = {Decision.COMPUTE.value: "c", Decision.REUSE.value: "r", Decision.DEAD.value: "d"}
+SYMBOLS = {decision.value: decision.value[0] for decision in Decision}
+ALWAYS_COUNTED = (Decision.COMPUTE.value, Decision.REUSE.value, Decision.DEAD.value)
 
 Tick: TypeAlias = tuple[float, str]  # where, in percent, and what to write there
 
@@ -33,7 +35,7 @@ def block_map(trace: Trace) -> dict[str, Any]:
     """Blocks by steps: what was computed, reused and dead."""
     cycle, steps = cycle_of(trace), len(trace.steps)
     allowed = [step for step in range(steps) if cycle and cycle.allows(step, trace.steps_requested)]
-    legend = {"computed": "run", "reused": "reused", "dead": "dead", "allowed": "reuse allowed"}
+    legend = {"computed": "run", "reused": "reused", "dead": "dead", "forecast": "forecast", "allowed": "reuse allowed"}
     used = {value for step in trace.steps for value in step.decisions} | ({"allowed"} if allowed else set())
     skipped = [sum(step.decisions[block] != Decision.COMPUTE.value for step in trace.steps) for block in _blocks(trace)]
     return {
@@ -41,6 +43,7 @@ def block_map(trace: Trace) -> dict[str, Any]:
         "computed": _cells(trace, Decision.COMPUTE, 0.0),
         "reused": _cells(trace, Decision.REUSE, 0.0),
         "dead": _cells(trace, Decision.DEAD, 0.34),  # a thinner mark, to be told apart without colour
+        "forecast": _cells(trace, Decision.FORECAST, 0.2),
         "warmup": min(steps, cycle.warmup_steps(trace.steps_requested)) if cycle else 0,
         "allowed": "".join(f"M{step + 0.1:g} 0h.8v1h-.8z" for step in allowed),
         "legend": [(mark, words) for mark, words in legend.items() if mark in used],
@@ -96,7 +99,7 @@ def changes(trace: Trace) -> dict[str, Any]:
         "legend": [(mark, words) for mark, words in legend.items() if any(plot[mark] for plot in plots)],
         "ticks": scale.ticks(),
         "gamma": trace.policy.get("gamma"),
-        "residual": trace.policy.get("cache") == "residual",
+        "measured": find_mode(trace.policy.get("cache", next(iter(CACHE_MODES)))).measured,
         "limited": any(value is not None for step in trace.steps for value in step.limits),
         "zeros": any(value <= 0 for value in measured),
     }
@@ -182,9 +185,10 @@ def _axis_top(values: Sequence[float]) -> float:
 
 def hover(trace: Trace, other: Trace | None) -> dict[str, Any]:
     """What the page's script shows of a step and block, as text, so that values that are not finite are no trouble."""
+    used = {value for step in trace.steps for value in step.decisions}
     return {
         "blocks": [" · ".join(pair) for pair in zip(trace.blocks, trace.kinds, strict=True)],
-        "words": {symbol: word for word, symbol in SYMBOLS.items()},
+        "words": {symbol: word for word, symbol in SYMBOLS.items() if word in ALWAYS_COUNTED or word in used},
         "steps": [
             {
                 "timestep": f"{step.timestep:g}",

@@ -5,11 +5,6 @@ from __future__ import annotations
 import math
 
 
-def plural(count: int, noun: str) -> str:
-    """A count and its noun."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def duration(milliseconds: float) -> str:
     """A time with three digits or so, in ms or s."""
     size = abs(milliseconds)

@@ -21,7 +21,9 @@ from PIL import Image
 
 from foresight import Foresight, InvalidRequest, NoReuse, OutputError, Static, Trace, Video
 from foresight.evaluation.report import write_report
-from foresight.runtime.policies import Decision, Policy, eliminate_dead, policy_settings
+from foresight.runtime.caches import find_mode
+from foresight.runtime.policies import Decision, Policy, policy_settings
+from tests.support import context_of
 
 VOID = {"meta", "img", "input"}
 PROMPT = "a red circle moving right"
@@ -101,12 +103,10 @@ def make_trace(policy: Policy, steps: int = 20, blocks: int = 4, prompts: Sequen
         denoise_ms=200.0 if policy.name == "none" else 125.0,
         decode_ms=20.0,
     )
-    decider = policy.begin(steps, blocks)
+    decider = policy.begin(context_of(steps, blocks))
     for step in range(steps):
         measures = decider.measures()
-        decisions = decider.plan(step)
-        if policy.cache == "output":
-            decisions = eliminate_dead(decisions)
+        decisions = find_mode(policy.cache).eliminate_dead(decider.plan(step))
         ran = [decision is Decision.COMPUTE for decision in decisions]
         distances = [0.5**step * (1 + block) if known and step else None for block, known in enumerate(ran)]
         trace.record(1000.0 - step, 1.0 + sum(ran), decisions, measures)

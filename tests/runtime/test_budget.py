@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from foresight.engines.errors import InvalidRequest
 from foresight.runtime.budget import Profile, choose_cached, rank_blocks
-from foresight.runtime.cache import Layout
+from foresight.runtime.caches import Layout, find_mode
 from foresight.runtime.pipeline import VideoPipeline
-from foresight.runtime.policies import Decider, Decision, Foresight, NoReuse, Policy, Static, eliminate_dead
-from tests.support import load_pipeline
+from foresight.runtime.policies import Context, Decider, Decision, Foresight, NoReuse, Policy, Static
+from tests.support import layout_of, load_pipeline
 
 PROMPT = "a red circle moving right"
+ALL = (True,) * 4
 
 
 def profile(blocks: int, *wanted: set[int]) -> Profile:
@@ -36,7 +37,7 @@ def profile(blocks: int, *wanted: set[int]) -> Profile:
     ],
 )
 def test_slots_go_where_they_save_most(mode: Any, wanted: list[set[int]] | None, ranked: list[int]) -> None:
-    assert rank_blocks(mode, 4, None if wanted is None else profile(4, *wanted)) == ranked
+    assert rank_blocks(find_mode(mode), 4, None if wanted is None else profile(4, *wanted)) == ranked
 
 
 @pytest.mark.parametrize(
@@ -50,24 +51,26 @@ def test_slots_go_where_they_save_most(mode: Any, wanted: list[set[int]] | None,
     ],
 )
 def test_as_many_blocks_are_cached_as_fit(buffers: int, cached: tuple[bool, ...]) -> None:
-    assert choose_cached(Layout(), 4, 100, buffers * 100 + 99) == cached
+    assert choose_cached(layout_of(), ALL, 100, buffers * 100 + 99) == cached
 
 
 def test_without_a_limit_all_blocks_are_cached() -> None:
-    assert choose_cached(Layout(), 3, 100) == (True, True, True)
+    assert choose_cached(layout_of(), ALL[:3], 100) == (True, True, True)
 
 
-@pytest.mark.parametrize(("layout", "least"), [(Layout(), 2), (Layout(fixed=True), 2), (Layout("residual"), 2)])
+@pytest.mark.parametrize(
+    ("layout", "least"), [(layout_of(), 2), (layout_of(fixed=True), 2), (layout_of("residual"), 2)]
+)
 def test_less_than_a_request_without_slots_needs_is_refused(layout: Layout, least: int) -> None:
     mebi = 2**20
-    assert choose_cached(layout, 4, mebi, least * mebi) == (False,) * 4
+    assert choose_cached(layout, ALL, mebi, least * mebi) == (False,) * 4
     with pytest.raises(InvalidRequest, match=r"cache_memory: got 1\.999999 MiB, expected at least 2\.000000"):
-        choose_cached(layout, 4, mebi, least * mebi - 1)
+        choose_cached(layout, ALL, mebi, least * mebi - 1)
 
 
 def test_a_profile_of_another_model_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="cache_profile: got a trace of 5 blocks, this bundle has 4"):
-        choose_cached(Layout(), 4, 100, 400, profile(5, {1}))
+        choose_cached(layout_of(), ALL, 100, 400, profile(5, {1}))
 
 
 @pytest.mark.parametrize(
@@ -99,23 +102,32 @@ def test_a_greedy_choice_saves_nearly_what_the_best_one_does(wanted: list[set[in
     def saved(kept: tuple[int, ...]) -> int:
         return sum(max(step & set(kept), default=-1) + 1 for step in wanted)
 
-    chosen = tuple(rank_blocks("output", 5, profile(5, *wanted))[:slots])
+    chosen = tuple(rank_blocks(find_mode("output"), 5, profile(5, *wanted))[:slots])
     best = max(saved(kept) for kept in combinations(range(5), slots))
     assert saved(chosen) >= 0.63 * best
 
 
-class Never:
+class Never(Policy):
     """A policy that is asked as another is, but never reuses some blocks."""
 
     def __init__(self, policy: Policy, kept: tuple[bool, ...]) -> None:
-        self.policy, self.kept, self.name, self.cache = policy, kept, policy.name, policy.cache
+        self.policy, self.kept = policy, kept
 
-    def begin(self, steps: int, blocks: int) -> Decider:
-        return _NeverDecider(self.policy.begin(steps, blocks), self.kept)
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.policy.name
+
+    @property
+    def cache(self) -> str:
+        return self.policy.cache
+
+    def begin(self, context: Context) -> Decider:
+        return _NeverDecider(self.policy.begin(context), self.kept)
 
 
-class _NeverDecider:
+class _NeverDecider(Decider):
     def __init__(self, decider: Decider, kept: tuple[bool, ...]) -> None:
+        super().__init__(decider.context)
         self.decider, self.kept = decider, kept
 
     def plan(self, step: int) -> list[Decision]:
@@ -148,11 +160,11 @@ def buffer_bytes(pipeline: VideoPipeline) -> int:
 def test_few_slots_give_the_bytes_of_a_policy_that_never_reuses_the_others(
     pipeline: VideoPipeline, bundle: Path, policy: Policy, slots: int
 ) -> None:
-    layout, blocks = Layout(policy.cache), len(pipeline.manifest.blocks)
+    layout, blocks = layout_of(policy.cache), len(pipeline.manifest.blocks)
     small = load_pipeline(bundle, cache_memory=layout.buffers(blocks, slots) * buffer_bytes(pipeline))
     video = small(PROMPT, steps=12, guidance=4.0, policy=policy)
     kept = (False,) * (blocks - slots) + (True,) * slots
-    expected = pipeline(PROMPT, steps=12, guidance=4.0, policy=cast(Policy, Never(policy, kept)))
+    expected = pipeline(PROMPT, steps=12, guidance=4.0, policy=Never(policy, kept))
     assert video.latents.tobytes() == expected.latents.tobytes()
     assert [step.decisions for step in video.trace.steps] == [step.decisions for step in expected.trace.steps]
     assert video.trace.uncached == tuple(block.name for block in pipeline.manifest.blocks[: blocks - slots])
@@ -190,5 +202,5 @@ def test_eliminating_dead_blocks_comes_after_masking(pipeline: VideoPipeline, bu
     blocks = len(pipeline.manifest.blocks)
     small = load_pipeline(bundle, cache_memory=3 * buffer_bytes(pipeline))
     trace = small(PROMPT, steps=4, guidance=4.0, policy=Static(1, 2, warmup=2)).trace
-    expected = eliminate_dead([Decision.COMPUTE] * (blocks - 1) + [Decision.REUSE])
+    expected = find_mode("output").eliminate_dead([Decision.COMPUTE] * (blocks - 1) + [Decision.REUSE])
     assert trace.steps[2].decisions == tuple(decision.value for decision in expected)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foresight.engines.errors import Cancelled, InvalidRequest
-from foresight.runtime.arguments import MAX_CHARACTERS
 from foresight.runtime.caption import ADDRESSES, MOST_TAGS, SIGNS, WORDS, clean_caption
+from foresight.runtime.request import MAX_CHARACTERS
 
 CAPTIONS = [
     "a dog in astronaut suit and sunglasses floating in space",

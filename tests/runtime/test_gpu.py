@@ -13,6 +13,7 @@ from foresight.engines.backend import create_backend
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import EngineError
 from foresight.engines.tensorrt.library import MODULES
+from foresight.runtime.memory import MemoryLimits
 from foresight.runtime.pipeline import VideoPipeline, load
 from foresight.runtime.policies import Foresight, NoReuse, Policy, Static
 from tests.engines.test_backend_contract import BIAS, WEIGHT, affine, draw
@@ -133,7 +134,8 @@ def test_a_bundle_with_engines_for_this_gpu_is_run_by_them(pipeline: VideoPipeli
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_replayed_graphs_give_the_bytes_of_plain_runs(pipeline: VideoPipeline, bundle: Path, policy: Policy) -> None:
     backend_under_test(bundle)
-    graphs = VideoPipeline(open_bundle(bundle), create_backend(BACKEND, "cuda", cuda_graphs=True), fixed_slots=True)
+    backend = create_backend(BACKEND, "cuda", cuda_graphs=True)
+    graphs = VideoPipeline(open_bundle(bundle), backend, MemoryLimits(fixed_slots=True))
     expected = pipeline(PROMPT, steps=12, policy=policy).latents.tobytes()
     for _ in range(3):
         assert graphs(PROMPT, steps=12, policy=policy).latents.tobytes() == expected

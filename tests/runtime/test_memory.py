@@ -16,11 +16,20 @@ from foresight.engines.bundle import Bundle, open_bundle
 from foresight.engines.errors import Cancelled, EngineError, IntegrityError, InvalidRequest, OutOfMemory
 from foresight.engines.manifest import Part, part_files
 from foresight.runtime.admission import MemoryReservations, OneAtATime
-from foresight.runtime.cache import Layout
+from foresight.runtime.caches import Layout
 from foresight.runtime.memory import plan_memory
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import Foresight, NoReuse, Static
-from tests.support import CancelAt, WatchedEngine, copy_bundle, fail_at, is_block, load_pipeline, watched_pipeline
+from tests.support import (
+    CancelAt,
+    WatchedEngine,
+    copy_bundle,
+    fail_at,
+    is_block,
+    layout_of,
+    load_pipeline,
+    watched_pipeline,
+)
 
 PROMPT = "a red circle moving right"
 
@@ -32,11 +41,11 @@ def test_weights_are_those_of_all_graphs(bundle: Path) -> None:
     assert plan.scratch is None
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(fixed=True), Layout("residual")], ids=str)
+@pytest.mark.parametrize("layout", [layout_of(), layout_of(fixed=True), layout_of("residual")], ids=str)
 @pytest.mark.parametrize(("prompts", "guided"), [(1, False), (1, True), (3, True)])
 def test_the_cache_is_planned_as_it_is_allocated(bundle: Path, layout: Layout, prompts: int, guided: bool) -> None:
     pipeline = load_pipeline(bundle, fixed_slots=layout.fixed)
-    policy = NoReuse(layout.mode)
+    policy = NoReuse(layout.mode.name)
     plan = pipeline.memory(prompts, guided, policy)
     trace = pipeline([PROMPT] * prompts, steps=1, guidance=4.0 if guided else 1.0, policy=policy)[0].trace
     assert plan.cache == trace.cache_bytes
@@ -191,9 +200,10 @@ def test_with_low_memory_what_makes_no_sense_is_refused_before_it_waits(bundle: 
         except InvalidRequest as error:
             refused.append(error)
 
-    assert low._turns is not None
+    turns = low._loaded.residency._turns
+    assert turns is not None
     thread = threading.Thread(target=ask, daemon=True)
-    with low._turns.turn(None):
+    with turns.turn(None):
         thread.start()
         thread.join(60)
     assert refused

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foresight.engines.errors import InvalidRequest
+from foresight.runtime.caches import find_mode
 from foresight.runtime.policies import (
-    CacheMode,
     Cycle,
     Decider,
     Decision,
@@ -20,11 +20,12 @@ from foresight.runtime.policies import (
     NoReuse,
     Policy,
     Static,
-    eliminate_dead,
     policy_from_settings,
     policy_settings,
 )
+from tests.support import context_of
 
+OUTPUT = find_mode("output")
 C, R, D = Decision.COMPUTE, Decision.REUSE, Decision.DEAD
 LETTERS = {C: "C", R: "r", D: "d"}
 Table = Sequence[Sequence[Distance]]  # [step][block][prompt]: the change if the block is computed in that step
@@ -33,11 +34,11 @@ Table = Sequence[Sequence[Distance]]  # [step][block][prompt]: the change if the
 def drive(policy: Policy, table: Table, drop_dead: bool = False) -> list[list[Decision]]:
     """The decisions of a request whose blocks, where they are computed, change as `table` says."""
     blocks = len(table[0])
-    decider = policy.begin(len(table), blocks)
+    decider = policy.begin(context_of(len(table), blocks))
     plans = []
     for step, row in enumerate(table):
         plan = decider.plan(step)
-        plans.append(eliminate_dead(plan) if drop_dead else plan)
+        plans.append(OUTPUT.eliminate_dead(plan) if drop_dead else plan)
         known = [plans[-1][block] is C and step > 0 for block in range(blocks)]
         decider.observe(step, [row[block] if known[block] else None for block in range(blocks)])
     return plans
@@ -113,7 +114,7 @@ def test_a_change_beyond_the_limit_is_computed() -> None:
     ],
 )
 def test_lambda_weighs_the_last_three_warmup_changes_newest_first(changes: list[float], limit: float) -> None:
-    decider = Foresight(warmup=len(changes), gamma=1.0).begin(20, 1)
+    decider = Foresight(warmup=len(changes), gamma=1.0).begin(context_of(20, 1))
     for step, change in enumerate(changes):
         decider.observe(step, [(change,) if step else None])
     measure = decider.measures()[0]
@@ -122,7 +123,7 @@ def test_lambda_weighs_the_last_three_warmup_changes_newest_first(changes: list[
 
 
 def test_the_metric_starts_as_the_last_warmup_change() -> None:
-    decider = Foresight(warmup=3).begin(20, 1)
+    decider = Foresight(warmup=3).begin(context_of(20, 1))
     for step, change in enumerate([None, (3.0,), (2.0,)]):
         decider.observe(step, [change])
     measure = decider.measures()[0]
@@ -157,7 +158,7 @@ def test_a_batch_reuses_only_where_every_prompt_would() -> None:
 
 
 def test_the_measure_shown_for_a_batch_is_that_of_the_prompt_that_refused() -> None:
-    decider = Foresight(warmup=2, gamma=0.5).begin(10, 1)
+    decider = Foresight(warmup=2, gamma=0.5).begin(context_of(10, 1))
     decider.observe(1, [(1.0, 4.0)])
     decider.observe(2, [(100.0, 1.0)])
     measure = decider.measures()[0]
@@ -283,7 +284,7 @@ def test_a_batch_reuses_a_block_only_if_each_prompt_alone_would(
 
 def test_requests_of_one_policy_share_nothing() -> None:
     policy = Foresight(warmup=2)
-    first, second = policy.begin(10, 2), policy.begin(10, 2)
+    first, second = policy.begin(context_of(10, 2)), policy.begin(context_of(10, 2))
     first.observe(1, [(1.0,), (1.0,)])
     assert second.measures() == [None, None]
 
@@ -308,13 +309,13 @@ def test_requests_of_one_policy_share_nothing() -> None:
 )
 def test_blocks_before_the_deepest_reused_one_are_dead(plan: str, expected: str) -> None:
     named = {letter: decision for decision, letter in LETTERS.items()}
-    assert "".join(LETTERS[d] for d in eliminate_dead([named[letter] for letter in plan])) == expected
+    assert "".join(LETTERS[d] for d in OUTPUT.eliminate_dead([named[letter] for letter in plan])) == expected
 
 
 @given(plan=st.lists(st.sampled_from([C, R])))
 def test_eliminating_dead_blocks_twice_changes_nothing_more(plan: list[Decision]) -> None:
-    once = eliminate_dead(plan)
-    assert eliminate_dead(once) == once
+    once = OUTPUT.eliminate_dead(plan)
+    assert OUTPUT.eliminate_dead(once) == once
 
 
 # Settings
@@ -386,6 +387,7 @@ def test_policies_are_immutable(policy: Policy) -> None:
 
 @settings(max_examples=20)
 @given(blocks=st.integers(1, 9), cache=st.sampled_from(["output", "residual"]))
-def test_a_plan_has_one_decision_per_block(blocks: int, cache: CacheMode) -> None:
-    deciders: list[Decider] = [policy.begin(4, blocks) for policy in (NoReuse(cache), Static(), Foresight())]
+def test_a_plan_has_one_decision_per_block(blocks: int, cache: str) -> None:
+    policies: list[Policy] = [NoReuse(cache), Static(), Foresight()]
+    deciders: list[Decider] = [policy.begin(context_of(4, blocks)) for policy in policies]
     assert all(len(decider.plan(0)) == len(decider.measures()) == blocks for decider in deciders)

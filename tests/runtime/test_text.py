@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from benchmarks.checkpoints import WORDS
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import Cancelled, InvalidRequest
-from foresight.runtime.arguments import MAX_CHARACTERS, check_prompts, check_text
+from foresight.runtime.request import MAX_CHARACTERS, check_prompts, check_text
 from foresight.runtime.text import Tokenizer
 
 TEXTS = st.one_of(

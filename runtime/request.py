@@ -1,18 +1,82 @@
-"""What a caller may pass: every check that needs no bundle. All raise InvalidRequest, before anything runs."""
+"""What a caller asks for, and every check of it. All raise InvalidRequest, before anything runs."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, SupportsFloat
 
 import numpy as np
 
+from ..engines.arrays import Array, Arrays
 from ..engines.errors import InvalidRequest, quoted
-from .policies import CACHE_MODES, Foresight, Policy
+from ..engines.manifest import Manifest
+from .caches import find_mode
+from .latents import check_latents
+from .policies import Foresight, Policy
+from .sampler import SamplerTable, Schedule
 
 MAX_CHARACTERS = 4000  # of a prompt; no model reads more than 300 tokens, which take about 1500
+
+
+@dataclass(frozen=True)
+class VideoRequest:
+    """What a caller asks of a pipeline; what is None is the bundle's default, `policy` then `Foresight()`.
+
+    `prompt` is a text, or a list of them, which become one batch. `seed` is one number, to which a batch adds the
+    prompt's position, or one per prompt. `latents` is the initial noise instead: (prompts, *latent shape) or, for one
+    prompt, the latent shape; fp32; a numpy array, or one that speaks DLPack; it is only read. A guidance of 1 runs
+    without the negative half. With `to_host` False, frames and latents stay arrays of the device.
+    """
+
+    prompt: str | Sequence[str]
+    negative_prompt: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | Sequence[int] = 0
+    policy: Policy | None = None
+    latents: Array | None = None
+    to_host: bool = True
+
+
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A request as a bundle can serve it: every value is there and has been checked."""
+
+    prompts: tuple[str, ...]
+    negative_prompt: str
+    schedule: Schedule
+    guidance: float
+    seeds: tuple[int, ...]
+    policy: Policy
+    latents: Array | None
+    to_host: bool
+
+    @property
+    def halves(self) -> int:
+        """Rows a prompt: guidance 1 needs no negative half."""
+        return 1 if self.guidance == 1 else 2
+
+    @property
+    def rows(self) -> int:
+        """Of the guided batch."""
+        return self.halves * len(self.prompts)
+
+
+def check_request(request: VideoRequest, manifest: Manifest, table: SamplerTable, arrays: Arrays) -> CheckedRequest:
+    """The request with the bundle's defaults, for that bundle and device. Raises InvalidRequest."""
+    defaults = manifest.defaults
+    prompts = check_prompts(request.prompt, manifest.shape.max_batch)
+    schedule = table.schedule(defaults.steps if request.steps is None else request.steps)
+    policy = check_policy(request.policy)
+    seeds = check_seeds(request.seed, len(prompts))
+    negative = _check_negative(request.negative_prompt, manifest)
+    guidance = check_guidance(defaults.guidance if request.guidance is None else request.guidance)
+    latents, shape = request.latents, (len(prompts), *manifest.shape.latents)
+    given = None if latents is None else check_latents(latents, shape, arrays)
+    return CheckedRequest(prompts, negative, schedule, guidance, seeds, policy, given, request.to_host)
 
 
 def check_prompts(prompts: Any, most: int | None = None) -> tuple[str, ...]:
@@ -23,7 +87,7 @@ def check_prompts(prompts: Any, most: int | None = None) -> tuple[str, ...]:
     if most is not None and len(listed) > most:
         raise InvalidRequest(
             f"prompts: got {len(listed)} at once, this bundle takes {most}; send fewer, or export with a larger "
-            "--max-batch"
+            "max_batch"
         )
     return tuple(check_text("prompt", prompt) for prompt in listed)
 
@@ -67,12 +131,12 @@ def check_seeds(seed: int | Sequence[int], prompts: int) -> tuple[int, ...]:
 
 
 def check_policy(policy: Policy | None) -> Policy:
-    """The policy itself, or the default for None; anything with the methods of one will do."""
+    """The policy itself, or the default for None."""
     if policy is None:
         return Foresight()
-    known = callable(getattr(policy, "begin", None)) and getattr(policy, "cache", None) in CACHE_MODES
-    if not known or isinstance(policy, type):
+    if not isinstance(policy, Policy):
         raise InvalidRequest(f"policy: got {quoted(policy)}, expected Foresight(…), Static(…) or NoReuse()")
+    find_mode(policy.cache)
     return policy
 
 
@@ -93,3 +157,14 @@ def _given(seeds: Iterable[int], prompts: int) -> tuple[int, ...]:
 def _following(seed: int, prompts: int) -> tuple[int, ...]:
     first = operator.index(seed)
     return tuple(range(first, first + prompts))
+
+
+def _check_negative(negative_prompt: str | None, manifest: Manifest) -> str:
+    default = manifest.defaults.negative_prompt
+    text = check_text("negative_prompt", default if negative_prompt is None else negative_prompt, True)
+    if manifest.text.null_caption and text:
+        raise InvalidRequest(
+            f"negative_prompt: got {quoted(text)}, expected none: this model reads a learnt null caption instead; "
+            "leave it out"
+        )
+    return text

@@ -15,17 +15,11 @@ from hypothesis import strategies as st
 from foresight.engines.arrays import Arrays
 from foresight.engines.bundle import open_bundle
 from foresight.engines.manifest import TensorSpec
-from foresight.runtime.cache import (
-    BlockCache,
-    FixedOutputCache,
-    Layout,
-    OutputCache,
-    Pool,
-    ResidualCache,
-    create_cache,
-)
-from foresight.runtime.policies import Decision, Foresight, eliminate_dead
-from tests.support import is_block, watched_pipeline
+from foresight.runtime.caches import BlockCache, Layout, Pool, create_cache, find_mode
+from foresight.runtime.caches.output import FixedOutputCache, OutputCache
+from foresight.runtime.caches.residual import ResidualCache
+from foresight.runtime.policies import Decision, Foresight
+from tests.support import is_block, layout_of, watched_pipeline
 
 C, R, D = Decision.COMPUTE, Decision.REUSE, Decision.DEAD
 STREAMS = ("video", "text")
@@ -38,7 +32,7 @@ FEW = settings(max_examples=30)  # of many blocks and steps each
 Kind = type[OutputCache] | type[FixedOutputCache] | type[ResidualCache]
 OUTPUTS: list[Kind] = [OutputCache, FixedOutputCache]
 KINDS: list[Kind] = [*OUTPUTS, ResidualCache]
-LAYOUTS = {OutputCache: Layout(), FixedOutputCache: Layout(fixed=True), ResidualCache: Layout("residual")}
+LAYOUTS = {OutputCache: layout_of(), FixedOutputCache: layout_of(fixed=True), ResidualCache: layout_of("residual")}
 ONE_BUFFER = 4 * (2 * 5 + 2 * 2 * 3)
 
 
@@ -62,7 +56,7 @@ def run_cache(cache: BlockCache, plans: Sequence[Sequence[Decision]]) -> list[li
     """The stream after every block that was not dead, copied; blocks write through the given buffers as engines do."""
     results = []
     for step, plan in enumerate(plans):
-        for name, array in cache.enter().items():
+        for name, array in cache.enter(step).items():
             array[...] = entering(step)[name]
         seen = []
         for block, decision in enumerate(plan):
@@ -116,7 +110,7 @@ def cases(draw: st.DrawFn, dead: bool) -> Case:
     for _ in range(steps):
         wanted = draw(st.lists(st.sampled_from([C, R]), min_size=blocks, max_size=blocks))
         plan = [decision if kept else C for decision, kept in zip(wanted, cached, strict=True)]
-        plans.append(eliminate_dead(plan) if dead else plan)
+        plans.append(find_mode("output").eliminate_dead(plan) if dead else plan)
     return Case(plans, cached)
 
 
@@ -153,8 +147,8 @@ class Seen:
 def watch(cache: BlockCache, case: Case) -> Seen:
     """Run a case and note every address; no block may write to what it reads or to what another has cached."""
     seen, kept = Seen(), dict[int, int]()
-    for plan in case.plans:
-        entered = cache.enter()
+    for step, plan in enumerate(case.plans):
+        entered = cache.enter(step)
         seen.buffers.add(entered["video"].ctypes.data)
         for array in entered.values():
             array[...] = 0
@@ -211,7 +205,7 @@ def test_memory_is_what_the_layout_says(kind: Kind, cached: list[bool]) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "buffers"),
-    [(Layout(), 6), (Layout(fixed=True), 9), (Layout("residual"), 7), (Layout("residual", fixed=True), 7)],
+    [(layout_of(), 6), (layout_of(fixed=True), 9), (layout_of("residual"), 7), (layout_of("residual", fixed=True), 7)],
 )
 def test_four_cached_blocks_need_so_many_buffers(layout: Layout, buffers: int) -> None:
     assert layout.buffers(4, 4) == buffers
@@ -228,12 +222,12 @@ def test_slots_are_as_many_as_fit(layout: Layout, blocks: int) -> None:
 
 def test_reusing_an_output_is_pointing_at_it() -> None:
     cache = make(OutputCache, (True, True))
-    cache.enter()
+    cache.enter(0)
     for block in (0, 1):
         cache.bind(block)
         cache.commit(block)
         cached = cache.stream["video"].ctypes.data
-    cache.enter()
+    cache.enter(0)
     cache.reuse(1)
     assert cache.stream["video"].ctypes.data == cached
 
@@ -243,7 +237,7 @@ def test_the_first_distance_of_a_block_means_nothing(kind: Kind) -> None:
     cache = make(kind, (True,))
     known = []
     for step in range(3):
-        for name, array in cache.enter().items():
+        for name, array in cache.enter(0).items():
             array[...] = entering(step)[name]
         tensors, meant = cache.bind(0)
         known.append(meant)
@@ -256,7 +250,7 @@ def test_the_first_distance_of_a_block_means_nothing(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_that_never_ran_is_given_its_own_input(kind: Kind) -> None:
     cache = make(kind, (True,))
-    cache.enter()
+    cache.enter(0)
     tensors, _ = cache.bind(0)
     assert tensors["cached_video"] is tensors["video"]
 
@@ -264,7 +258,7 @@ def test_a_block_that_never_ran_is_given_its_own_input(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_never_computed_cannot_be_reused(kind: Kind) -> None:
     cache = make(kind, (True, True))
-    cache.enter()
+    cache.enter(0)
     with pytest.raises(AssertionError, match="must have run"):
         cache.reuse(0)
 
@@ -273,7 +267,7 @@ def test_a_residual_block_is_measured_against_what_reusing_it_would_give() -> No
     cache = make(ResidualCache, (True,))
     run_cache(cache, [[C]])
     residual = cache.stream["video"] - entering(0)["video"]
-    for name, array in cache.enter().items():
+    for name, array in cache.enter(0).items():
         array[...] = entering(1)[name]
     tensors, _ = cache.bind(0)
     assert tensors["cached_video"].tobytes() == (entering(1)["video"] + residual).tobytes()
@@ -284,7 +278,7 @@ def test_a_cache_is_made_for_a_bundle_and_a_number_of_rows(bundle: Path, kind: K
     manifest = open_bundle(bundle).manifest
     cache = create_cache(LAYOUTS[kind], manifest, ARRAYS, 3, [True] * len(manifest.blocks))
     assert type(cache) is kind
-    assert cache.enter()["hidden"].shape == (3, 3, 16, 40)
+    assert cache.enter(0)["hidden"].shape == (3, 3, 16, 40)
 
 
 def test_a_request_binds_no_more_stream_buffers_than_its_cache_holds(bundle: Path) -> None:

@@ -1,0 +1,34 @@
+"""What is cached of blocks: one file and one registry row a mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ...engines.errors import InvalidRequest, quoted
+from .base import BlockCache, CacheMode, Layout, Pool
+from .output import OutputMode
+from .residual import ResidualMode
+
+if TYPE_CHECKING:
+    from ...engines.arrays import Arrays
+    from ...engines.manifest import Manifest
+
+__all__ = ["CACHE_MODES", "BlockCache", "CacheMode", "Layout", "Pool", "create_cache", "find_mode"]
+
+_ROWS: tuple[CacheMode, ...] = (OutputMode(), ResidualMode())
+CACHE_MODES = {mode.name: mode for mode in _ROWS}
+
+
+def find_mode(name: str) -> CacheMode:
+    """The mode of that name. Raises InvalidRequest."""
+    if not isinstance(name, str) or name not in CACHE_MODES:
+        raise InvalidRequest(f"cache: got {quoted(name)}, expected {' or '.join(CACHE_MODES)}")
+    return CACHE_MODES[name]
+
+
+def create_cache(layout: Layout, manifest: Manifest, arrays: Arrays, rows: int, cached: Sequence[bool]) -> BlockCache:
+    """The cache of one request of that many rows, with slots for the blocks that are `cached`."""
+    sizes = {name: largest for name, (_, largest) in manifest.ranges.items()} | {"batch": rows}
+    specs = {stream: manifest.blocks[0].output(f"new_{stream}") for stream in manifest.streams}
+    return layout.mode.create(Pool(arrays, specs, sizes), cached, layout.fixed)

@@ -1,0 +1,50 @@
+"""From texts to what no step changes: the text encoder and the condition part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..engines.arrays import Array, Arrays
+from ..engines.backend import Engine
+from ..engines.manifest import Manifest
+from .parts import Check, run_part
+from .text import Texts
+
+
+def encode(
+    manifest: Manifest, engines: Sequence[Engine], arrays: Arrays, texts: Texts, check: Check
+) -> dict[str, Array]:
+    """The condition part's outputs, in the order of the guided batch; `engines` are the text encoder's and its own.
+
+    Unless the model reads padding too, a prompt and its negative are both cut to the prompt's length, as their
+    pipelines do for one prompt; in a batch each is masked to its own length, so that no prompt sees another's
+    padding. The part is told which rows are the negative half, as a model may put its null caption there. `check` is
+    told what each part made. Raises EngineError.
+    """
+    text_encoder, condition = engines
+    tokens, longest = texts.tokens, int(texts.lengths.max())
+    encoded = run_part(
+        text_encoder,
+        manifest.text_encoder,
+        arrays,
+        {"input_ids": arrays.from_host(tokens.ids), "attention_mask": arrays.from_host(tokens.mask)},
+        {"batch": len(tokens.ids)},
+    )
+    check(manifest.text_encoder, arrays, encoded)
+    states = encoded["text_states"][arrays.from_host(texts.order), :longest]
+    mask = (np.arange(longest)[None] < texts.lengths[:, None]).astype(np.int64)
+    made = run_part(
+        condition,
+        manifest.condition,
+        arrays,
+        {
+            "text_states": arrays.xp.ascontiguousarray(states),
+            "text_mask": arrays.from_host(mask),
+            "unconditional": arrays.from_host(texts.unconditional),
+        },
+        manifest.largest(batch=len(texts.order), text=longest),
+    )
+    check(manifest.condition, arrays, made)
+    return made

@@ -1,0 +1,53 @@
+"""Running one part of a bundle, and judging what it made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from ..engines.arrays import Array, Arrays
+from ..engines.backend import Engine
+from ..engines.errors import EngineError
+from ..engines.manifest import Part
+
+FLOATS = ("fp32", "fp16", "bf16")
+
+Check = Callable[[Part, Arrays, Mapping[str, Array]], None]
+
+
+def run_part(
+    engine: Engine, part: Part, arrays: Arrays, inputs: Mapping[str, Array], sizes: Mapping[str, int]
+) -> dict[str, Array]:
+    """Run a part whose outputs nobody has allocated yet; returns them."""
+    outputs = {spec.name: arrays.empty(spec.resolve(sizes), spec.dtype) for spec in part.outputs}
+    run_engine(engine, {**inputs, **outputs})
+    return outputs
+
+
+def run_engine(engine: Engine, tensors: dict[str, Array]) -> None:
+    """Run it; `tensors` is empty afterwards, so that an error that is kept keeps none of them."""
+    try:
+        engine.run(tensors)
+    finally:
+        tensors.clear()
+
+
+def check_finite(part: Part, arrays: Arrays, tensors: Mapping[str, Array]) -> None:
+    """Refuse what a part made where no video can be made of it. Raises EngineError.
+
+    What is left for a next chunk is not looked at: it is large, and shows in what that becomes.
+    """
+    for spec in part.outputs:
+        if spec.dtype not in FLOATS or spec.name.startswith("new_"):
+            continue
+        values = tensors[spec.name].astype(np.float32) if spec.dtype == "bf16" else tensors[spec.name]
+        if not bool(arrays.xp.isfinite(values).all()):
+            raise EngineError(
+                f"{part.name}: got values that are not finite in {spec.name}, expected finite ones; lower the "
+                "guidance, or export with dtype bf16 or fp32"
+            )
+
+
+def pass_all(part: Part, arrays: Arrays, tensors: Mapping[str, Array]) -> None:
+    """A check that refuses nothing, for who looks for what is not finite."""

@@ -1,0 +1,103 @@
+"""What a policy is: which blocks, or whole steps, need not run, decided from numbers alone.
+
+A policy is an immutable setting. `begin` makes the decider of one request, which is asked before every step and told
+afterwards what was measured. Decisions for a step use only what earlier steps measured, so no device ever waits for
+its own metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..caches import CACHE_MODES
+from ..decisions import Decision, Distance, Measure
+
+if TYPE_CHECKING:
+    from ..sampler import Schedule
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a policy learns of a request.
+
+    `schedule` is the sampler's table for the request's steps, timesteps and coefficients; `kinds` are those of the
+    blocks, in execution order; `prompts` is the number of videos in the batch.
+    """
+
+    schedule: Schedule
+    kinds: tuple[str, ...]
+    prompts: int = 1
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return self.schedule.steps
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks."""
+        return len(self.kinds)
+
+
+class Decider:
+    """The decisions of one request; mutable, never shared between requests. This one has every block run.
+
+    In each step it is asked for a `forecast`; where there is none, for its `measures` and its `plan`.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def forecast(self, step: int) -> Sequence[float] | None:
+        """Weights of the last computed model outputs, newest first, whose sum stands in for that of `step`.
+
+        None has the step run. Asked before anything of the step is; what the step before measured may not be told yet.
+        """
+        return None
+
+    def plan(self, step: int) -> list[Decision]:
+        """COMPUTE or REUSE for every block of `step`."""
+        return [Decision.COMPUTE] * self.context.blocks
+
+    def observe(self, step: int, distances: Sequence[Distance | None]) -> None:
+        """What `step` measured: per block the change from its last computed output, None where there is none."""
+
+    def measures(self) -> list[Measure | None]:
+        """What the next plan will be based on, per block; None where nothing was measured."""
+        return [None] * self.context.blocks
+
+
+def cache_setting() -> Any:
+    """The field that every policy has which caches blocks: the name of a mode."""
+    modes = " or ".join(CACHE_MODES)
+    return field(default=next(iter(CACHE_MODES)), metadata={"help": f"What is cached: {modes}."})
+
+
+class Policy:
+    """An immutable setting; policies are frozen dataclasses, whose fields are what a user may set.
+
+    Each field's metadata has its `help`, and as `default` words for a default that is None. `outputs` is how many of
+    the last computed model outputs a forecast is made of: that many arrays of the latents' size are kept.
+    """
+
+    name: ClassVar[str]
+    outputs: ClassVar[int] = 0
+
+    @property
+    def cache(self) -> str:
+        """The cache mode: what is kept of a block, see runtime/caches."""
+        return next(iter(CACHE_MODES))
+
+    def reusable(self, kinds: Sequence[str]) -> tuple[bool, ...]:
+        """Per block whether it is ever reused, or its change wanted; others get no room in the cache."""
+        return (True,) * len(kinds)
+
+    def begin(self, context: Context) -> Decider:
+        """The decider of a request."""
+        raise NotImplementedError
+
+    def describe(self, steps: int) -> str:
+        """The policy in words, for a request of that many steps."""
+        raise NotImplementedError
