@@ -13,8 +13,9 @@ from typing import Protocol, cast
 
 from .arrays import Array, Arrays, create_arrays, parse_device
 from .bundle import COMPILED, Bundle, check_compiled_folder
-from .compiled import PARTIAL, Compiled, find_compiled
+from .compiled import Compiled, find_compiled
 from .errors import BundleError, EngineError, InvalidRequest
+from .files import PARTIAL
 from .manifest import Part
 
 

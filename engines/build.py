@@ -8,10 +8,7 @@ build goes on where it stopped.
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -24,7 +21,6 @@ from .bundle import Bundle, verify_files
 from .compiled import (
     INDEX,
     INDEX_SCHEMA,
-    PARTIAL,
     TIMING_CACHE,
     Compiled,
     CompiledPart,
@@ -33,8 +29,8 @@ from .compiled import (
     open_compiled,
     verify_compiled,
 )
-from .errors import BundleError, EngineError, IntegrityError, InvalidRequest, OutputError
-from .files import empty_folder, file_record, sole_writer, write_atomically
+from .errors import BundleError, EngineError, IntegrityError, InvalidRequest
+from .files import empty_folder, file_record, is_as_recorded, resumable, write_atomically, write_document
 from .manifest import part_files
 from .tensorrt.compiler import BuildSettings, Plan, ShapeRanges, build_plan, shape_ranges
 from .tensorrt.library import MODULES, find_target
@@ -77,23 +73,14 @@ def build_engines(
     if present is not None:
         log.info("engines %s are up to date", folder)
         return present
-    partial = folder.with_name(folder.name + PARTIAL)
-    try:
-        with sole_writer(partial):
-            index = _resume(partial, index)
-            total = len(bundle.manifest.parts)
-            progress(len(index.parts), total, "")
-            for name, part in _build_missing(bundle, partial, index, settings, jobs, device):
-                index.parts[name] = part
-                write_atomically(partial / INDEX, msgspec.json.format(msgspec.json.encode(index), indent=1))
-                progress(len(index.parts), total, name)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(partial, folder)
-    except OSError as error:
-        hint = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
-        raise OutputError(
-            f"engines {folder}: {error.strerror or error}; {hint} and build again, it goes on from here"
-        ) from error
+    with resumable(folder, f"engines {folder}", again="build") as partial:
+        index = _resume(partial, index)
+        total = len(bundle.manifest.parts)
+        progress(len(index.parts), total, "")
+        for name, part in _build_missing(bundle, partial, index, settings, jobs, device):
+            index.parts[name] = part
+            write_document(partial / INDEX, index)
+            progress(len(index.parts), total, name)
     return open_compiled(folder)
 
 
@@ -201,7 +188,4 @@ def _same_build(one: Index, other: Index) -> bool:
 
 def _is_done(partial: Path, index: Index, name: str) -> bool:
     part = index.parts.get(name)
-    if part is None:
-        return False
-    path = partial / part.file
-    return path.is_file() and file_record(path) == part.record
+    return part is not None and is_as_recorded(partial / part.file, part.record)

@@ -20,6 +20,7 @@ import msgspec
 
 from .consistency import contradictions
 from .errors import BundleError, IntegrityError, InvalidRequest, one_line
+from .files import PARTIAL
 from .limits import MANIFEST_BYTES, MOST_NAME, excesses
 from .manifest import Manifest, part_files
 from .progress import Counter, OnProgress
@@ -100,7 +101,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 def newest_bundle(root: str | os.PathLike[str] = "bundles") -> Path:
     """The bundle under `root` that was last exported, or found up to date by an export. Raises BundleError."""
     found = sorted(Path(root).glob(f"*/{MANIFEST}"), key=_last_exported)
-    found = [file for file in found if not file.parent.name.endswith(".partial")]
+    found = [file for file in found if not file.parent.name.endswith(PARTIAL)]
     if not found:
         raise BundleError(f"no bundle under {root}/: make one with: {command('export --model NAME')}")
     return found[-1].parent

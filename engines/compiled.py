@@ -17,13 +17,13 @@ import msgspec
 
 from .bundle import COMPILED, PLAIN_NAME, Bundle, check_compiled_folder
 from .errors import BundleError, IntegrityError
+from .files import PARTIAL
 from .limits import INDEX_BYTES, MOST_NUMBER
 from .manifest import FileRecord
 from .verify import Stamp, open_plain, read_small
 from .wording import command
 
 INDEX = "engines.json"
-PARTIAL = ".partial"
 TIMING_CACHE = "timing.cache"
 INDEX_SCHEMA = 2
 

@@ -1,7 +1,12 @@
-"""Files and folders that are written whole or not at all, by one process at a time."""
+"""Files and folders that are written whole or not at all, by one process at a time.
+
+A folder that takes long to fill is filled beside its place, and keeps what it holds where that is interrupted; a file
+in it says what is done, each file with its hash. Exports and builds are such jobs.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -10,9 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from .errors import OutputError
 from .manifest import FileRecord
 from .verify import CHUNK
+
+PARTIAL = ".partial"
 
 
 def file_record(path: Path, told: Callable[[int], object] = lambda count: None) -> FileRecord:
@@ -30,6 +39,36 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def is_as_recorded(path: Path, record: FileRecord | None) -> bool:
+    """Whether a file is there and is what a record of it says; never where there is no record."""
+    return record is not None and path.is_file() and file_record(path) == record
+
+
+def write_document(path: Path, content: msgspec.Struct) -> None:
+    """Write JSON that people may read, whole or not at all."""
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(content), indent=1))
+
+
+@contextmanager
+def resumable(folder: Path, what: str, again: str) -> Iterator[Path]:
+    """Yields a folder to fill, which takes the place of `folder` in the end.
+
+    It is `<folder>.partial`, with all that it held when an earlier attempt was interrupted; no other process writes to
+    it meanwhile. What was at `folder` goes only after the new one stands. `what` is written, and how to begin `again`,
+    are for messages. Raises OutputError, also for any OSError inside.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    try:
+        with sole_writer(partial):
+            yield partial
+            _replace(partial, folder)
+    except OSError as error:
+        hint = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
+        raise OutputError(
+            f"{what}: {error.strerror or error}; {hint} and {again} again, it goes on from here"
+        ) from error
 
 
 @contextmanager
@@ -59,3 +98,11 @@ def empty_folder(folder: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    old = folder.with_name(f"{folder.name}.old-{os.getpid()}{PARTIAL}")  # by its name, nobody's bundle or engines
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)

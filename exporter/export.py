@@ -6,11 +6,8 @@ whole or not at all, and an interrupted export goes on where it stopped. One par
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +30,7 @@ from ..engines.bundle import (
     verify_files,
 )
 from ..engines.errors import BundleError, IntegrityError, InvalidRequest, OutputError
-from ..engines.files import empty_folder, file_record, sole_writer, write_atomically
+from ..engines.files import empty_folder, file_record, is_as_recorded, resumable, write_atomically, write_document
 from ..engines.manifest import (
     FileRecord,
     Manifest,
@@ -143,19 +140,11 @@ class Export:
             return present
         _check_free(self.output)
         self.check()
-        partial = self.output.with_name(self.output.name + ".partial")
-        try:
-            with sole_writer(partial):
-                state = self._resume(partial)
-                self._write_tables(partial, state)
-                self._write_parts(partial, state, progress, on_progress or silent)
-                self._write_manifest(partial, state)
-                _replace(partial, self.output)
-        except OSError as error:
-            hint = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
-            raise OutputError(
-                f"export to {self.output}: {error.strerror or error}; {hint} and export again, it goes on from here"
-            ) from error
+        with resumable(self.output, f"export to {self.output}", again="export") as partial:
+            state = self._resume(partial)
+            self._write_tables(partial, state)
+            self._write_parts(partial, state, progress, on_progress or silent)
+            self._write_manifest(partial, state)
         return open_bundle(self.output)
 
     def check(self) -> None:
@@ -224,7 +213,9 @@ class Export:
 
     def _is_done(self, partial: Path, state: _State, name: str) -> bool:
         part = state.parts.get(name)
-        return part is not None and all(_is_as_recorded(partial / file, state) for file in part_files(part))
+        return part is not None and all(
+            is_as_recorded(partial / file, state.files.get(file)) for file in part_files(part)
+        )
 
     def _write_part(
         self, partial: Path, plan: PartPlan, graphs: dict[str, Graph], doing: _Doing
@@ -243,7 +234,7 @@ class Export:
     def _write_tables(self, partial: Path, state: _State) -> None:
         """Tokenizer and sampler: done first, as they take a second and may be refused."""
         names = (self.split.text.tokenizer, SAMPLER)
-        if all(_is_as_recorded(partial / name, state) for name in names):
+        if all(is_as_recorded(partial / name, state.files.get(name)) for name in names):
             return
         write_atomically(partial / self.split.text.tokenizer, self.split.tokenizer().encode())
         write_table(self.split.scheduler(), partial / SAMPLER)
@@ -279,7 +270,7 @@ class Export:
             cautions=split.cautions,
             files=dict(sorted(state.files.items())),
         )
-        write_atomically(partial / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+        write_document(partial / MANIFEST, manifest)
         (partial / STATE).unlink(missing_ok=True)
 
     def _generator(self) -> dict[str, str]:
@@ -317,10 +308,6 @@ def _public_name(checkpoint: Checkpoint) -> str:
     return checkpoint.folder.name if Path(checkpoint.name).is_dir() else checkpoint.name
 
 
-def _is_as_recorded(path: Path, state: _State) -> bool:
-    return path.is_file() and state.files.get(path.name) == file_record(path)
-
-
 def _check_free(output: Path) -> None:
     """Refuse to write into a bundle, or over anything but one. Raises InvalidRequest, OutputError."""
     refuse_inside_bundle(output)
@@ -328,12 +315,3 @@ def _check_free(output: Path) -> None:
         return
     if output.exists():
         raise OutputError(f"export to {output}: something that is no bundle is there; choose another output")
-
-
-def _replace(partial: Path, output: Path) -> None:
-    """Put the finished folder in its place; a bundle that was there is gone only after the new one stands."""
-    old = output.with_name(f"{output.name}.old-{os.getpid()}")
-    if output.exists():
-        os.rename(output, old)
-    os.rename(partial, output)
-    shutil.rmtree(old, ignore_errors=True)
