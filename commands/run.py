@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..evaluation.comparison import Comparison
     from ..runtime.pipeline import VideoPipeline
     from ..runtime.policies import Policy
+    from ..runtime.request import VideoRequest
     from ..runtime.video import Video
     from .outputs import Targets
 
@@ -148,25 +149,26 @@ def run(
     as_json: bool,
 ) -> None:
     """Make a video of a prompt, skipping the blocks that would hardly change."""
+    from ..runtime.request import VideoRequest
     from .outputs import read_latents
 
     typed, finished = given(), session().finished
     texts = _read_prompts(asked.prompt, asked.prompts)
     targets = outputs.targets()
-    request: dict[str, Any] = {
-        "negative_prompt": asked.negative_prompt,
-        "steps": asked.steps,
-        "guidance": asked.guidance,
-        "latents": read_latents(latents) if latents else None,
-    }
+    noise = read_latents(latents) if latents else None
     pipeline = engines.load(bundle)
     texts = texts or [pipeline.manifest.defaults.prompt]
+    requests = [
+        VideoRequest(
+            text, asked.negative_prompt, asked.steps, asked.guidance, asked.seed + line, policy=policy, latents=noise
+        )
+        for line, text in enumerate(texts)
+    ]
     if compare:  # so that neither pays for what only the first request does
         with progress("warming up: ") as show:
-            pipeline(texts[0], **{**request, "seed": asked.seed, "steps": 1}, on_progress=show)
-    for index, text in enumerate(texts):
-        own = {**request, "seed": asked.seed + index}
-        finished.append(_make(pipeline, text, policy, own, targets.numbered(index, len(texts)), compare, typed))
+            pipeline.generate(replace(requests[0], policy=None, steps=1), on_progress=show)
+    for line, request in enumerate(requests):
+        finished.append(_make(pipeline, request, targets.numbered(line, len(requests)), compare, typed))
         if not as_json:
             print_lines(_describe(finished[-1]))
     if as_json:
@@ -186,13 +188,7 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
 
 
 def _make(
-    pipeline: VideoPipeline,
-    text: str,
-    policy: Policy,
-    request: dict[str, Any],
-    targets: Targets,
-    compare: bool,
-    given: Collection[str],
+    pipeline: VideoPipeline, request: VideoRequest, targets: Targets, compare: bool, given: Collection[str]
 ) -> Row:
     """Make and write one video; what is left of it in memory is its row."""
     from ..evaluation.comparison import compare_in_turns
@@ -202,10 +198,10 @@ def _make(
     comparison = None
     if compare:
         comparison = compare_in_turns(
-            lambda: _generate(pipeline, text, policy, request, "with reuse: "),
-            lambda: _generate(pipeline, text, NoReuse(), request, "without reuse: "),
+            lambda: _generate(pipeline, request, "with reuse: "),
+            lambda: _generate(pipeline, replace(request, policy=NoReuse()), "without reuse: "),
         )
-    video = comparison.video if comparison else _generate(pipeline, text, policy, request)
+    video = comparison.video if comparison else _generate(pipeline, request)
     notes = notes_on(video.trace, given, draws_noise=pipeline.draws_noise(video.trace.steps_requested))
     with progress() as show:
         written = targets.write(video, comparison.reference if comparison else None, show)
@@ -218,10 +214,10 @@ def _make(
     }
 
 
-def _generate(pipeline: VideoPipeline, text: str, policy: Policy, request: dict[str, Any], label: str = "") -> Video:
+def _generate(pipeline: VideoPipeline, request: VideoRequest, label: str = "") -> Video:
     interrupts = session().interrupts
     with progress(label) as show:
-        video: Video = pipeline(text, policy=policy, on_progress=show, cancel=interrupts, **request)
+        (video,) = pipeline.generate(request, on_progress=show, cancel=interrupts)
     return video
 
 
@@ -236,6 +232,7 @@ def _row(video: Video, written: list[Path]) -> Row:
         "blocks_computed": trace.blocks_computed,
         "blocks_reused": trace.blocks_reused,
         "blocks_dead": trace.blocks_dead,
+        "blocks_forecast": trace.blocks_forecast,
         "blocks_possible": trace.blocks_possible,
         "share_skipped": trace.share_skipped,
         "text_ms": trace.text_ms,
@@ -273,9 +270,10 @@ def _describe(row: Row) -> list[str]:
         f"made by {row['bundle']} ({row['model']}) of {row['prompt']!r}, seed {row['seed']}: "
         f"{frames} frames of {height} x {width}"
     )
+    forecast = f", {row['blocks_forecast']} forecast" if row["blocks_forecast"] else ""
     lines.append(
-        f"blocks: {row['blocks_computed']} of {steps} run, {row['blocks_reused']} reused, {row['blocks_dead']} dead "
-        f"({100 * row['share_skipped']:.1f} % skipped)"
+        f"blocks: {row['blocks_computed']} of {steps} run, {row['blocks_reused']} reused, {row['blocks_dead']} dead"
+        f"{forecast} ({100 * row['share_skipped']:.1f} % skipped)"
     )
     lines.append(
         f"time: text {row['text_ms']:.0f} ms, denoising {row['denoise_ms']:.0f} ms, "

@@ -17,6 +17,8 @@ from PIL import Image
 from foresight.engines.bundle import open_bundle
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import NoReuse
+from foresight.runtime.request import VideoRequest
+from foresight.runtime.video import Video
 from tests.commands.support import Cli, assert_refused, document, process
 from tests.support import copy_bundle, edit_manifest, snapshot
 
@@ -135,17 +137,18 @@ def test_what_was_made_before_an_error_is_in_its_document(foresight_cli: Cli, bu
 def test_no_video_is_kept_while_the_next_one_is_made(
     foresight_cli: Cli, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ) -> None:
-    make = VideoPipeline.__call__
+    make = VideoPipeline.generate
     made: list[ref[Any]] = []
     kept: dict[str, int] = {}
 
-    def watched(pipeline: VideoPipeline, prompt: str, **request: Any) -> Any:
-        kept.setdefault(prompt, sum(frames() is not None for frames in made))
-        video = make(pipeline, prompt, **request)
-        made.append(ref(video.frames))
-        return video
+    def watched(pipeline: VideoPipeline, request: VideoRequest, **callbacks: Any) -> list[Video]:
+        assert isinstance(request.prompt, str)
+        kept.setdefault(request.prompt, sum(frames() is not None for frames in made))
+        videos = make(pipeline, request, **callbacks)
+        made.extend(ref(video.frames) for video in videos)
+        return videos
 
-    monkeypatch.setattr(VideoPipeline, "__call__", watched)
+    monkeypatch.setattr(VideoPipeline, "generate", watched)
     (tmp_path / "prompts.txt").write_text("a dog\na red circle\na cat\n", encoding="utf-8")
     arguments = ["--steps", 1, "--prompts", "prompts.txt", "--output", "v.npy", *flags]
     assert foresight_cli("run", "--bundle", bundle, *arguments).code == 0
