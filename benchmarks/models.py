@@ -28,7 +28,7 @@ from foresight.engines.manifest import (
     part_files,
     stream_bytes_per_row,
 )
-from foresight.exporter.export import Export, Request, part_from_plan
+from foresight.exporter.export import Export, ExportRequest
 from foresight.exporter.models.base import Split
 from foresight.runtime.memory import plan_memory
 
@@ -51,9 +51,9 @@ class Case:
         return self.model.endswith("-demo")
 
     @property
-    def request(self) -> Request:
+    def request(self) -> ExportRequest:
         """What to export."""
-        return Request(self.dtype, **self.sizes)
+        return ExportRequest(self.dtype, **self.sizes)
 
 
 CASES = (
@@ -110,7 +110,7 @@ def facts(export: Export, case: Case, manifest: Manifest) -> dict[str, Any]:
 def manifest_without_files(export: Export) -> Manifest:
     """The manifest that an export would write, as far as memory is counted from it."""
     split = export.split
-    parts = {plan.name: part_from_plan(plan) for plan in split.parts}
+    parts = {plan.name: plan.part for plan in split.parts}
     files = {part_files(parts[plan.name])[1]: _record(plan.module) for plan in split.parts}
     blocks = tuple(parts[plan.name] for plan in split.blocks)
     return Manifest(

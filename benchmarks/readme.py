@@ -1,4 +1,4 @@
-"""Writes the tables of our pages from the recorded results, between `<!-- name -->` and `<!-- end -->` markers.
+"""Writes the tables of the pages from the recorded results, between `<!-- name -->` and `<!-- end -->` markers.
 
 python -m benchmarks.readme
 """
@@ -14,13 +14,13 @@ from typing import Any
 from benchmarks.common import table
 
 REPOSITORY = Path(__file__).parents[1]
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 Draw = Callable[..., str]
 
 
 def render(page: str) -> str:
-    """A page of ours, by its path in the repository, with every marked section replaced by its table."""
+    """A page, by its path in the repository, with every marked section replaced by its table."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     for name, (draw, files) in PAGES[page].items():
         results = [json.loads((REPOSITORY / file).read_text(encoding="utf-8")) for file in files]
@@ -28,6 +28,39 @@ def render(page: str) -> str:
         assert section is not None, f"{page} has no section {name}"
         text = f"{text[: section.start()]}<!-- {name} -->\n{draw(*results)}\n<!-- end -->{text[section.end() :]}"
     return text
+
+
+def models(result: dict[str, Any], real_size: dict[str, Any]) -> str:
+    """A row a model: what it takes, and the time of a step where one was measured."""
+    seconds = {row["model"]: row["step_ms"] / 1e3 for row in result["rows"] if "step_ms" in row}
+    seconds["latte"] = real_size["cases"]["latte_1"]["run"]["step_seconds"]
+    rows = [
+        (
+            f"`{row['model']}`",
+            f"`{row['checkpoint']}`",
+            " x ".join(str(row[name]) for name in ("frames", "height", "width")),
+            _count(row["parameters"]),
+            *(_size(row[name]) for name in ("bundle_bytes", "memory_bytes", "low_memory_bytes")),
+            _time(seconds.get(row["model"])),
+        )
+        for row in result["rows"]
+    ]
+    header = ("`--model`", "checkpoint", "video", "weights", "bundle", "memory", "with `--low-memory`", "step")
+    return table(rows, header)
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "—"
+    return f"{seconds:.0f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
 def demo_scores(*results: dict[str, Any]) -> str:
@@ -127,6 +160,16 @@ def startup(result: dict[str, Any]) -> str:
     return table([row], ("`import foresight`", "process start to ready for the first step", "peak memory of a run"))
 
 
+def shared_weights(result: dict[str, Any]) -> str:
+    """What two processes take, with weights of their own and with the same."""
+    titles = {"own": "of its own", "shared": "shared"}
+    rows = [
+        (title, f"{result[key]['pss_mib']:.0f} MiB", f"{result[key]['request_ms']:.0f} ms")
+        for key, title in titles.items()
+    ]
+    return table(rows, ("weights", "memory of each process", "a request"))
+
+
 def engine_build(result: dict[str, Any]) -> str:
     """Blocks of real size, compiled without a GPU."""
     rows = [
@@ -179,17 +222,19 @@ RESULTS = "benchmarks/results"
 _REUSE = {model: f"{RESULTS}/reuse_quality_{model}.json" for model in TITLES}
 # page -> section -> how to draw it, and from what
 PAGES: dict[str, dict[str, tuple[Draw, tuple[str, ...]]]] = {
-    "README.md": {
-        "demo scores": (demo_scores, tuple(f"demo/records/{model}/scores.json" for model in TITLES)),
+    "README.md": {"models": (models, (f"{RESULTS}/models.json", f"{RESULTS}/real_size.json"))},
+    "benchmarks/README.md": {
         "step time": (step_time, (f"{RESULTS}/step_time.json",)),
-        "real size": (real_size, (f"{RESULTS}/real_size.json",)),
         "skipping": (skipping, (f"{RESULTS}/skipping.json",)),
         "reuse summary": (reuse_summary, tuple(_REUSE.values())),
+        **{f"reuse quality {model}": (reuse_quality, (file,)) for model, file in _REUSE.items()},
         "cache budget": (cache_budget, (f"{RESULTS}/cache_budget.json",)),
-        "engine build": (engine_build, (f"{RESULTS}/engine_build.json",)),
         "startup": (startup, (f"{RESULTS}/startup.json",)),
+        "shared weights": (shared_weights, (f"{RESULTS}/shared_weights.json",)),
+        "real size": (real_size, (f"{RESULTS}/real_size.json",)),
+        "engine build": (engine_build, (f"{RESULTS}/engine_build.json",)),
+        "demo scores": (demo_scores, tuple(f"demo/records/{model}/scores.json" for model in TITLES)),
     },
-    "docs/reuse.md": {f"reuse quality {model}": (reuse_quality, (file,)) for model, file in _REUSE.items()},
 }
 
 

@@ -290,9 +290,9 @@ def test_tensorrt_can_be_left_out() -> None:
 
 def test_every_way_to_install_the_extra_cuda_keeps_one_onnx_runtime() -> None:
     keep = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-deps "onnxruntime-gpu>=1.31"'
-    blocks = re.findall(
-        r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     installs = [block for block in blocks if re.search(r"pip install .*\bcuda\b", block)]
     assert len(installs) == 2
     assert all(keep in block for block in installs)
