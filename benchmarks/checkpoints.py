@@ -24,8 +24,9 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from foresight.exporter.models.open_sora.stdit3 import STDiT3, STDiT3Config
-from foresight.exporter.models.open_sora.vae import VideoVAE, VideoVAEConfig
+from foresight.exporter.models.open_sora.config import STDiT3Config, VideoVAEConfig
+from foresight.exporter.models.open_sora.stdit3 import STDiT3
+from foresight.exporter.models.open_sora.vae import VideoVAE
 
 Config = dict[str, Any]
 

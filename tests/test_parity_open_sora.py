@@ -20,8 +20,9 @@ from transformers import T5EncoderModel, T5Tokenizer
 from benchmarks.checkpoints import random_latte, random_open_sora
 from foresight.engines.errors import CheckpointError, InvalidRequest
 from foresight.exporter.export import Export, ExportRequest
-from foresight.exporter.models.open_sora.stdit3 import STDiT3, STDiT3Config
-from foresight.exporter.models.open_sora.vae import VideoVAE, VideoVAEConfig
+from foresight.exporter.models.open_sora.config import STDiT3Config, VideoVAEConfig
+from foresight.exporter.models.open_sora.stdit3 import STDiT3
+from foresight.exporter.models.open_sora.vae import VideoVAE
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import NoReuse
 from tests.support import load_pipeline

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from foresight.engines.manifest import Manifest
 from foresight.exporter.models.base import TORCH_DTYPES
-from foresight.exporter.models.cogvideox import rotary_tables
+from foresight.exporter.models.cogvideox.modules import rotary_tables
 from foresight.exporter.models.open_sora import FPS
-from foresight.exporter.models.open_sora.stdit3 import STDiT3, STDiT3Config
+from foresight.exporter.models.open_sora.config import STDiT3Config
+from foresight.exporter.models.open_sora.stdit3 import STDiT3
 
 
 @dataclass(frozen=True)

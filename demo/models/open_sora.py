@@ -51,7 +51,8 @@ from demo.training import (
     training_latents,
     write_record,
 )
-from foresight.exporter.models.open_sora.stdit3 import STDiT3, STDiT3Config
+from foresight.exporter.models.open_sora.config import STDiT3Config
+from foresight.exporter.models.open_sora.stdit3 import STDiT3
 from foresight.exporter.models.open_sora.vae import VideoVAE
 
 LATENT_SIZE = 16

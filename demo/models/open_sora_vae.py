@@ -36,7 +36,8 @@ from demo.training import (
     run_stage,
     write_record,
 )
-from foresight.exporter.models.open_sora.vae import SPATIAL_FACTOR, ResBlock, VideoVAE, VideoVAEConfig
+from foresight.exporter.models.open_sora.config import VideoVAEConfig
+from foresight.exporter.models.open_sora.vae import SPATIAL_FACTOR, ResBlock, VideoVAE
 
 logger = logging.getLogger("demo.train")
 

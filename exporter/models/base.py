@@ -75,8 +75,12 @@ def draw_mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def draw_bias(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """What attention adds for such masks, (B, 1, 1, S)."""
-    mask = draw_mask((shape[0], shape[-1]), generator)
-    return ((1 - mask) * MASKED)[:, None, None]
+    return bias_from_mask(draw_mask((shape[0], shape[-1]), generator), torch.float32)
+
+
+def bias_from_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mask (B, S) int64 of ones and zeros -> what is added to attention scores, (B, 1, 1, S): 0 or MASKED."""
+    return ((1 - mask[:, None, None]) * MASKED).to(dtype)
 
 
 def draw_timestep(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

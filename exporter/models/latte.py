@@ -10,42 +10,45 @@ from __future__ import annotations
 
 import copy
 
-import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, LatteTransformer3DModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ...engines.errors import CheckpointError, InvalidRequest
-from ...engines.manifest import Dtype, Shape, TensorSpec, Text
+from ...engines.manifest import Shape, Text
 from ..checkpoint import Checkpoint
 from ..sampler import scheduler_from_checkpoint
 from .base import (
-    MASKED,
-    TORCH_DTYPES,
     ExportRequest,
-    Input,
     PartPlan,
     Split,
     StagePlan,
+    bias_from_mask,
     chunks_of,
-    draw_bias,
-    draw_mask,
-    draw_timestep,
-    float_spec,
-    frame_specs,
     mean_squared_change,
     require_equal,
     untrained,
 )
+from .parts import (
+    VAE_ENCODER,
+    SpatioTemporalTensors,
+    epilogue_plan,
+    frames_at_a_time,
+    frames_from_pixels,
+    image_decoder_plan,
+    masked_text_plan,
+    pixels_per_latent,
+    prologue_plan,
+    ranges_of,
+    require_multiples,
+    without_values,
+)
 from .t5 import TOKENIZER, UNNEEDED, load_encoder, text_encoder_plan, tokenizer_json
 
 MAX_TOKENS = 120  # LattePipeline.encode_prompt pads every prompt to this
-DECODE_PIXELS = 512 * 512  # of frames that the VAE decodes at a time
 TABLES = ("pos_embed.pos_embed", "temp_pos_embed")  # constants, which diffusers computes anew as well
-ENCODER = ("encoder.*", "quant_conv.*")  # of the VAE
 
 
 class Block(nn.Module):
@@ -145,7 +148,7 @@ class Condition(nn.Module):
 
     def forward(self, text_states: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         text = self.caption_projection(text_states)
-        return text, ((1 - text_mask[:, None, None]) * MASKED).to(text.dtype)
+        return text, bias_from_mask(text_mask, text.dtype)
 
 
 class Prologue(nn.Module):
@@ -198,10 +201,7 @@ class VaeDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         scaled = (latents.transpose(0, 1) / self.scaling).to(self.decoder.conv_in.weight.dtype)
-        pixels = self.decoder(self.post_quant_conv(scaled)).float().permute(0, 2, 3, 1)
-        shades = (pixels / 2 + 0.5).clamp(0, 1) * 255
-        # the cast is last: TensorRT has uint8 at the border of a graph only
-        return shades.round().to(torch.uint8), pixels.mean((1, 2, 3))
+        return frames_from_pixels(self.decoder(self.post_quant_conv(scaled)).float().permute(0, 2, 3, 1))
 
 
 def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
@@ -213,114 +213,46 @@ def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
     }
     checkpoint.require_pipeline("LattePipeline", components)
     request.refuse_presets("Latte")
-    dtype = TORCH_DTYPES[request.dtype]
-    with init_empty_weights(include_buffers=False):
-        transformer = LatteTransformer3DModel.from_config(checkpoint.config("transformer")).eval()
-        vae = AutoencoderKL.from_config(checkpoint.config("vae")).eval()
-    for module in (transformer, vae):
-        nn.Module.to(module, dtype)  # past diffusers' own to(), which advises on loading with from_pretrained
+    transformer = without_values(
+        lambda: LatteTransformer3DModel.from_config(checkpoint.config("transformer")), request.dtype
+    )
+    vae = without_values(lambda: AutoencoderKL.from_config(checkpoint.config("vae")), request.dtype)
     encoder = load_encoder(checkpoint, request.dtype)
     _check_config(checkpoint, transformer)
     _check_fit(checkpoint, transformer, vae, encoder.config.d_model)
     shape = _shape(transformer, vae, request)
-    side = transformer.config.sample_size * _scale(vae)
-    specs = _Specs(transformer, shape, request.dtype)
-    chunk = max(1, min(shape.frames, DECODE_PIXELS // (shape.height * shape.width)))
+    config, scale, chunk = transformer.config, pixels_per_latent(vae), frames_at_a_time(shape)
+    channels, _, height, width = shape.latents
+    tensors = SpatioTemporalTensors(
+        shape,
+        request.dtype,
+        tokens=(height // config.patch_size) * (width // config.patch_size),
+        dim=config.num_attention_heads * config.attention_head_dim,
+        text_width=encoder.config.d_model,
+    )
+    frames = image_decoder_plan(VaeDecoder(vae), (channels, "frames", "latent_height", "latent_width"), scale)
+    side = config.sample_size * scale
     return Split(
         shape=shape,
-        ranges=_ranges(shape, specs.tokens, chunk),
+        ranges=ranges_of(shape, text=(1, MAX_TOKENS), tokens=tensors.tokens, frames=(1, chunk)),
         streams=("hidden",),
         guidance_order="negative_first",
         text_encoder=text_encoder_plan(encoder, request.dtype, MAX_TOKENS),
-        condition=_condition(transformer, encoder.config.d_model, request.dtype),
-        prologue=_prologue(transformer, specs),
-        blocks=_blocks(transformer, specs),
-        epilogue=_epilogue(transformer, specs),
-        decoder=(StagePlan(_vae_decoder(vae, shape), None, axis=1, chunks=chunks_of(shape.frames, chunk)),),
+        condition=masked_text_plan(Condition(transformer), tensors, MAX_TOKENS),
+        prologue=prologue_plan(Prologue(transformer), tensors),
+        blocks=_blocks(transformer, shape, tensors),
+        epilogue=epilogue_plan(Epilogue(transformer, shape.latents), tensors),
+        decoder=(StagePlan(frames, None, axis=1, chunks=chunks_of(shape.frames, chunk)),),
         text=Text(tokenizer=TOKENIZER, max_tokens=MAX_TOKENS, pad_id=0, cleaning="lower"),
         tokenizer=lambda: tokenizer_json(checkpoint),
         scheduler=lambda: scheduler_from_checkpoint(checkpoint),
         cautions=(*untrained("height", shape.height, side), *untrained("width", shape.width, side)),
-        unneeded={"text_encoder": UNNEEDED, "transformer": TABLES, "vae": ENCODER},
+        unneeded={"text_encoder": UNNEEDED, "transformer": TABLES, "vae": VAE_ENCODER},
     )
 
 
-def _ranges(shape: Shape, tokens: int, chunk: int) -> dict[str, tuple[int, int]]:
-    _, _, height, width = shape.latents
-    return {
-        "batch": (1, 2 * shape.max_batch),
-        "text": (1, MAX_TOKENS),
-        "tokens": (tokens, tokens),
-        "frames": (1, chunk),
-        "latent_height": (height, height),
-        "latent_width": (width, width),
-        "height": (shape.height, shape.height),
-        "width": (shape.width, shape.width),
-    }
-
-
-class _Specs:
-    """The tensors that several parts share."""
-
-    def __init__(self, transformer: LatteTransformer3DModel, shape: Shape, dtype: Dtype) -> None:
-        config = transformer.config
-        channels, frames, height, width = shape.latents
-        dim = config.num_attention_heads * config.attention_head_dim
-        tokens = (height // config.patch_size) * (width // config.patch_size)
-        self.latents = Input(float_spec("latents", "fp32", "batch", channels, frames, height, width))
-        self.timestep = Input(float_spec("timestep", "fp32", "batch"), draw_timestep)
-        self.hidden = Input(float_spec("hidden", dtype, "batch", frames, "tokens", dim))
-        self.cached = Input(float_spec("cached_hidden", dtype, "batch", frames, "tokens", dim))
-        self.new = float_spec("new_hidden", dtype, "batch", frames, "tokens", dim)
-        self.tokens = tokens
-        self.modulation = Input(float_spec("modulation", dtype, "batch", 6, dim))
-        self.time = Input(float_spec("time", dtype, "batch", dim))
-        self.text = Input(float_spec("text", dtype, "batch", "text", dim))
-        self.text_bias = Input(float_spec("text_bias", dtype, "batch", 1, 1, "text"), draw_bias)
-        self.distance = float_spec("distance", "fp32", "batch")
-        self.model_output = float_spec("model_output", "fp32", "batch", channels, frames, height, width)
-        self.shape = shape
-
-
-def _condition(transformer: LatteTransformer3DModel, width: int, dtype: Dtype) -> PartPlan:
-    module = Condition(transformer)
-    dim = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    return PartPlan(
-        name="condition",
-        kind="condition",
-        module=module,
-        component="transformer",
-        prefixes={"": ""},
-        inputs=(
-            Input(float_spec("text_states", dtype, "batch", "text", width)),
-            Input(TensorSpec(name="text_mask", dtype="int64", shape=("batch", "text")), draw_mask),
-        ),
-        outputs=(
-            float_spec("text", dtype, "batch", "text", dim),
-            float_spec("text_bias", dtype, "batch", 1, 1, "text"),
-        ),
-        reference=module.forward,
-        check_sizes=({"batch": 1, "text": 5}, {"batch": 2, "text": 17}),
-    )
-
-
-def _prologue(transformer: LatteTransformer3DModel, specs: _Specs) -> PartPlan:
-    module = Prologue(transformer)
-    return PartPlan(
-        name="prologue",
-        kind="prologue",
-        module=module,
-        component="transformer",
-        prefixes={"": ""},
-        inputs=(specs.latents, specs.timestep),
-        outputs=(specs.hidden.spec, specs.modulation.spec, specs.time.spec),
-        reference=module.forward,
-        check_sizes=({"batch": 1, "tokens": specs.tokens}, {"batch": 2, "tokens": specs.tokens}),
-    )
-
-
-def _blocks(transformer: LatteTransformer3DModel, specs: _Specs) -> tuple[PartPlan, ...]:
-    positions = transformer.temp_pos_embed[:, :, None] if specs.shape.frames > 1 else None  # (1, F, 1, D)
+def _blocks(transformer: LatteTransformer3DModel, shape: Shape, tensors: SpatioTemporalTensors) -> tuple[PartPlan, ...]:
+    positions = transformer.temp_pos_embed[:, :, None] if shape.frames > 1 else None  # (1, F, 1, D)
     modules = {
         "spatial": Block(transformer.transformer_blocks[0], temporal=False),
         "temporal_first": Block(transformer.temporal_transformer_blocks[0], temporal=True, positions=positions),
@@ -331,7 +263,7 @@ def _blocks(transformer: LatteTransformer3DModel, specs: _Specs) -> tuple[PartPl
         for kind in ("spatial", "temporal" if index else "temporal_first"):
             spatial = kind == "spatial"
             prefix = "transformer_blocks" if spatial else "temporal_transformer_blocks"
-            text = (specs.text, specs.text_bias) if spatial else ()
+            text = (tensors.text, tensors.text_bias) if spatial else ()
             plans.append(
                 PartPlan(
                     name=f"block.{len(plans):03d}",
@@ -339,48 +271,13 @@ def _blocks(transformer: LatteTransformer3DModel, specs: _Specs) -> tuple[PartPl
                     module=modules[kind],
                     component="transformer",
                     prefixes={"block.": f"{prefix}.{index}."},
-                    inputs=(specs.hidden, specs.modulation, specs.cached, *text),
-                    outputs=(specs.new, specs.distance),
+                    inputs=(*tensors.streams, tensors.modulation, *tensors.cached, *text),
+                    outputs=tensors.block_outputs,
                     reference=modules[kind].reference,
                     check_sizes=({"batch": 1, "text": 5, "tokens": 12}, {"batch": 2, "text": 17, "tokens": 10}),
                 )
             )
     return tuple(plans)
-
-
-def _epilogue(transformer: LatteTransformer3DModel, specs: _Specs) -> PartPlan:
-    module = Epilogue(transformer, specs.shape.latents)
-    return PartPlan(
-        name="epilogue",
-        kind="epilogue",
-        module=module,
-        component="transformer",
-        prefixes={"": ""},
-        inputs=(specs.hidden, specs.time),
-        outputs=(specs.model_output,),
-        reference=module.forward,
-        check_sizes=({"batch": 1, "tokens": specs.tokens}, {"batch": 2, "tokens": specs.tokens}),
-    )
-
-
-def _vae_decoder(vae: AutoencoderKL, shape: Shape) -> PartPlan:
-    module = VaeDecoder(vae)
-    scale = shape.height // shape.latents[2]
-    return PartPlan(
-        name="vae_decoder",
-        kind="vae_decoder",
-        module=module,
-        component="vae",
-        prefixes={"": ""},
-        inputs=(Input(float_spec("latents", "fp32", shape.latents[0], "frames", "latent_height", "latent_width")),),
-        outputs=frame_specs("frames"),
-        reference=module.forward,
-        check_sizes=tuple(
-            {"frames": n, "latent_height": h, "latent_width": w, "height": h * scale, "width": w * scale}
-            for n, h, w in ((1, 8, 4), (2, 6, 10))
-        ),
-        aliases=(("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")),
-    )
 
 
 def _check_config(checkpoint: Checkpoint, transformer: LatteTransformer3DModel) -> None:
@@ -407,20 +304,12 @@ def _check_fit(
     )
 
 
-def _scale(vae: AutoencoderKL) -> int:
-    """Pixels along the side of a latent."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
 def _shape(transformer: LatteTransformer3DModel, vae: AutoencoderKL, request: ExportRequest) -> Shape:
     config = transformer.config
-    scale = _scale(vae)
+    scale = pixels_per_latent(vae)
     height, width = (side or config.sample_size * scale for side in (request.height, request.width))
     frames = request.frames or config.video_length
-    unit = scale * config.patch_size
-    for name, side in (("height", height), ("width", width)):
-        if side % unit:
-            raise InvalidRequest(f"{name}: got {side}, expected a multiple of {unit} pixels for this checkpoint")
+    require_multiples(scale * config.patch_size, height=height, width=width)
     if frames not in (1, config.video_length):
         raise InvalidRequest(
             f"frames: got {frames}, expected {config.video_length} (or 1), as the checkpoint was trained"

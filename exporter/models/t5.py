@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from ...engines.errors import CheckpointError
 from ...engines.manifest import Dtype, TensorSpec
 from ..checkpoint import Checkpoint
-from .base import TORCH_DTYPES, Input, PartPlan, draw_mask, float_spec
+from .base import Input, PartPlan, draw_mask, float_spec
+from .parts import sole_part, without_values
 
 TOKENIZER = "tokenizer.json"
 UNNEEDED = ("shared.weight", "decoder.*", "lm_head.weight")  # of a whole T5, of which the encoder is read
@@ -32,10 +32,8 @@ class TextEncoder(nn.Module):
 
 def load_encoder(checkpoint: Checkpoint, dtype: Dtype) -> T5EncoderModel:
     """The checkpoint's text encoder, its parameters on the meta device and without values."""
-    with init_empty_weights(include_buffers=False):
-        encoder = T5EncoderModel(T5Config.from_dict(checkpoint.config("text_encoder"))).eval()
+    encoder = without_values(lambda: T5EncoderModel(T5Config.from_dict(checkpoint.config("text_encoder"))), dtype)
     encoder.set_input_embeddings(encoder.shared)  # one tensor under two names
-    nn.Module.to(encoder, TORCH_DTYPES[dtype])
     keep_in_fp32(encoder)
     return encoder
 
@@ -50,24 +48,21 @@ def keep_in_fp32(encoder: T5EncoderModel) -> None:
 
 def text_encoder_plan(encoder: T5EncoderModel, dtype: Dtype, max_tokens: int, masked: bool = True) -> PartPlan:
     """The part `text_encoder` for prompts of `max_tokens`; unless `masked`, padding is attended to."""
-    module = TextEncoder(encoder)
     vocabulary = int(encoder.config.vocab_size)
     ids = Input(
         TensorSpec(name="input_ids", dtype="int64", shape=("batch", max_tokens)),
         lambda shape, generator: torch.randint(vocabulary, shape, generator=generator),
     )
     mask = Input(TensorSpec(name="attention_mask", dtype="int64", shape=("batch", max_tokens)), draw_mask)
-    return PartPlan(
-        name="text_encoder",
-        kind="text_encoder",
-        module=module,
+    return sole_part(
+        "text_encoder",
+        TextEncoder(encoder),
+        inputs=(ids, mask) if masked else (ids,),
+        outputs=(float_spec("text_states", dtype, "batch", max_tokens, encoder.config.d_model),),
+        check_sizes=({"batch": 1}, {"batch": 2}),
         component="text_encoder",
         # where both names of the one embedding are stored, and differ, transformers takes this one
         prefixes={"encoder.": "", "encoder.shared.": "encoder.embed_tokens."},
-        inputs=(ids, mask) if masked else (ids,),
-        outputs=(float_spec("text_states", dtype, "batch", max_tokens, encoder.config.d_model),),
-        reference=module.forward,
-        check_sizes=({"batch": 1}, {"batch": 2}),
         aliases=(("encoder.embed_tokens.weight", "shared.weight"),),
     )
 

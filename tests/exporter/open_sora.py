@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foresight.exporter.models.open_sora import stdit3, vae
+from foresight.exporter.models.open_sora import config, stdit3, vae
 
 SPATIAL: dict[str, Any] = {
     "in_channels": 3,
@@ -19,7 +19,7 @@ SPATIAL: dict[str, Any] = {
     "latent_channels": 4,
     "norm_num_groups": 4,
 }
-SMALL_VAE = vae.VideoVAEConfig(spatial=SPATIAL, filters=8, num_res_blocks=1, num_groups=4)
+SMALL_VAE = config.VideoVAEConfig(spatial=SPATIAL, filters=8, num_res_blocks=1, num_groups=4)
 LATENTS = (4, 5, 6, 7)  # neither side a multiple of either patch
 TOLERANCE = 1e-5
 
@@ -48,7 +48,7 @@ def small_transformer(**changes: Any) -> stdit3.STDiT3:
         "model_max_length": 6,
         "input_sq_size": 64,
     }
-    model = stdit3.STDiT3(stdit3.STDiT3Config(**sizes | changes)).eval()
+    model = stdit3.STDiT3(config.STDiT3Config(**sizes | changes)).eval()
     fill(model)
     return model
 

@@ -19,9 +19,9 @@ from foresight.engines.manifest import Part, TensorSpec
 from foresight.engines.onnxruntime import OnnxRuntimeBackend
 from foresight.exporter.checkpoint import Checkpoint
 from foresight.exporter.graph import graph_from_module, write_graph
-from foresight.exporter.models import cogvideox
 from foresight.exporter.models.base import float_spec, frame_specs
-from foresight.exporter.models.cogvideox_vae import (
+from foresight.exporter.models.cogvideox import check_config, modules
+from foresight.exporter.models.cogvideox.vae import (
     ChunkDecoder,
     check_vae,
     chunk_frames,
@@ -124,12 +124,12 @@ class ExportedPart:
 def test_the_parts_in_a_row_are_the_transformer(rotary: bool, latents: tuple[int, ...]) -> None:
     model = small_transformer(rotary)
     video, timestep, states = torch.randn(2, *latents), torch.tensor([3.0, 971.0]), torch.randn(2, TEXT, TEXT_WIDTH)
-    condition = cogvideox.Condition(model, latents)(states)
+    condition = modules.Condition(model, latents)(states)
     embedding, *tables = condition if rotary else (condition,)
-    hidden, text, time = cogvideox.Prologue(model, latents)(video, timestep, embedding)
+    hidden, text, time = modules.Prologue(model, latents)(video, timestep, embedding)
     for layer in model.transformer_blocks:
-        hidden, text, _ = cogvideox.Block(layer)(hidden, text, time, hidden.clone(), text.clone(), *tables)
-    output = cogvideox.Epilogue(model, latents)(hidden, time)
+        hidden, text, _ = modules.Block(layer)(hidden, text, time, hidden.clone(), text.clone(), *tables)
+    output = modules.Epilogue(model, latents)(hidden, time)
     whole = model(video, states, timestep, image_rotary_emb=published_rotary(model, latents)).sample
     torch.testing.assert_close(output, whole, rtol=0, atol=TOLERANCE)
 
@@ -138,7 +138,7 @@ def test_the_parts_in_a_row_are_the_transformer(rotary: bool, latents: tuple[int
 def test_positions_are_rounded_to_the_models_dtype_before_they_are_added(latents: tuple[int, ...]) -> None:
     model = nn.Module.to(small_transformer(rotary=False), torch.bfloat16)
     video, states = torch.randn(2, *latents), torch.randn(2, TEXT, TEXT_WIDTH, dtype=torch.bfloat16)
-    hidden, _, time = cogvideox.Prologue(model, latents)(video, torch.tensor([3.0, 971.0]), torch.zeros(2, TEXT, DIM))
+    hidden, _, time = modules.Prologue(model, latents)(video, torch.tensor([3.0, 971.0]), torch.zeros(2, TEXT, DIM))
     assert time.dtype == torch.bfloat16
     assert torch.equal(hidden, model.patch_embed(states, video.bfloat16())[:, TEXT:])
 
@@ -146,7 +146,7 @@ def test_positions_are_rounded_to_the_models_dtype_before_they_are_added(latents
 @pytest.mark.parametrize("rotary", [False, True])
 def test_the_distance_is_the_mean_over_both_streams(rotary: bool) -> None:
     inputs = block_inputs(3, 20, rotary)
-    new_hidden, new_text, distance = cogvideox.Block(small_transformer(rotary).transformer_blocks[0])(**inputs)
+    new_hidden, new_text, distance = modules.Block(small_transformer(rotary).transformer_blocks[0])(**inputs)
     changes = [new_hidden.double() - inputs["cached_hidden"], new_text.double() - inputs["cached_text"]]
     expected = torch.cat(changes, 1).square().mean((1, 2))
     assert distance.dtype == torch.float32
@@ -155,13 +155,13 @@ def test_the_distance_is_the_mean_over_both_streams(rotary: bool) -> None:
 
 def test_each_stream_counts_for_its_share_of_the_tokens() -> None:
     video, text = torch.zeros(2, 30, DIM), torch.zeros(2, 10, DIM)
-    assert cogvideox.change_of_both(video, video + 2, text, text).tolist() == [3.0, 3.0]
-    assert cogvideox.change_of_both(video, video, text, text + 2).tolist() == [1.0, 1.0]
+    assert modules.change_of_both(video, video + 2, text, text).tolist() == [3.0, 3.0]
+    assert modules.change_of_both(video, video, text, text + 2).tolist() == [1.0, 1.0]
 
 
 def test_the_distance_of_large_fp16_values_is_finite() -> None:
     video, text = torch.full((1, 4, DIM), 6e4).half(), torch.zeros(1, 4, DIM).half()
-    assert cogvideox.change_of_both(video, -video, text, text).item() == pytest.approx(7.2e9, rel=1e-3)
+    assert modules.change_of_both(video, -video, text, text).item() == pytest.approx(7.2e9, rel=1e-3)
 
 
 # Its graphs
@@ -169,7 +169,7 @@ def test_the_distance_of_large_fp16_values_is_finite() -> None:
 
 @pytest.mark.parametrize("rotary", [False, True])
 def test_a_blocks_graph_computes_what_the_original_block_does(rotary: bool, tmp_path: Path) -> None:
-    block = cogvideox.Block(small_transformer(rotary).transformer_blocks[1])
+    block = modules.Block(small_transformer(rotary).transformer_blocks[1])
     video, text = ("batch", "tokens", DIM), ("batch", TEXT, DIM)
     tables: Shapes = {f"rotary_{name}": ("tokens", HEAD_DIM) for name in ("cos", "sin")} if rotary else {}
     cached: Shapes = {"cached_hidden": video, "cached_text": text}
@@ -190,7 +190,7 @@ def test_the_rotary_tables_are_outputs_of_the_conditions_graph(tmp_path: Path) -
     inputs = specs_of({"text_states": ("batch", TEXT, TEXT_WIDTH)})
     tables: Shapes = {"rotary_cos": (45, HEAD_DIM), "rotary_sin": (45, HEAD_DIM)}
     outputs = specs_of({"text_embedding": ("batch", TEXT, DIM), **tables})
-    condition = cogvideox.Condition(model, OWN_SIZE)
+    condition = modules.Condition(model, OWN_SIZE)
     text, cos, sin = ExportedPart(condition, {"text_states": states}, inputs, outputs, tmp_path)(
         {"text_states": states[:1]}, {"batch": 1}
     )
@@ -201,7 +201,7 @@ def test_the_rotary_tables_are_outputs_of_the_conditions_graph(tmp_path: Path) -
 
 
 def test_the_prologues_graph_begins_the_text_with_its_embedding(tmp_path: Path) -> None:
-    prologue = cogvideox.Prologue(small_transformer(rotary=False), OWN_SIZE)
+    prologue = modules.Prologue(small_transformer(rotary=False), OWN_SIZE)
     shapes: dict[str, tuple[int, ...]] = {"latents": OWN_SIZE, "timestep": (), "text_embedding": (TEXT, DIM)}
     inputs = specs_of({name: ("batch", *shape) for name, shape in shapes.items()})
     outputs = specs_of({"hidden": ("batch", 45, DIM), "text": ("batch", TEXT, DIM), "time": ("batch", TIME)})
@@ -223,12 +223,12 @@ def test_models_of_another_kind_are_refused(config: dict[str, Any], tmp_path: Pa
     with pytest.raises(
         CheckpointError, match=rf"checkpoint tiny: transformer {name} is {value!r}, expected .*, choose"
     ):
-        cogvideox.check_config(Checkpoint("tiny", tmp_path), small_transformer(rotary=True, **config))
+        check_config(Checkpoint("tiny", tmp_path), small_transformer(rotary=True, **config))
 
 
 @pytest.mark.parametrize("rotary", [False, True])
 def test_text_to_video_models_are_not_refused(rotary: bool, tmp_path: Path) -> None:
-    cogvideox.check_config(Checkpoint("tiny", tmp_path), small_transformer(rotary))
+    check_config(Checkpoint("tiny", tmp_path), small_transformer(rotary))
 
 
 @pytest.mark.parametrize(

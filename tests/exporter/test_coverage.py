@@ -23,8 +23,9 @@ from foresight.exporter.checkpoint import Checkpoint
 from foresight.exporter.coverage import check_coverage, check_names
 from foresight.exporter.export import Export, ExportRequest
 from foresight.exporter.models import split_checkpoint
-from foresight.exporter.models.open_sora.stdit3 import STDiT3, STDiT3Config
-from foresight.exporter.models.open_sora.vae import VideoVAE, VideoVAEConfig
+from foresight.exporter.models.open_sora.config import STDiT3Config, VideoVAEConfig
+from foresight.exporter.models.open_sora.stdit3 import STDiT3
+from foresight.exporter.models.open_sora.vae import VideoVAE
 from foresight.exporter.registry import REGISTRY
 from foresight.exporter.weights import Stored
 

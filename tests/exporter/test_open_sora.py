@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foresight.engines.errors import CheckpointError
-from foresight.exporter.models.open_sora import stdit3, vae
+from foresight.exporter.models.open_sora import config, stdit3, vae
 from tests.exporter.open_sora import LATENTS, SMALL_VAE, SPATIAL, TOLERANCE, pattern, small_transformer, small_vae
 
 CONFIG: dict[str, Any] = {
@@ -90,7 +90,7 @@ def published_transformer() -> dict[str, tuple[int, ...]]:
 
 def test_the_transformer_has_the_published_weights() -> None:
     with torch.device("meta"):
-        state = stdit3.STDiT3(stdit3.STDiT3Config.from_json(CONFIG)).state_dict()
+        state = stdit3.STDiT3(config.STDiT3Config.from_json(CONFIG)).state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == published_transformer()
     assert len(state) == 973
     assert sum(tensor.numel() for tensor in state.values()) == 1_208_872_772
@@ -98,7 +98,7 @@ def test_the_transformer_has_the_published_weights() -> None:
 
 def test_the_vae_has_the_published_weights() -> None:
     with torch.device("meta"):
-        state = vae.VideoVAE(vae.VideoVAEConfig.from_json(VAE_CONFIG)).state_dict()
+        state = vae.VideoVAE(config.VideoVAEConfig.from_json(VAE_CONFIG)).state_dict()
     sizes = {
         stage: sum(tensor.numel() for name, tensor in state.items() if name.startswith(stage))
         for stage in ("spatial_vae.module.", "temporal_vae.")
@@ -175,7 +175,7 @@ def test_a_transformer_of_another_kind_is_refused_by_the_setting_that_differs(
     change: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(CheckpointError, match=named):
-        stdit3.STDiT3Config.from_json(CONFIG | change)
+        config.STDiT3Config.from_json(CONFIG | change)
 
 
 @pytest.mark.parametrize(
@@ -192,16 +192,16 @@ def test_a_transformer_of_another_kind_is_refused_by_the_setting_that_differs(
 )
 def test_a_vae_of_another_kind_is_refused_by_the_setting_that_differs(change: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
-        vae.VideoVAEConfig.from_json(VAE_CONFIG | change)
+        config.VideoVAEConfig.from_json(VAE_CONFIG | change)
 
 
 def test_small_vaes_bring_their_own_sizes() -> None:
     sizes = {"filters": 8, "num_res_blocks": 1, "temporal_downsample": [False, True, True], "num_groups": 4}
-    config = VAE_CONFIG | {
+    settings = VAE_CONFIG | {
         "vae_2d": {"type": "VideoAutoencoderKL", "config": SPATIAL},
         "vae_temporal": {"type": "VAE_Temporal", **sizes},
     }
-    assert vae.VideoVAEConfig.from_json(config) == SMALL_VAE
+    assert config.VideoVAEConfig.from_json(settings) == SMALL_VAE
 
 
 # What the transformer is made of

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ....engines.errors import InvalidRequest
 from ..base import ExportRequest, untrained
-from .vae import CHANNELS, VideoVAEConfig
+from .config import CHANNELS, VideoVAEConfig
 
 RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p")
 # Height and width in pixels, at each of RESOLUTIONS.

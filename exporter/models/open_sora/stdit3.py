@@ -10,113 +10,17 @@ between the two by frame; for text to video its mask chooses the ordinary one ev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ....engines.errors import CheckpointError
-from ..base import MASKED
+from ..base import bias_from_mask
+from .config import STDiT3Config
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256  # width of the sinusoids that timestep and fps are embedded by
-
-# Settings of training, of the original's kernels and of Hugging Face's own bookkeeping.
-IGNORED = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "auto_map",
-        "class_dropout_prob",
-        "drop_path",
-        "dtype",
-        "enable_flash_attn",
-        "enable_layernorm_kernel",
-        "enable_sequence_parallelism",
-        "force_huggingface",
-        "freeze_y_embedder",
-        "input_size",
-        "only_train_temporal",
-        "torch_dtype",
-        "transformers_version",
-    }
-)
-# Settings of which one value is implemented: the one that every published STDiT3 has.
-FIXED: Mapping[str, object] = {
-    "model_type": "STDiT3",
-    "qk_norm": True,
-    "qk_norm_legacy": False,
-    "skip_y_embedder": False,
-}
-
-
-@dataclass(frozen=True)
-class STDiT3Config:
-    """The original's `config.json`, as far as it changes what is computed; defaults are those of STDiT3-XL/2."""
-
-    hidden_size: int = 1152
-    depth: int = 28  # pairs of blocks
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    in_channels: int = 4
-    pred_sigma: bool = True  # twice as many channels out as in; sampling reads the first half
-    patch_size: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns
-    caption_channels: int = 4096
-    model_max_length: int = 300  # tokens
-    input_sq_size: int = 512  # pixels: side of the square at which positions are whole numbers
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kinds = (int, float) if field.name == "mlp_ratio" else int
-            lowest = 0 if field.name == "pred_sigma" else 1
-            numbers = value if isinstance(value, tuple) else (value,)
-            if not all(isinstance(number, kinds) and number >= lowest for number in numbers):
-                raise CheckpointError(
-                    f"STDiT3 {field.name}: got {value!r}, expected {lowest} or more; check config.json"
-                )
-        if not isinstance(self.patch_size, tuple) or len(self.patch_size) != 3 or self.patch_size[0] != 1:
-            raise CheckpointError(
-                f"STDiT3 patch_size: got {self.patch_size!r}, expected [1, height, width], as in all published ones"
-            )
-        if self.hidden_size % self.num_heads or self.head_dim % 2 or self.hidden_size % 4:
-            raise CheckpointError(
-                f"STDiT3 hidden_size: got {self.hidden_size} for {self.num_heads} heads, expected a multiple of 4 and "
-                "of twice the heads; check config.json"
-            )
-
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> STDiT3Config:
-        """Read the content of `config.json`. Raises CheckpointError for what is unknown or not implemented."""
-        names = {field.name for field in fields(cls)}
-        for key, value in config.items():
-            if key in FIXED and value != FIXED[key]:
-                raise CheckpointError(
-                    f"STDiT3 {key}: got {value!r}, expected {FIXED[key]!r}; this kind is not supported"
-                )
-            if key not in names | IGNORED | FIXED.keys():
-                raise CheckpointError(
-                    f"STDiT3 {key}: got an unknown setting, expected those of Open-Sora 1.2; remove it"
-                )
-        known = {key: value for key, value in config.items() if key in names}
-        if isinstance(known.get("patch_size"), list):
-            known["patch_size"] = tuple(known["patch_size"])
-        return cls(**known)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.pred_sigma else 1)
-
-    def patches(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches over latents of that size; the last ones may hang over the edge."""
-        return -(-height // self.patch_size[1]), -(-width // self.patch_size[2])
 
 
 class RMSNorm(nn.Module):
@@ -354,18 +258,13 @@ class STDiT3(nn.Module):
         time = self.t_embedder(timestep.to(dtype)) + self.fps_embedder(speed)
         modulation = self.t_block(time).unflatten(1, (6, -1))
         text = self.y_embedder(text.to(dtype), unconditional)
-        text_bias = bias_from_mask(text_mask, dtype)
+        text_bias = bias_from_mask(text_mask.long(), dtype)
         rotation = rotation_table(self.rope.freqs, frames)
         for spatial, temporal in self.pairs:
             hidden = spatial(hidden, modulation, text, text_bias)
             hidden = temporal(hidden, modulation, text, text_bias, rotation)
         output = latents_from_patches(self.final_layer(hidden, time), size, self.config.patch_size[1:])
         return output[..., :latent_height, :latent_width].float()
-
-
-def bias_from_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mask (B, L) of ones and zeros -> what is added to attention scores, (B, 1, 1, L): 0 or MASKED."""
-    return ((1 - mask[:, None, None].long()) * MASKED).to(dtype)
 
 
 def sinusoid(numbers: Tensor) -> Tensor:

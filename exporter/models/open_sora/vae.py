@@ -6,128 +6,18 @@ other, each of which becomes 5 latents: the front is filled up with zeros to 20 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ....engines.errors import CheckpointError
+from .config import CHANNELS, VideoVAEConfig
 
-CHANNELS = 4  # of the latents, between the two stages and at the end
 SPATIAL_FACTOR = 0.18215  # what the image VAE's latents are multiplied by
 FRAMES_AT_A_TIME = 4  # through the image VAE
 LOGVAR_RANGE = (-30.0, 20.0)
-# Published checkpoints name the image VAE's configuration by this repository instead of holding it.
-SDXL_VAE: Mapping[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": CHANNELS,
-    "norm_num_groups": 32,
-}
-SDXL_VAE_SOURCE = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
-
-# Settings of training and of Hugging Face's bookkeeping. The weights hold scale and shift of their own.
-IGNORED = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "auto_map",
-        "cal_loss",
-        "dtype",
-        "freeze_vae_2d",
-        "from_pretrained",
-        "scale",
-        "shift",
-        "torch_dtype",
-        "transformers_version",
-    }
-)
-IGNORED_SPATIAL = frozenset({"cache_dir", "local_files_only", "micro_batch_size", "subfolder"})
-FIXED_TEMPORAL: Mapping[str, object] = {
-    "activation_fn": "swish",
-    "embed_dim": CHANNELS,
-    "from_pretrained": None,
-    "in_out_channels": CHANNELS,
-    "latent_embed_dim": CHANNELS,
-}
-
-
-@dataclass(frozen=True)
-class VideoVAEConfig:
-    """What shapes the VAE; defaults are those of VAE 1.2. `spatial` is the config of diffusers' AutoencoderKL."""
-
-    spatial: Mapping[str, Any] = field(default_factory=lambda: SDXL_VAE)
-    filters: int = 128
-    num_res_blocks: int = 4
-    channel_multipliers: tuple[int, ...] = (1, 2, 2, 4)
-    temporal_downsample: tuple[bool, ...] = (False, True, True)  # whether time is halved after a stage
-    num_groups: int = 32  # of the temporal VAE's group normalisation
-    micro_frame_size: int = 17  # frames in a chunk
-
-    def __post_init__(self) -> None:
-        sizes = (self.filters, self.num_res_blocks, self.num_groups, self.micro_frame_size, *self.channel_multipliers)
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise CheckpointError(
-                f"VAE: got the sizes {list(sizes)}, expected whole numbers above 0; check config.json"
-            )
-        if len(self.temporal_downsample) != len(self.channel_multipliers) - 1:
-            raise CheckpointError(
-                f"VAE temporal_downsample: got {len(self.temporal_downsample)} values, expected "
-                f"{len(self.channel_multipliers) - 1}, one between any two channel_multipliers; check config.json"
-            )
-        if self.spatial.get("latent_channels") != CHANNELS:
-            raise CheckpointError(
-                f"VAE latent_channels: got {self.spatial.get('latent_channels')}, expected {CHANNELS}; this kind is "
-                "not supported"
-            )
-
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> VideoVAEConfig:
-        """Read the content of `config.json`. Raises CheckpointError for what is unknown or not implemented.
-
-        `vae_2d` may hold a `config` of diffusers' AutoencoderKL, which is for small checkpoints; published ones leave
-        it to the repository that the image VAE came from. `vae_temporal` has the sizes where its type is VAE_Temporal.
-        """
-        _refuse_unknown("", config, IGNORED | {"model_type", "micro_frame_size", "vae_2d", "vae_temporal"})
-        spatial, temporal = config.get("vae_2d") or {}, config.get("vae_temporal") or {}
-        _require_one_of("model_type", config.get("model_type"), "VideoAutoencoderPipeline")
-        _require_one_of("vae_2d type", spatial.get("type"), "VideoAutoencoderKL")
-        _require_one_of("vae_temporal type", temporal.get("type"), "VAE_Temporal_SD", "VAE_Temporal")
-        _refuse_unknown("vae_2d ", spatial, IGNORED_SPATIAL | {"type", "from_pretrained", "config"})
-        if "config" not in spatial:
-            _require_one_of("vae_2d from_pretrained", spatial.get("from_pretrained"), SDXL_VAE_SOURCE)
-        sizes = _temporal_sizes(temporal)
-        if config.get("micro_frame_size") is not None:  # the original, too, takes 17 whatever is written there
-            sizes["micro_frame_size"] = config["micro_frame_size"]
-        return cls(spatial=spatial.get("config", SDXL_VAE), **sizes)
-
-    @property
-    def time_factor(self) -> int:
-        """Frames to a latent."""
-        return int(2 ** sum(self.temporal_downsample))
-
-    @property
-    def space_factor(self) -> int:
-        """Pixels to a latent, along each side."""
-        return int(2 ** (len(self.spatial["block_out_channels"]) - 1))
-
-    @property
-    def micro_latents(self) -> int:
-        """Latents of a whole chunk."""
-        return -(-self.micro_frame_size // self.time_factor)
-
-    def latent_frames(self, frames: int) -> int:
-        """Latents of a video of that many frames: whole chunks, then what remains, rounded up."""
-        chunks, rest = divmod(frames, self.micro_frame_size)
-        return chunks * self.micro_latents + -(-rest // self.time_factor)
 
 
 class CausalConv3d(nn.Module):
@@ -320,27 +210,3 @@ def _in_a_row(blocks: nn.Module, states: Tensor) -> Tensor:
     for block in blocks.children():
         states = block(states)
     return states
-
-
-def _refuse_unknown(where: str, config: Mapping[str, Any], known: frozenset[str]) -> None:
-    for key in config.keys() - known:
-        raise CheckpointError(f"VAE {where}{key}: got an unknown setting, expected those of Open-Sora 1.2; remove it")
-
-
-def _require_one_of(what: str, got: object, *expected: str) -> None:
-    if got not in expected:
-        raise CheckpointError(f"VAE {what}: got {got!r}, expected {' or '.join(expected)}; this kind is not supported")
-
-
-def _temporal_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"filters", "num_res_blocks", "channel_multipliers", "temporal_downsample", "num_groups"}
-    if config["type"] == "VAE_Temporal_SD":
-        names = {"num_groups"}  # the one size that type can be given
-    elif "temporal_downsample" not in config:
-        raise CheckpointError("VAE vae_temporal temporal_downsample: got none, expected true or false for each stage")
-    _refuse_unknown("vae_temporal ", config, frozenset(names | {"type"} | FIXED_TEMPORAL.keys()))
-    for key, expected in FIXED_TEMPORAL.items():
-        if config.get(key, expected) != expected:
-            raise CheckpointError(f"VAE vae_temporal {key}: got {config[key]!r}, expected {expected!r}; not supported")
-    sizes = {key: value for key, value in config.items() if key in names}
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}

@@ -11,12 +11,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..base import mean_squared_change
+from ..base import bias_from_mask, mean_squared_change
 from .schedule import rounded_pixels
 from .stdit3 import (
     STDiT3,
     STDiT3Block,
-    bias_from_mask,
     latents_from_patches,
     position_embedding,
     rotation_table,

@@ -12,11 +12,11 @@ from torch import Tensor
 from foresight.engines.errors import InvalidRequest
 from foresight.exporter.graph import graph_from_module
 from foresight.exporter.models.base import MASKED, ExportRequest
-from foresight.exporter.models.open_sora import parts, presets, schedule, stdit3, vae
+from foresight.exporter.models.open_sora import config, modules, presets, schedule, stdit3, vae
 from foresight.exporter.sampler import steps_from_scheduler
 from tests.exporter.open_sora import LATENTS, SMALL_VAE, TOLERANCE, pattern, small_transformer, small_vae
 
-PUBLISHED_VAE = vae.VideoVAEConfig()
+PUBLISHED_VAE = config.VideoVAEConfig()
 
 
 @pytest.fixture(autouse=True)
@@ -43,16 +43,16 @@ def request() -> dict[str, Tensor]:
 def run_parts(model: stdit3.STDiT3, inputs: dict[str, Tensor], height: int = 48, width: int = 56) -> Tensor:
     """One evaluation as the runtime makes it; every block's distance is checked on the way."""
     dtype = model.x_embedder.proj.weight.dtype
-    text, bias = parts.Condition(model)(inputs["text"].to(dtype), inputs["text_mask"], inputs["unconditional"])
-    prologue = parts.Prologue(model, LATENTS, height, width, fps=24)
+    text, bias = modules.Condition(model)(inputs["text"].to(dtype), inputs["text_mask"], inputs["unconditional"])
+    prologue = modules.Prologue(model, LATENTS, height, width, fps=24)
     hidden, modulation, time = prologue(inputs["latents"], inputs["timestep"])
-    rotation = parts.temporal_rotation(model.rope.freqs, LATENTS[1], dtype)
+    rotation = modules.temporal_rotation(model.rope.freqs, LATENTS[1], dtype)
     for spatial, temporal in model.pairs:
-        for block in (parts.Block(spatial), parts.Block(temporal, rotation)):
+        for block in (modules.Block(spatial), modules.Block(temporal, rotation)):
             new, distance = block(hidden, modulation, hidden.clone(), text, bias)
             torch.testing.assert_close(distance, (new.float() - hidden.float()).square().mean((1, 2, 3)))
             hidden = new
-    return parts.Epilogue(model, LATENTS)(hidden, time)  # type: ignore[no-any-return]
+    return modules.Epilogue(model, LATENTS)(hidden, time)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (1, 4, 4)])
@@ -72,7 +72,7 @@ def test_the_parts_in_bf16_are_the_transformer_in_bf16() -> None:
 
 
 def test_the_text_is_finite_where_there_is_none() -> None:
-    text, bias = parts.Condition(small_transformer())(
+    text, bias = modules.Condition(small_transformer())(
         *(request()[name] for name in ("text", "text_mask", "unconditional"))
     )
     assert text.isfinite().all()
@@ -90,13 +90,13 @@ def test_graphs_of_any_text_length_have_neither_scatter_nor_sequences() -> None:
     model, inputs = small_transformer(), request()
     rows, text = {0: "batch"}, {0: "batch", 1: "text"}
     names = operators(
-        parts.Condition(model),
+        modules.Condition(model),
         {"text_states": inputs["text"], "text_mask": inputs["text_mask"], "unconditional": inputs["unconditional"]},
         {"text_states": text, "text_mask": text, "unconditional": rows},
     )
     hidden = pattern(4, 5, 12, 48)
     names |= operators(
-        parts.Block(next(model.pairs)[1], parts.temporal_rotation(model.rope.freqs, 5, torch.float32)),
+        modules.Block(next(model.pairs)[1], modules.temporal_rotation(model.rope.freqs, 5, torch.float32)),
         {
             "hidden": hidden,
             "modulation": pattern(4, 6, 48),
@@ -162,10 +162,10 @@ def test_the_two_decoders_in_a_row_are_the_vae(frames: int, chunks: list[int]) -
     model = small_vae()
     latents = pattern(4, SMALL_VAE.latent_frames(frames), 5, 3)
     cut = torch.split(latents, 5, dim=1)
-    between = torch.cat([parts.TemporalDecoder(model, n)(some) for n, some in zip(chunks, cut, strict=True)])
+    between = torch.cat([modules.TemporalDecoder(model, n)(some) for n, some in zip(chunks, cut, strict=True)])
     assert between.shape == (frames, 4, 5, 3)
     assert between.dtype == torch.float32
-    pictures, means = parts.SpatialDecoder(model)(between)
+    pictures, means = modules.SpatialDecoder(model)(between)
     video = model.decode(latents[None], frames)[0]
     shades = ((video.clamp(-1, 1) + 1) / 2 * 255 + 0.5).permute(1, 2, 3, 0)
     assert pictures.shape == (frames, 10, 6, 3)
@@ -265,7 +265,7 @@ def test_two_seconds_have_the_published_latents(
 ) -> None:
     size = presets.video_size(ExportRequest(resolution=resolution, aspect="9:16", duration="2s"), PUBLISHED_VAE)
     assert size.latents(PUBLISHED_VAE) == latents
-    assert stdit3.STDiT3Config().patches(*latents[2:]) == patches
+    assert config.STDiT3Config().patches(*latents[2:]) == patches
 
 
 def test_who_asks_for_nothing_gets_the_default() -> None:

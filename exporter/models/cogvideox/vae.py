@@ -25,10 +25,11 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
 from diffusers.models.upsampling import CogVideoXUpsample3D
 from torch import Tensor, nn
 
-from ...engines.errors import CheckpointError, InvalidRequest
-from ...engines.manifest import Dtype, Shape
-from ..checkpoint import Checkpoint
-from .base import Input, PartPlan, StagePlan, float_spec, frame_specs
+from ....engines.errors import CheckpointError, InvalidRequest
+from ....engines.manifest import Dtype, Shape
+from ...checkpoint import Checkpoint
+from ..base import Input, PartPlan, StagePlan, float_spec, frame_specs
+from ..parts import WHOLE, frames_from_pixels
 
 CHUNK = 2  # latent frames, AutoencoderKLCogVideoX.num_latent_frames_batch_size
 REMEMBERED = 2  # frames that a convolution over three has to know from before
@@ -56,7 +57,7 @@ class ChunkDecoder(nn.Module):
     def decode(self, latents: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """What `forward` does."""
         pixels, *new = self.pixels(latents, *state)
-        frames, means = frames_from_pixels(pixels)
+        frames, means = frames_from_pixels(_frames_first(pixels))
         return frames, *([] if self.only else new), means
 
     def pixels(self, latents: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
@@ -78,7 +79,7 @@ class ChunkDecoder(nn.Module):
         for name in self.paths:
             kept: Any = functools.reduce(operator.getitem, _cache_keys(name), cache)
             new.append(kept[0].unflatten(2, (latents.shape[2], -1)).unflatten(4, (latents.shape[3], -1)))
-        frames, means = frames_from_pixels(pixels[0])
+        frames, means = frames_from_pixels(_frames_first(pixels[0]))
         return frames, *([] if self.only else new), means
 
     @torch.no_grad()
@@ -185,12 +186,9 @@ def double(hidden: Tensor, time: bool) -> Tensor:
     return torch.cat([hidden[:, :, :1], rest], 2) if first else rest
 
 
-def frames_from_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(3, G, H, W) from -1 … 1 to frames (G, H, W, 3) uint8, and their means before that, (G,) fp32."""
-    pixels = pixels.float().permute(1, 2, 3, 0)
-    shades = (pixels / 2 + 0.5).clamp(0, 1) * 255
-    # the cast is last: TensorRT has uint8 at the border of a graph only
-    return shades.round().to(torch.uint8), pixels.mean((1, 2, 3))
+def _frames_first(pixels: Tensor) -> Tensor:
+    """(3, G, H, W) -> (G, H, W, 3) fp32."""
+    return pixels.float().permute(1, 2, 3, 0)
 
 
 def decoder_stage(vae: AutoencoderKLCogVideoX, shape: Shape, dtype: Dtype) -> StagePlan:
@@ -213,7 +211,7 @@ def decoder_stage(vae: AutoencoderKLCogVideoX, shape: Shape, dtype: Dtype) -> St
             kind=name,
             module=module,
             component="vae",
-            prefixes={"": ""},
+            prefixes=WHOLE,
             inputs=(Input(float_spec("latents", "fp32", length, channels, "latent_height", "latent_width")), *given),
             outputs=(frames, *left, means),
             reference=module.reference,
