@@ -254,7 +254,7 @@ class _OnItsWay:
 
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # of glibc
-_SMALLER = "use fewer prompts at once, a smaller --cache-memory, or --low-memory"
+_SMALLER = "use fewer prompts at once, a smaller cache_memory, or low_memory"
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -286,7 +286,5 @@ def _cupy(index: int) -> Any:
             f"device cuda: CuPy is not installed ({one_line(error)}); install foresight-engines[cuda]"
         ) from error
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise EngineError(
-            f"device cuda:{index}: not usable ({error}); use --device cpu, or check the driver"
-        ) from error
+        raise EngineError(f"device cuda:{index}: not usable ({error}); use device cpu, or check the driver") from error
     return cupy

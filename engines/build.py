@@ -33,7 +33,7 @@ from .errors import BundleError, EngineError, IntegrityError, InvalidRequest
 from .files import empty_folder, file_record, is_as_recorded, resumable, write_atomically, write_document
 from .manifest import part_files
 from .tensorrt.compiler import BuildSettings, Plan, ShapeRanges, build_plan, shape_ranges
-from .tensorrt.library import MODULES, find_target
+from .tensorrt.library import EDITIONS, find_target
 
 log = logging.getLogger("foresight")
 
@@ -58,8 +58,8 @@ def build_engines(
     and the one that was done last. Raises InvalidRequest, IntegrityError, EngineError with the library's reason, and
     OutputError; what was built until then is kept.
     """
-    if backend not in MODULES:
-        raise InvalidRequest(f"backend: got {backend!r}, expected one that compiles: {', '.join(MODULES)}")
+    if backend not in EDITIONS:
+        raise InvalidRequest(f"backend: got {backend!r}, expected one that compiles: {', '.join(EDITIONS)}")
     if jobs < 1:
         raise InvalidRequest(f"jobs: got {jobs}, expected 1 or more")
     settings = settings or BuildSettings()
@@ -93,7 +93,7 @@ def _build_missing(
     jobs = affordable_jobs(jobs, weights, Arrays().free_bytes())
     # TensorRT-RTX asks a GPU about a cache that it is given, and builds without one. Builds side by side would write
     # over what the others found out.
-    cache = partial / TIMING_CACHE if index.backend == "tensorrt" and jobs == 1 else None
+    cache = partial / TIMING_CACHE if EDITIONS[index.backend].needs_gpu and jobs == 1 else None
     apart = Apart()
     with ThreadPoolExecutor(jobs) as pool:
         futures = {

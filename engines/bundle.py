@@ -182,16 +182,6 @@ def check_compiled_folder(bundle: Path) -> None:
             )
 
 
-def check_request_shape(manifest: Manifest, height: int | None, width: int | None, frames: int | None) -> None:
-    """Refuse sizes the bundle was not exported for. Raises InvalidRequest."""
-    for name, got in (("height", height), ("width", width), ("frames", frames)):
-        expected = getattr(manifest.shape, name)
-        if got is not None and got != expected:
-            raise InvalidRequest(
-                f"{name}: got {got}, but this bundle was exported for {expected}; export again with --{name} {got}"
-            )
-
-
 class Unchanged:
     """Tells whether files of a bundle are still those that were verified, without reading them.
 

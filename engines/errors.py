@@ -29,7 +29,7 @@ class ForesightError(Exception):
 
 
 class InvalidRequest(ForesightError, ValueError):
-    """An argument of a call or a flag of a command cannot be honoured."""
+    """An argument of a call cannot be honoured."""
 
     exit_code = 2
 

@@ -105,7 +105,7 @@ class OnnxRuntimeBackend:
         if self.arrays.kind == "cpu" and any(spec.dtype == "bf16" for spec in (*part.inputs, *part.outputs)):
             raise EngineError(
                 f"{part.name}: got bf16, which ONNX Runtime cannot run on a CPU, expected fp32 or fp16; export again "
-                "with --dtype, or use a GPU"
+                "with such a dtype, or use a GPU"
             )
         try:
             session = self._session(graph, weights)
@@ -120,7 +120,7 @@ class OnnxRuntimeBackend:
         if got != expected:
             raise EngineError(
                 f"{part.name}: got {got}, expected {expected}; install onnxruntime-gpu for this CUDA version, and "
-                "without onnxruntime, which shares its folder; or use --device cpu"
+                "without onnxruntime, which shares its folder; or use device cpu"
             )
         return OnnxRuntimeEngine(session, part, self.arrays)
 
@@ -327,7 +327,7 @@ def _share_gpu(arrays: GpuArrays) -> GpuArrays:
         except ORT_ERRORS as error:
             raise EngineError(
                 f"device cuda:{index}: ONNX Runtime cannot use it: {one_line(error)}; install onnxruntime-gpu for this "
-                "CUDA version, and without onnxruntime, which shares its folder; or use --device cpu"
+                "CUDA version, and without onnxruntime, which shares its folder; or use device cpu"
             ) from error
         _Process.gpus[index] = arrays
         return arrays

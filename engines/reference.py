@@ -56,7 +56,7 @@ class ReferenceBackend:
             raise InvalidRequest(f"shared_weights: got {self.name}, expected onnxruntime, which can map them")
         if device != "cpu":
             raise InvalidRequest(
-                f"device: got {device}, expected cpu, where {self.name} runs; use --device cpu, or another --backend"
+                f"device: got {device}, expected cpu, where {self.name} runs; use device cpu, or another backend"
             )
         if cuda_graphs:
             raise InvalidRequest(f"cuda_graphs: got {self.name}, expected tensorrt or tensorrt-rtx, which can replay")

@@ -48,7 +48,7 @@ class TensorRTBackend:
         arrays = create_arrays(device)
         if not isinstance(arrays, GpuArrays):
             raise InvalidRequest(
-                f"device: got {device}, expected cuda or cuda:N, where {self.name} runs; or use --backend onnxruntime"
+                f"device: got {device}, expected cuda or cuda:N, where {self.name} runs; or use backend onnxruntime"
             )
         self.arrays = arrays
         self.cuda_graphs = cuda_graphs
@@ -59,7 +59,6 @@ class TensorRTBackend:
         self._target = find_target(self.name, device)
         self._compiled: Compiled | None = None
         self._engines: WeakSet[TensorRTEngine] = WeakSet()
-        self._runtime_cache: Any = None
         with arrays.active():
             self._runtime = trt.Runtime(library.logger)
             self.scratch: Array = arrays.empty((0,), "uint8")
@@ -114,24 +113,36 @@ class TensorRTBackend:
             self.scratch = self.arrays.empty((needed,), "uint8")
 
     def _context(self, engine: trt.ICudaEngine) -> trt.IExecutionContext:
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self.name == "tensorrt":
-            return engine.create_execution_context(strategy)
-        # TensorRT-RTX compiles kernels when a context is made: blocks of one kind share what was compiled. Kernels
-        # that replaced others in the background would change results between two equal requests.
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
-        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        if self._runtime_cache is None:
-            self._runtime_cache = config.create_runtime_cache()
-        config.set_runtime_cache(self._runtime_cache)
-        return engine.create_execution_context(config)
+        return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
 
 class TensorRTRTXBackend(TensorRTBackend):
-    """The same for TensorRT-RTX."""
+    """The same for TensorRT-RTX.
+
+    It compiles kernels when a context is made: blocks of one kind share what was compiled.
+    """
 
     name: ClassVar[str] = "tensorrt-rtx"
+
+    def __init__(
+        self,
+        device: str = "cuda",
+        threads: int | None = None,
+        cuda_graphs: bool = False,
+        shared_weights: bool = False,
+    ) -> None:
+        self._kernels: trt.IRuntimeCache | None = None  # goes before the runtime
+        super().__init__(device, threads, cuda_graphs, shared_weights)
+
+    def _context(self, engine: trt.ICudaEngine) -> trt.IExecutionContext:
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        # Kernels that replaced others in the background would change results between two equal requests.
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        if self._kernels is None:
+            self._kernels = config.create_runtime_cache()
+        config.set_runtime_cache(self._kernels)
+        return engine.create_execution_context(config)
 
 
 class TensorRTEngine:

@@ -16,7 +16,7 @@ from ..arrays import select_device
 from ..errors import EngineError, InvalidRequest, one_line
 from ..files import write_atomically
 from ..manifest import Part
-from .library import Library, strongly_typed, use
+from .library import EDITIONS, Library, strongly_typed, use
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -90,7 +90,7 @@ def build_plan(
     library = use(backend)
     messages = library.messages
     started = time.perf_counter()
-    if backend == "tensorrt":  # it compiles for the GPU that this thread works with
+    if EDITIONS[backend].needs_gpu:  # it compiles for the one that this thread works with
         select_device(device)
     data, attentions = None, 0
     for decompose in (False, True):

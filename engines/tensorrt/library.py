@@ -18,13 +18,37 @@ from typing import TYPE_CHECKING, Any
 from ..arrays import gpu_facts, parse_device
 from ..errors import EngineError, InvalidRequest, one_line
 
-INSTALL = {
-    "tensorrt": 'pip install "foresight-engines[tensorrt]" --extra-index-url https://pypi.nvidia.com',
-    "tensorrt-rtx": 'pip install "foresight-engines[tensorrt-rtx]"',
-}
-MODULES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
-OLDEST = {"tensorrt": (10, 16), "tensorrt-rtx": (1, 7)}
 _ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
+
+
+@dataclass(frozen=True)
+class Edition:
+    """One of the two products: the names of its module, its oldest version, how to install it.
+
+    TensorRT compiles for the GPU at hand. TensorRT-RTX compiles for every GPU that it knows, and needs none for it.
+    """
+
+    modules: tuple[str, ...]
+    oldest: tuple[int, int]
+    install: str
+    needs_gpu: bool
+
+
+EDITIONS = {
+    "tensorrt": Edition(
+        modules=("tensorrt",),
+        oldest=(10, 16),
+        install='pip install "foresight-engines[tensorrt]" --extra-index-url https://pypi.nvidia.com',
+        needs_gpu=True,
+    ),
+    "tensorrt-rtx": Edition(
+        modules=("tensorrt_rtx", "tensorrt_rtx_bindings"),
+        oldest=(1, 7),
+        install='pip install "foresight-engines[tensorrt-rtx]"',
+        needs_gpu=False,
+    ),
+}
+MODULES = {name: edition.modules for name, edition in EDITIONS.items()}
 
 
 class _Process:
@@ -94,15 +118,12 @@ def use(backend: str) -> Library:
 
 
 def find_target(backend: str, device: str = "cuda") -> dict[str, str]:
-    """What a plan built here runs on. Raises EngineError where the backend or the GPU it needs is missing.
-
-    TensorRT compiles for the GPU at hand. TensorRT-RTX compiles for every GPU that it knows, and needs none for it.
-    """
+    """What a plan built here runs on. Raises EngineError where the backend or the GPU it needs is missing."""
     use(backend)
     if parse_device(device)[0] != "cuda":
         raise InvalidRequest(f"device: got {device}, expected cuda or cuda:N, which {backend} builds for")
     target = {"library": f"{backend} {trt.__version__}", "system": f"{platform.system()} {platform.machine()}"}
-    return target if backend == "tensorrt-rtx" else target | gpu_facts(device)
+    return target | gpu_facts(device) if EDITIONS[backend].needs_gpu else target
 
 
 def probe(backend: str) -> dict[str, str]:
@@ -137,19 +158,19 @@ def strongly_typed() -> int:
 
 
 def _import(backend: str) -> ModuleType:
-    reason = ""
-    for name in MODULES[backend]:
+    edition, reason = EDITIONS[backend], ""
+    for name in edition.modules:
         try:
             module = import_module(name)
         except (ImportError, OSError) as error:  # OSError: the library is there, one it needs is not
             reason = reason or one_line(error)
             continue
         version = tuple(int(number) for number in module.__version__.split(".")[:2])
-        if version < OLDEST[backend]:
-            oldest = ".".join(map(str, OLDEST[backend]))
+        if version < edition.oldest:
+            oldest = ".".join(map(str, edition.oldest))
             raise EngineError(f"{backend}: got version {module.__version__}, expected {oldest} or newer; upgrade it")
         return module
-    raise EngineError(f"{backend}: not installed ({reason}); {INSTALL[backend]}")
+    raise EngineError(f"{backend}: not installed ({reason}); {edition.install}")
 
 
 def _logger(messages: Messages) -> trt.ILogger:

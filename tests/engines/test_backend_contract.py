@@ -355,7 +355,7 @@ def test_describes_itself_in_plain_text(backend: Backend) -> None:
 
 @pytest.mark.parametrize("name", WITHOUT_CUDA)
 def test_asking_for_cuda_where_there_is_none_says_what_to_do(name: str) -> None:
-    with pytest.raises((EngineError, InvalidRequest), match=r"cuda.*(install|--device cpu)"):
+    with pytest.raises((EngineError, InvalidRequest), match=r"cuda.*(install|device cpu)"):
         create_backend(name, "cuda")
 
 

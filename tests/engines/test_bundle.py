@@ -22,12 +22,11 @@ from hypothesis import strategies as st
 from foresight.engines.bundle import (
     MANIFEST,
     SCHEMA,
-    check_request_shape,
     newest_bundle,
     open_bundle,
     verify_files,
 )
-from foresight.engines.errors import BundleError, ForesightError, IntegrityError, InvalidRequest
+from foresight.engines.errors import BundleError, ForesightError, IntegrityError
 from foresight.engines.manifest import Manifest
 from foresight.runtime.pipeline import load
 from tests.support import Json, copy_bundle, edit_manifest, json_paths, read_manifest, vouch_for
@@ -588,18 +587,3 @@ def test_damaged_manifest_bytes_never_raise_anything_but_our_errors(
         verify_files(open_bundle(scratch))
     except (BundleError, IntegrityError) as error:
         assert "\n" not in str(error)
-
-
-# What a request may ask for
-
-
-@pytest.mark.parametrize("size", [{"height": 16}, {"width": 16}, {"frames": 3}, {}])
-def test_the_sizes_of_the_export_are_accepted(bundle: Path, size: dict[str, int]) -> None:
-    check_request_shape(open_bundle(bundle).manifest, **({"height": None, "width": None, "frames": None} | size))
-
-
-@pytest.mark.parametrize("name", ["height", "width", "frames"])
-def test_other_sizes_are_refused_with_the_flag_to_export_with(bundle: Path, name: str) -> None:
-    wanted: dict[str, int | None] = {"height": None, "width": None, "frames": None, name: 64}
-    with pytest.raises(InvalidRequest, match=rf"{name}: got 64, but .* export again with --{name} 64"):
-        check_request_shape(open_bundle(bundle).manifest, **wanted)

@@ -398,7 +398,7 @@ def test_a_request_that_does_not_fit_is_refused_before_anything_runs(
 def test_memory_that_runs_out_is_an_engine_error_with_the_sizes() -> None:
     arrays = Arrays()
     with (
-        pytest.raises(EngineError, match=r"device cpu: out of memory, .*iB for an array.*--cache-memory"),
+        pytest.raises(EngineError, match=r"device cpu: out of memory, .*iB for an array.*cache_memory"),
         arrays.active(),
     ):
         arrays.empty((2**48,), "fp32")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from foresight.engines.errors import EngineError
-from foresight.engines.tensorrt.library import INSTALL, find_target, use
+from foresight.engines.tensorrt.library import EDITIONS, find_target, use
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has wheels for Linux x86-64 only")
 
@@ -38,7 +38,7 @@ def test_a_library_that_is_missing_is_named_with_its_remedy() -> None:
         "try: library.use('tensorrt')\n"
         "except library.EngineError as error: print(error)"
     )
-    assert python(code).startswith("tensorrt: not installed") and INSTALL["tensorrt"] in python(code)
+    assert python(code).startswith("tensorrt: not installed") and EDITIONS["tensorrt"].install in python(code)
 
 
 def test_a_library_that_is_too_old_is_refused(tmp_path: Path) -> None:
