@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..engines.errors import InvalidRequest
+from ..engines.registry import COMPILERS, check_compiler
 from ..engines.wording import MEBI
+from .completion import names
 from .console import parts, print_result, progress
 from .options import bundle_argument, common
 from .rows import compiled_row, describe_compiled
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @bundle_argument
-@click.option("--backend", required=True, help="tensorrt, or tensorrt-rtx, which needs no GPU for this.")
+@click.option(
+    "--backend",
+    required=True,
+    shell_complete=names(COMPILERS),
+    help="tensorrt, or tensorrt-rtx, which needs no GPU for this.",
+)
 @click.option("--device", default="cuda", show_default=True, help="tensorrt compiles for this GPU.")
 @click.option("--level", type=int, default=3, show_default=True, help="Optimisation level, 0 to 5.")
 @click.option("--workspace", type=int, help="Most scratch memory a part may need, MiB.  [default: all there is]")
@@ -38,14 +44,6 @@ def build(
     settings = BuildSettings(level=level, workspace_bytes=None if workspace is None else workspace * MEBI)
     compiled = compile_engines(open_bundle(bundle or newest_bundle()), backend, device, settings, jobs)
     print_result(compiled_row(compiled), as_json, describe_compiled(compiled))
-
-
-def check_compiler(backend: str) -> None:
-    """Refuse a backend that compiles nothing. Raises InvalidRequest."""
-    from ..engines.tensorrt.library import MODULES
-
-    if backend not in MODULES:
-        raise InvalidRequest(f"backend: got {backend!r}, expected one that compiles: {', '.join(MODULES)}")
 
 
 def check_target(backend: str) -> None:

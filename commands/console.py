@@ -58,7 +58,7 @@ class Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command that was typed. Raises UsageError, also for a name of old."""
         name, *others = arguments
-        if name in RENAMED:
+        if name in RENAMED and not context.resilient_parsing:  # as completion parses
             typed = shlex.join([RENAMED[name], *others])
             raise click.UsageError(f"{name}: this command is called {RENAMED[name]}; run: {wording.command(typed)}")
         return super().resolve_command(context, arguments)

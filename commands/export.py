@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from ..engines.errors import ForesightError
+from ..engines.manifest import ModelDtype
 from ..engines.progress import Progress
+from ..engines.registry import COMPILERS, check_compiler
 from ..engines.wording import MEBI
-from .build import check_compiler, check_target, compile_engines
+from ..exporter.registry import REGISTRY as MODELS
+from .build import check_target, compile_engines
+from .completion import names
 from .console import print_result, progress
-from .options import PATH, common, group
+from .options import PATH, alternatives, common, group
 from .rows import caution, compiled_row, describe_compiled, describe_source
 
 if TYPE_CHECKING:
@@ -36,7 +40,7 @@ class Job:
 class Sizes:
     """The fields of an ExportRequest, which only torch's world can check."""
 
-    dtype: Any
+    dtype: ModelDtype
     height: int | None
     width: int | None
     frames: int | None
@@ -46,6 +50,18 @@ class Sizes:
     max_batch: int
 
 
+def _models() -> str:
+    """The names in words."""
+    demos = [name for name, model in MODELS.items() if model.comes_with_a_clone]
+    published = [name for name in MODELS if name not in demos]
+    return f"{alternatives(published)}; in a clone also {', '.join(demos)}."
+
+
+def _preset(name: str) -> str:
+    """What the families with tables of sizes say of one of their names."""
+    return "  ".join(dict.fromkeys(model.presets[name] for model in MODELS.values() if name in model.presets))
+
+
 @click.command()
 @group(
     "job",
@@ -53,8 +69,8 @@ class Sizes:
     click.option(
         "--model",
         required=True,
-        help="latte, cogvideox-2b, cogvideox-5b or open-sora; in a clone also latte-demo, cogvideox-demo, "
-        "open-sora-demo.",
+        shell_complete=names([name for name, model in MODELS.items() if model.is_here]),
+        help=_models(),
     ),
     click.option(
         "--checkpoint", help="A diffusers folder, a hub id or its page's address, instead of the model's own."
@@ -70,18 +86,23 @@ class Sizes:
         "--dtype",
         default="fp32",
         show_default=True,
+        shell_complete=names(get_args(ModelDtype)),
         help="fp32, fp16 or bf16 (GPUs only); the reuse metric stays fp32.",
     ),
     click.option("--height", type=int, help="Pixels.  [default: the checkpoint's]"),
     click.option("--width", type=int, help="Pixels.  [default: the checkpoint's]"),
     click.option("--frames", type=int, help="[default: the checkpoint's]"),
-    click.option("--resolution", help="Open-Sora: 144p to 720p, instead of height and width."),
-    click.option("--aspect", help="Open-Sora: height to width, such as 9:16.  [default: 9:16]"),
-    click.option("--duration", help="Open-Sora: 2s, 4s, 8s or 16s, instead of frames."),
+    click.option("--resolution", help=_preset("resolution")),
+    click.option("--aspect", help=_preset("aspect")),
+    click.option("--duration", help=_preset("duration")),
     click.option("--max-batch", type=int, default=4, show_default=True, help="Most prompts in one batch."),
 )
 @click.option("--opset", type=click.IntRange(18, 23), default=23, show_default=True, help="ONNX operator set.")
-@click.option("--backend", help="Compile engines too: tensorrt or tensorrt-rtx; as `build` does.")
+@click.option(
+    "--backend",
+    shell_complete=names(COMPILERS),
+    help=f"Compile engines too: {alternatives(COMPILERS)}; as `build` does.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @common
 def export(job: Job, sizes: Sizes, opset: int, backend: str | None, dry_run: bool, as_json: bool) -> None:

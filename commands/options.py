@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, fields
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
 
 from ..runtime.policies import POLICIES, Foresight, policy_from_settings
+from .completion import bundle_folders, names
 from .console import log
 
 Command: TypeAlias = Callable[..., Any]
@@ -40,7 +41,7 @@ def common(command: Command) -> Command:
 
 def bundle_argument(command: Command) -> Command:
     """A bundle's folder; without one, the newest under bundles/."""
-    return click.argument("bundle", required=False, type=PATH)(command)
+    return click.argument("bundle", required=False, type=PATH, shell_complete=bundle_folders)(command)
 
 
 def group(name: str, kind: Callable[..., Any], *options: Option) -> Option:
@@ -76,7 +77,12 @@ def alternatives(words: Iterable[str]) -> str:
 def policy_options(command: Command) -> Command:
     """The flags of all registered policies, one for each of their fields; the command is given `policy`."""
     chosen = click.option(
-        "--policy", "policy_name", default=Foresight.name, show_default=True, help=f"{alternatives(POLICIES)}."
+        "--policy",
+        "policy_name",
+        default=Foresight.name,
+        show_default=True,
+        shell_complete=names(POLICIES),
+        help=f"{alternatives(POLICIES)}.",
     )
     settings = {setting.name: option for setting, option in _policy_settings()}
     shown = [name for name in SHOWN if name in settings]
@@ -104,7 +110,8 @@ def _setting_option(setting: Field[Any], hint: Any, having: list[Any]) -> Option
     default = setting.metadata.get("default", setting.default)
     return click.option(
         f"--{setting.name.replace('_', '-')}",
-        type=str if get_origin(kind) is Literal else kind,
+        type=kind,
+        shell_complete=names(setting.metadata.get("values", ())),
         help=f"{told}  [default: {default}]",
     )
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..engines.registry import DEFAULT, REGISTRY
+from .completion import names
 from .console import parts, print_result, progress
 from .options import bundle_argument, common, group
 
@@ -32,9 +34,21 @@ class Sides:
 @group(
     "sides",
     Sides,
-    click.option("--backend", default="onnxruntime", show_default=True, help="The backend to be checked."),
+    click.option(
+        "--backend",
+        default=DEFAULT,
+        show_default=True,
+        shell_complete=names(REGISTRY),
+        help="The backend to be checked.",
+    ),
     click.option("--device", help="[default: the backend's own]"),
-    click.option("--against", default="reference", show_default=True, help="The backend to be trusted."),
+    click.option(
+        "--against",
+        default="reference",
+        show_default=True,
+        shell_complete=names(REGISTRY),
+        help="The backend to be trusted.",
+    ),
     click.option("--against-device", help="[default: that backend's own]"),
 )
 @click.option("--part", "wanted", multiple=True, help="Only this part, such as block.003; may be repeated.")

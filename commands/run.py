@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ..engines.errors import InvalidRequest
+from ..engines.registry import REGISTRY
 from ..engines.wording import MEBI
+from .completion import bundle_folders, names
 from .console import Row, print_lines, print_result, progress, session
 from .options import PATH, common, given, group, policy_options
 
@@ -93,7 +95,7 @@ class Engines:
 
 
 @click.command()
-@click.option("--bundle", type=PATH, help="[default: the newest under bundles/]")
+@click.option("--bundle", type=PATH, shell_complete=bundle_folders, help="[default: the newest under bundles/]")
 @group(
     "asked",
     Asked,
@@ -123,6 +125,7 @@ class Engines:
     Engines,
     click.option(
         "--backend",
+        shell_complete=names(REGISTRY),
         help="onnxruntime, tensorrt or tensorrt-rtx.  [default: what the bundle has engines for here, else "
         "onnxruntime]",
     ),

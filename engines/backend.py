@@ -17,6 +17,7 @@ from .compiled import Compiled, find_compiled
 from .errors import BundleError, EngineError, InvalidRequest
 from .files import PARTIAL
 from .manifest import Part
+from .registry import DEFAULT, REGISTRY
 
 
 class Engine(Protocol):
@@ -55,18 +56,6 @@ class Backend(Protocol):
 
     def describe(self) -> dict[str, str]:
         """Library, version and device, for traces and reports."""
-
-
-# name -> (module, factory, default device); the factory takes (device, threads, cuda_graphs, shared_weights).
-REGISTRY: dict[str, tuple[str, str, str]] = {
-    "onnxruntime": ("onnxruntime", "OnnxRuntimeBackend", "cpu"),
-    "tensorrt": ("tensorrt.backend", "TensorRTBackend", "cuda"),
-    "tensorrt-rtx": ("tensorrt.backend", "TensorRTRTXBackend", "cuda"),
-    "reference": ("reference", "ReferenceBackend", "cpu"),
-}
-
-
-DEFAULT = "onnxruntime"
 
 
 def choose_backend(bundle: Bundle, device: str | None = None) -> str:
@@ -112,10 +101,10 @@ def create_backend(
     """
     if name not in REGISTRY:
         raise InvalidRequest(f"backend: got {name!r}, expected one of {', '.join(REGISTRY)}")
-    module, factory, default = REGISTRY[name]
-    create = cast(Callable[..., Backend], getattr(import_module(f".{module}", __package__), factory))
+    row = REGISTRY[name]
+    create = cast(Callable[..., Backend], getattr(import_module(f".{row.module}", __package__), row.factory))
     return create(
-        device=default if device is None else device,
+        device=row.device if device is None else device,
         threads=threads,
         cuda_graphs=cuda_graphs,
         shared_weights=shared_weights,

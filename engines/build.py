@@ -32,6 +32,7 @@ from .compiled import (
 from .errors import BundleError, EngineError, IntegrityError, InvalidRequest
 from .files import empty_folder, file_record, is_as_recorded, resumable, write_atomically, write_document
 from .manifest import part_files
+from .registry import check_compiler
 from .tensorrt.compiler import BuildSettings, Plan, ShapeRanges, build_plan, shape_ranges
 from .tensorrt.library import EDITIONS, find_target
 
@@ -58,8 +59,7 @@ def build_engines(
     and the one that was done last. Raises InvalidRequest, IntegrityError, EngineError with the library's reason, and
     OutputError; what was built until then is kept.
     """
-    if backend not in EDITIONS:
-        raise InvalidRequest(f"backend: got {backend!r}, expected one that compiles: {', '.join(EDITIONS)}")
+    check_compiler(backend)
     if jobs < 1:
         raise InvalidRequest(f"jobs: got {jobs}, expected 1 or more")
     settings = settings or BuildSettings()

@@ -13,6 +13,7 @@ DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "uint8": 1, "bool": 
 FRAME_MEANS = "frame_means"
 
 Dtype = Literal["fp32", "fp16", "bf16", "int64", "uint8", "bool"]
+ModelDtype = Literal["fp32", "fp16", "bf16"]  # of weights, and of what is computed with them
 Cleaning = Literal["none", "lower", "caption"]
 
 
@@ -177,7 +178,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     family: str
     source: Source
     generator: dict[str, str]
-    dtype: Literal["fp32", "fp16", "bf16"]
+    dtype: ModelDtype
     opset: int
     shape: Shape
     ranges: dict[str, tuple[int, int]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -18,18 +18,24 @@ REPOSITORY = Path(__file__).parents[1]
 class Model:
     """A name users type: its family's module, the checkpoint exported unless another is given, a request's defaults.
 
-    The checkpoint is a folder, a hub id, or where each of its components is published, see find_checkpoint.
+    The checkpoint is a folder, a hub id, or where each of its components is published, see find_checkpoint. `presets`
+    tells users of the fields of an ExportRequest that name rows of the family's tables of sizes, if it has any.
     """
 
     family: str
     checkpoint: str | Mapping[str, str]
     defaults: Defaults
+    presets: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def comes_with_a_clone(self) -> bool:
+        """Whether the checkpoint is a folder beside the package, which an installed one lacks; as the demos' are."""
+        return isinstance(self.checkpoint, str) and Path(self.checkpoint).is_absolute()
 
     @property
     def is_here(self) -> bool:
-        """Whether the checkpoint can be had: those of the demos are folders beside the package, in a clone only."""
-        place = self.checkpoint
-        return not isinstance(place, str) or not Path(place).is_absolute() or Path(place).is_dir()
+        """Whether the checkpoint can be had."""
+        return not self.comes_with_a_clone or Path(str(self.checkpoint)).is_dir()
 
 
 COGVIDEOX = Defaults(
@@ -40,6 +46,11 @@ COGVIDEOX = Defaults(
     fps=8,
 )
 DEMO = Defaults(prompt="a red circle moving right", negative_prompt="", steps=50, guidance=2.0, fps=8)
+OPEN_SORA_PRESETS = {
+    "resolution": "Open-Sora: 144p to 720p, instead of height and width.",
+    "aspect": "Open-Sora: height to width, such as 9:16.  [default: 9:16]",
+    "duration": "Open-Sora: 2s, 4s, 8s or 16s, instead of frames.",
+}
 REGISTRY = {
     "latte": Model(
         family="latte",
@@ -79,6 +90,7 @@ REGISTRY = {
             guidance=7.0,
             fps=24,
         ),
+        presets=OPEN_SORA_PRESETS,
     ),
     "latte-demo": Model(
         family="latte",
@@ -94,6 +106,7 @@ REGISTRY = {
         family="open_sora",
         checkpoint=str(REPOSITORY / "demo" / "open_sora"),
         defaults=msgspec.structs.replace(DEMO, steps=30, fps=24),
+        presets=OPEN_SORA_PRESETS,
     ),
 }
 

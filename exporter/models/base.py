@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ...engines.errors import CheckpointError, InvalidRequest
-from ...engines.manifest import FRAME_MEANS, Dtype, Part, Shape, TensorSpec, Text
+from ...engines.manifest import FRAME_MEANS, Dtype, ModelDtype, Part, Shape, TensorSpec, Text
 from ..checkpoint import Checkpoint
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -35,7 +35,7 @@ class ExportRequest:
     width) and `duration` ("2s").
     """
 
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    dtype: ModelDtype = "fp32"
     height: int | None = None
     width: int | None = None
     frames: int | None = None
@@ -45,7 +45,7 @@ class ExportRequest:
     duration: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("fp32", "fp16", "bf16"):
+        if self.dtype not in get_args(ModelDtype):
             raise InvalidRequest(f"dtype: got {self.dtype!r}, expected fp32, fp16 or bf16")
         for name in ("height", "width", "frames", "max_batch"):
             value = getattr(self, name)

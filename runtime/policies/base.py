@@ -72,13 +72,15 @@ class Decider:
 def cache_setting() -> Any:
     """The field that every policy has which caches blocks: the name of a mode."""
     modes = " or ".join(CACHE_MODES)
-    return field(default=next(iter(CACHE_MODES)), metadata={"help": f"What is cached: {modes}."})
+    told = {"help": f"What is cached: {modes}.", "values": tuple(CACHE_MODES)}
+    return field(default=next(iter(CACHE_MODES)), metadata=told)
 
 
 class Policy:
     """An immutable setting; policies are frozen dataclasses, whose fields are what a user may set.
 
-    Each field's metadata has its `help`, and as `default` words for a default that is None. `outputs` is how many of
+    Each field's metadata has its `help`, as `default` words for a default that is None, and as `values` the names that
+    it may be, where it is one of a few. `outputs` is how many of
     the last computed model outputs a forecast is made of: that many arrays of the latents' size are kept.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import click
 import pytest
@@ -25,7 +25,7 @@ class Forecast(NoReuse):
 
     name: ClassVar[str] = "forecast"
     order: int = field(default=2, metadata={"help": "Of the polynomial."})
-    base: Literal["power", "hermite"] = field(default="power", metadata={"help": "Its kind."})
+    base: str = field(default="power", metadata={"help": "Its kind.", "values": ("power", "hermite")})
     horizon: float | None = field(default=None, metadata={"help": "In steps.", "default": "all"})
 
 

@@ -16,10 +16,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from foresight.engines.arrays import create_arrays
-from foresight.engines.backend import REGISTRY, Backend, Engine, create_backend
+from foresight.engines.backend import Backend, Engine, create_backend
 from foresight.engines.errors import EngineError, ForesightError, InvalidRequest
 from foresight.engines.manifest import Dtype, Part, TensorSpec
-from foresight.engines.tensorrt.library import MODULES
+from foresight.engines.registry import COMPILERS, REGISTRY
+from foresight.engines.tensorrt.library import EDITIONS, MODULES
 from tests.support import BACKEND, load_graph
 
 ONNX_TYPES = {
@@ -369,3 +370,7 @@ def test_an_unknown_device_is_refused(name: str, device: str) -> None:
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidRequest, match="backend: got 'abacus', expected one of onnxruntime"):
         create_backend("abacus")
+
+
+def test_the_backends_that_compile_are_the_editions_of_tensorrt() -> None:
+    assert list(COMPILERS) == list(EDITIONS)
