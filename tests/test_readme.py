@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.readme import PAGES, render
 from foresight.commands.console import cli
-from tests.test_packaging import project
+from tests.test_packaging import project, source_files
 
 REPOSITORY = Path(__file__).parents[1]
 # In the order in which they are followed: they share one folder, and what one exports another may use.
@@ -168,3 +168,14 @@ def test_every_result_is_shown_on_a_page() -> None:
     drawn = {file for sections in PAGES.values() for _, files in sections.values() for file in files}
     recorded = {path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("benchmarks/results/*.json")}
     assert recorded <= drawn
+
+
+def test_messages_that_a_page_explains_are_told_by_the_code() -> None:
+    table = text_of("docs/troubleshooting.md").partition("## What to do")[2]
+    quoted = [
+        piece for row in re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for piece in re.findall(r"`(.*?)`", row)
+    ]
+    code = "".join(path.read_text(encoding="utf-8") for path in source_files().values())
+    pieces = [part.strip() for piece in quoted for part in piece.split("…") if part.strip()]
+    assert len(pieces) > 10
+    assert [part for part in pieces if part not in code] == []
