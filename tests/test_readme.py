@@ -16,6 +16,8 @@ import pytest
 
 from benchmarks.readme import PAGES, render
 from foresight.commands.console import cli
+from foresight.runtime.caches import CACHE_MODES
+from foresight.runtime.policies import POLICIES
 from tests.test_packaging import project, source_files
 
 REPOSITORY = Path(__file__).parents[1]
@@ -179,3 +181,15 @@ def test_messages_that_a_page_explains_are_told_by_the_code() -> None:
     pieces = [part.strip() for piece in quoted for part in piece.split("…") if part.strip()]
     assert len(pieces) > 10
     assert [part for part in pieces if part not in code] == []
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/gpu.md"])
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    named = re.findall(r"`([a-z_]+/[\w./]*)`", text_of(page))
+    assert named
+    assert [name for name in named if not re.search("[A-Z]{3}", name) and not (REPOSITORY / name).exists()] == []
+
+
+def test_every_policy_and_cache_mode_has_a_row() -> None:
+    rows = set(re.findall(r"^\| `([a-z]+)`", text_of("docs/reuse.md"), re.MULTILINE))
+    assert rows == {*POLICIES, *CACHE_MODES}
