@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 else:
     from .library import trt
 
-# A cache with fixed slots gives a block four sets of addresses, see runtime/cache.py; two requests at a time fit.
+# A cache with fixed slots gives a block four sets of addresses, see runtime/caches; two requests at a time fit.
 GRAPHS_PER_ENGINE = 8
 ALIGNMENT = 256  # of every address that a plan is given, see IExecutionContext::setTensorAddress
 

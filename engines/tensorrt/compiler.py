@@ -1,4 +1,4 @@
-"""From an ONNX graph to a plan, in this process; build.py gives every plan a process of its own.
+"""From an ONNX graph to a plan, in this process; engines/build.py gives every plan a process of its own.
 
 Not with polygraphy's loaders: those print what the parser complains about and raise without it, and choose between the
 libraries once, when polygraphy is imported.
