@@ -22,7 +22,7 @@ from foresight.engines.bundle import SCHEMA
 from foresight.engines.manifest import (
     FileRecord,
     Manifest,
-    Sampler,
+    SamplerSettings,
     Source,
     Stage,
     part_files,
@@ -140,7 +140,7 @@ def manifest_without_files(export: Export) -> Manifest:
             for stage in split.decoder
         ),
         text=split.text,
-        sampler=Sampler(table=NO_FILE, scheduler=NO_FILE, max_steps=1, kept=KEPT),
+        sampler=SamplerSettings(table=NO_FILE, scheduler=NO_FILE, max_steps=1, kept=KEPT),
         defaults=export.row.defaults,
         cache_bytes_per_row={block.name: stream_bytes_per_row(block, split.streams, split.ranges) for block in blocks},
         cautions=split.cautions,

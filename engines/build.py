@@ -9,7 +9,7 @@ build goes on where it stopped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from .compiled import (
 from .errors import BundleError, EngineError, IntegrityError, InvalidRequest
 from .files import empty_folder, file_record, is_as_recorded, resumable, write_atomically, write_document
 from .manifest import part_files
+from .progress import OnPart
 from .registry import check_compiler
 from .tensorrt.compiler import BuildSettings, Plan, ShapeRanges, build_plan, shape_ranges
 from .tensorrt.library import EDITIONS, find_target
@@ -42,8 +43,6 @@ log = logging.getLogger("foresight")
 LIBRARY_BYTES = 300 << 20
 BYTES_PER_WEIGHT = 4
 
-Progress = Callable[[int, int, str], None]
-
 
 def build_engines(
     bundle: Bundle,
@@ -51,7 +50,7 @@ def build_engines(
     device: str = "cuda",
     settings: BuildSettings | None = None,
     jobs: int = 1,
-    progress: Progress = lambda done, total, name: None,
+    progress: OnPart = lambda done, total, name: None,
 ) -> Compiled:
     """Build the plans of `bundle` for `device`, or find that they are there already.
 

@@ -134,7 +134,7 @@ class Text(_Record, frozen=True, kw_only=True):
     null_caption: bool = False
 
 
-class Sampler(_Record, frozen=True, kw_only=True):
+class SamplerSettings(_Record, frozen=True, kw_only=True):
     """The table of coefficients for 1 … `max_steps` steps, and the diffusers scheduler it was read off.
 
     `kept` is how many samples and model outputs, of the latents' size, it asks for at once.
@@ -191,7 +191,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     epilogue: Part
     decoder: tuple[Stage, ...]
     text: Text
-    sampler: Sampler
+    sampler: SamplerSettings
     defaults: Defaults
     cache_bytes_per_row: dict[str, int]
     cautions: tuple[str, ...]

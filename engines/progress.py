@@ -35,6 +35,7 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], object]
+OnPart = Callable[[int, int, str], None]  # of a job in parts: how many are done, of how many, which comes next
 
 
 def silent(progress: Progress) -> None:

@@ -27,6 +27,7 @@ from ..engines.bundle import Bundle
 from ..engines.compiled import Compiled
 from ..engines.errors import EngineError, InvalidRequest, one_line, quoted
 from ..engines.manifest import FRAME_MEANS, Manifest, Part, TensorSpec
+from ..engines.progress import OnPart
 from ..runtime.memory import MemoryLimits
 from ..runtime.pipeline import VideoPipeline
 from ..runtime.policies import NoReuse
@@ -38,8 +39,6 @@ from ..runtime.policies import NoReuse
 TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
 GREY_LEVELS = {"fp32": 2, "fp16": 2, "bf16": 8}
 WHITE = 255
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def compare_backends(
     steps: int = 3,
     tolerance: float | None = None,
     parts: Sequence[str] | None = None,
-    progress: Progress = lambda done, total, name: None,
+    progress: OnPart = lambda done, total, name: None,
 ) -> list[Difference]:
     """Compare every part of a bundle, whose files must have been verified, or those named; the worst comes first.
 
@@ -131,7 +130,7 @@ class _Comparison:
     tolerance: float
     frame_tolerance: float
     wanted: set[str]
-    progress: Progress
+    progress: OnPart
     differences: list[Difference] = field(default_factory=list)
 
     def __post_init__(self) -> None:

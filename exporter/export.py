@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from ..engines.manifest import (
     part_files,
     stream_bytes_per_row,
 )
-from ..engines.progress import OnProgress, silent
+from ..engines.progress import OnPart, OnProgress, silent
 from .check import TOLERANCES, check_part
 from .checkpoint import Checkpoint, find_checkpoint
 from .coverage import check_coverage
@@ -57,8 +57,6 @@ log = logging.getLogger("foresight")
 OPSET = 23
 STATE = "state.json"
 SAMPLER = "sampler.npz"
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class Export:
             check_coverage(self.split, self.checkpoint)
             self.checkpoint.fetch()
 
-    def run(self, progress: Progress = lambda done, total, name: None, on_progress: OnProgress | None = None) -> Bundle:
+    def run(self, progress: OnPart = lambda done, total, name: None, on_progress: OnProgress | None = None) -> Bundle:
         """Write the bundle, or find that it is there already, made from the same checkpoint in the same way.
 
         `was_up_to_date` then says which; either way it is the newest, which `run` takes where it is given none.
@@ -198,7 +196,7 @@ class Export:
         empty_folder(partial)
         return _State(key=self.key, parts={}, files={})
 
-    def _write_parts(self, partial: Path, state: _State, progress: Progress, on_progress: OnProgress) -> None:
+    def _write_parts(self, partial: Path, state: _State, progress: OnPart, on_progress: OnProgress) -> None:
         plans = list(self.split.parts)
         graphs: dict[str, Graph] = {}
         for index, plan in enumerate(plans):

@@ -32,7 +32,7 @@ from diffusers import __version__ as diffusers_version
 from diffusers import schedulers
 
 from ..engines.errors import CheckpointError, one_line
-from ..engines.manifest import Sampler
+from ..engines.manifest import SamplerSettings
 from .checkpoint import Checkpoint
 
 MAX_STEPS = 100
@@ -149,10 +149,10 @@ def write_table(scheduler: Any, path: Path, max_steps: int = MAX_STEPS) -> None:
     )
 
 
-def sampler_from_table(path: Path, scheduler: Any) -> Sampler:
+def sampler_from_table(path: Path, scheduler: Any) -> SamplerSettings:
     """What the manifest says of a written file."""
     with np.load(path, allow_pickle=False) as table:
-        return Sampler(
+        return SamplerSettings(
             table=path.name,
             scheduler=type(scheduler).__name__,
             max_steps=len(table["calls"]),
