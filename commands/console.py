@@ -19,7 +19,7 @@ import click
 
 from .. import __version__
 from ..engines import wording
-from ..engines.errors import ForesightError, OutputError
+from ..engines.errors import ForesightError, IntegrityError, OutputError
 from ..engines.progress import OnProgress, Progress
 from .interrupt import Interrupted, Interrupts
 from .progress import displayed
@@ -116,7 +116,7 @@ def print_lines(lines: Sequence[str]) -> None:
 @contextmanager
 def progress(label: str = "") -> Iterator[OnProgress]:
     """What shows progress on stderr, with `label` before each phase, while the block runs."""
-    interrupts = session().interrupts
+    interrupts = current_session().interrupts
     with displayed() as display:
 
         def show(progress: Progress) -> None:
@@ -135,7 +135,7 @@ def parts(show: OnProgress, phase: str) -> Callable[[int, int, str], None]:
     return tell
 
 
-def session() -> Session:
+def current_session() -> Session:
     """The session of the command that runs."""
     found: Session = click.get_current_context().obj
     return found
@@ -173,7 +173,8 @@ def _explain(error: BaseException, arguments: list[str], interrupts: Interrupts)
     if interrupts.came is not None or isinstance(error, (KeyboardInterrupt, Interrupted, click.Abort)):
         return *interrupts.end, KeyboardInterrupt() if isinstance(error, Interrupted) else error
     if isinstance(error, ForesightError):
-        return error.exit_code, _with_flags(str(error), arguments), error
+        of_files = isinstance(error, IntegrityError)  # whose fields may be called as arguments are
+        return error.exit_code, str(error) if of_files else _with_flags(str(error), arguments), error
     if isinstance(error, click.ClickException):
         return error.exit_code, error.format_message(), error
     if isinstance(error, OSError) and not HELP.isdisjoint(

@@ -14,7 +14,7 @@ from ..engines.errors import InvalidRequest
 from ..engines.registry import REGISTRY
 from ..engines.wording import MEBI
 from .completion import bundle_folders, names
-from .console import Row, print_lines, print_result, progress, session
+from .console import Row, current_session, print_lines, print_result, progress
 from .options import PATH, common, given, group, policy_options
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where to write what, and whether to compare with a run without reuse."""
+    """Where to write what."""
 
     save_latents: Path | None
     save_frames: Path | None
@@ -155,7 +155,7 @@ def run(
     from ..runtime.request import VideoRequest
     from .outputs import read_latents
 
-    typed, finished = given(), session().finished
+    typed, finished = given(), current_session().finished
     texts = _read_prompts(asked.prompt, asked.prompts)
     targets = outputs.targets()
     noise = read_latents(latents) if latents else None
@@ -218,7 +218,7 @@ def _make(
 
 
 def _generate(pipeline: VideoPipeline, request: VideoRequest, label: str = "") -> Video:
-    interrupts = session().interrupts
+    interrupts = current_session().interrupts
     with progress(label) as show:
         (video,) = pipeline.generate(request, on_progress=show, cancel=interrupts)
     return video

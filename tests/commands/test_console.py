@@ -14,6 +14,7 @@ import pytest
 
 from foresight.commands.console import COMMANDS
 from tests.commands.support import Cli, assert_refused
+from tests.support import copy_bundle, edit_manifest
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -70,6 +71,14 @@ def test_errors_name_flags_where_the_library_names_arguments(
 ) -> None:
     outcome = foresight_cli("run", *flags)
     assert outcome.code in (2, 3) and re.search(f"^error: {message}", outcome.err), outcome.err
+
+
+def test_what_is_wrong_with_a_manifest_is_told_in_its_own_words(
+    foresight_cli: Cli, single_bundle: Path, tmp_path: Path
+) -> None:
+    copy = copy_bundle(single_bundle, tmp_path / "bundle")
+    edit_manifest(copy, lambda manifest: manifest["shape"].update(max_batch=0))
+    assert_refused(foresight_cli("inspect", copy), 4, r"\bmax_batch\b")
 
 
 HELP_LOADS = """
