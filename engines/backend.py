@@ -17,7 +17,7 @@ from .compiled import Compiled, find_compiled
 from .errors import BundleError, EngineError, InvalidRequest
 from .files import PARTIAL
 from .manifest import Part
-from .registry import DEFAULT, REGISTRY
+from .registry import ABILITIES, DEFAULT, REGISTRY, check_option
 
 
 class Engine(Protocol):
@@ -102,10 +102,9 @@ def create_backend(
     if name not in REGISTRY:
         raise InvalidRequest(f"backend: got {name!r}, expected one of {', '.join(REGISTRY)}")
     row = REGISTRY[name]
+    options = {"threads": threads, "cuda_graphs": cuda_graphs, "shared_weights": shared_weights}
+    for option in ABILITIES:
+        if options[option]:
+            check_option(name, option)
     create = cast(Callable[..., Backend], getattr(import_module(f".{row.module}", __package__), row.factory))
-    return create(
-        device=row.device if device is None else device,
-        threads=threads,
-        cuda_graphs=cuda_graphs,
-        shared_weights=shared_weights,
-    )
+    return create(row.device if device is None else device, **{option: options[option] for option in row.options})

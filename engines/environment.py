@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import one_line
 from .onnxruntime import available_cores
-from .tensorrt.library import MODULES
+from .tensorrt.library import EDITIONS
 
 LIBRARIES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "msgspec", "av", "pillow", "jinja2",
@@ -36,7 +36,7 @@ except ForesightError as error:
 
 def describe_environment() -> dict[str, Any]:
     """Machine, library versions (None where not installed), and which commands and devices they allow."""
-    gpu, compilers = _gpu(), {name: _probe(name) for name in MODULES}
+    gpu, compilers = _gpu(), {name: _probe(name) for name in EDITIONS}
     return {
         "machine": {
             "foresight": _version("foresight-engines"),
@@ -68,7 +68,7 @@ def _gpu() -> str:
 
 def _probe(backend: str) -> str:
     """What a TensorRT library does here."""
-    if not any(importlib.util.find_spec(module) for module in MODULES[backend]):
+    if not any(importlib.util.find_spec(module) for module in EDITIONS[backend].modules):
         return "not installed"
     found = _ask("tensorrt.library", "probe", backend)
     if isinstance(found, str):

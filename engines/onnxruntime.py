@@ -68,14 +68,11 @@ class OnnxRuntimeBackend:
         self,
         device: str = "cpu",
         threads: int | None = None,
-        cuda_graphs: bool = False,
         shared_weights: bool = False,
         optimize: bool = True,
     ) -> None:
         if threads is not None and threads < 1:
             raise InvalidRequest(f"threads: got {threads}, expected 1 or more")
-        if cuda_graphs:
-            raise InvalidRequest("cuda_graphs: got onnxruntime, expected tensorrt or tensorrt-rtx, which can replay")
         self.arrays = create_arrays(device)
         if shared_weights and self.arrays.kind != "cpu":
             raise InvalidRequest(f"shared_weights: got {device}, expected cpu: a GPU has weights of its own")

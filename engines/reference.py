@@ -41,25 +41,15 @@ NAMES_A_TYPE = {"Cast": "to", "Attention": "softmax_precision", "EyeLike": "dtyp
 
 
 class ReferenceBackend:
-    """Runs a bundle's ONNX graphs with onnx.reference. `threads` is not used: numpy's own libraries decide."""
+    """Runs a bundle's ONNX graphs with onnx.reference, in as many threads as numpy's own libraries decide."""
 
     name = "reference"
 
-    def __init__(
-        self,
-        device: str = "cpu",
-        threads: int | None = None,
-        cuda_graphs: bool = False,
-        shared_weights: bool = False,
-    ) -> None:
-        if shared_weights:
-            raise InvalidRequest(f"shared_weights: got {self.name}, expected onnxruntime, which can map them")
+    def __init__(self, device: str = "cpu") -> None:
         if device != "cpu":
             raise InvalidRequest(
                 f"device: got {device}, expected cpu, where {self.name} runs; use device cpu, or another backend"
             )
-        if cuda_graphs:
-            raise InvalidRequest(f"cuda_graphs: got {self.name}, expected tensorrt or tensorrt-rtx, which can replay")
         try:
             import onnx.reference
         except ImportError as error:

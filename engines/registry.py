@@ -9,7 +9,7 @@ from .errors import InvalidRequest
 
 @dataclass(frozen=True)
 class BackendRow:
-    """A backend's module here, and its factory in it, which takes (device, threads, cuda_graphs, shared_weights).
+    """A backend's module here, and its factory in it, which takes `device` and the options named here.
 
     `device` is the one it runs on where none is asked for; `compiles` says that it runs plans built before, see
     build.py, instead of the graphs themselves.
@@ -18,15 +18,18 @@ class BackendRow:
     module: str
     factory: str
     device: str
+    options: tuple[str, ...] = ()
     compiles: bool = False
 
 
 REGISTRY = {
-    "onnxruntime": BackendRow("onnxruntime", "OnnxRuntimeBackend", "cpu"),
-    "tensorrt": BackendRow("tensorrt.backend", "TensorRTBackend", "cuda", compiles=True),
-    "tensorrt-rtx": BackendRow("tensorrt.backend", "TensorRTRTXBackend", "cuda", compiles=True),
+    "onnxruntime": BackendRow("onnxruntime", "OnnxRuntimeBackend", "cpu", ("threads", "shared_weights")),
+    "tensorrt": BackendRow("tensorrt.backend", "TensorRTBackend", "cuda", ("cuda_graphs",), compiles=True),
+    "tensorrt-rtx": BackendRow("tensorrt.backend", "TensorRTRTXBackend", "cuda", ("cuda_graphs",), compiles=True),
     "reference": BackendRow("reference", "ReferenceBackend", "cpu"),
 }
+# What an option asks of a backend, in words; one that does not take it refuses it. `threads` each may ignore.
+ABILITIES = {"cuda_graphs": "which can replay", "shared_weights": "which can map them"}
 DEFAULT = "onnxruntime"
 COMPILERS = tuple(name for name, row in REGISTRY.items() if row.compiles)
 
@@ -35,3 +38,10 @@ def check_compiler(backend: str) -> None:
     """Refuse a backend that compiles nothing. Raises InvalidRequest."""
     if backend not in COMPILERS:
         raise InvalidRequest(f"backend: got {backend!r}, expected one that compiles: {', '.join(COMPILERS)}")
+
+
+def check_option(backend: str, option: str) -> None:
+    """Refuse an option that a registered backend does not take. Raises InvalidRequest."""
+    if option not in REGISTRY[backend].options:
+        takers = " or ".join(name for name, row in REGISTRY.items() if option in row.options)
+        raise InvalidRequest(f"{option}: got {backend}, expected {takers}, {ABILITIES[option]}")

@@ -27,9 +27,9 @@ from foresight.engines.interrupt import WATCH
 from foresight.engines.manifest import Part
 from foresight.engines.onnxruntime import OnnxRuntimeBackend
 from foresight.engines.reference import ReferenceBackend
+from foresight.engines.registry import COMPILERS
 from foresight.engines.tensorrt.backend import TensorRTBackend
 from foresight.engines.tensorrt.compiler import BuildSettings, shape_ranges
-from foresight.engines.tensorrt.library import MODULES
 from foresight.runtime.caches import Layout, find_mode
 from foresight.runtime.memory import MemoryLimits
 from foresight.runtime.pipeline import VideoPipeline
@@ -180,7 +180,7 @@ def backend_under_test(bundle: Path | None = None) -> Backend:
 
     What it needs of `bundle` is built.
     """
-    if bundle is not None and BACKEND in MODULES:
+    if bundle is not None and BACKEND in COMPILERS:
         build_engines(open_bundle(bundle), BACKEND, DEVICE or "cuda")
     return create_backend(BACKEND, DEVICE)
 

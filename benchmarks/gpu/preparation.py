@@ -126,10 +126,11 @@ def check_backend(backend: str, device: str) -> None:
     usable, does not mean that the one knows the other: so it has to load the smallest of plans.
     """
     from foresight.engines.backend import create_backend
-    from foresight.engines.tensorrt.library import MODULES, probe
+    from foresight.engines.registry import COMPILERS
+    from foresight.engines.tensorrt.library import probe
 
     create_backend(backend, device)
-    runs = probe(backend)["runs engines"] if backend in MODULES else "yes"
+    runs = probe(backend)["runs engines"] if backend in COMPILERS else "yes"
     if runs != "yes":
         raise EngineError(f"{backend}: runs no engines on this GPU ({runs}); leave it out, or use a GPU that it knows")
 

@@ -31,20 +31,12 @@ class TensorRTBackend:
 
     All engines share one stream, that of `arrays`, and one scratch buffer, as large as the largest needs: on one
     stream no two of them are at work at a time. `cuda_graphs` records an engine's kernels when it is run a second
-    time with the same addresses, and replays them from then on; see GRAPHS_PER_ENGINE. `threads` is not used.
+    time with the same addresses, and replays them from then on; see GRAPHS_PER_ENGINE.
     """
 
     name: ClassVar[str] = "tensorrt"
 
-    def __init__(
-        self,
-        device: str = "cuda",
-        threads: int | None = None,
-        cuda_graphs: bool = False,
-        shared_weights: bool = False,
-    ) -> None:
-        if shared_weights:
-            raise InvalidRequest(f"shared_weights: got {self.name}, expected onnxruntime, which can map them")
+    def __init__(self, device: str = "cuda", cuda_graphs: bool = False) -> None:
         arrays = create_arrays(device)
         if not isinstance(arrays, GpuArrays):
             raise InvalidRequest(
@@ -124,15 +116,9 @@ class TensorRTRTXBackend(TensorRTBackend):
 
     name: ClassVar[str] = "tensorrt-rtx"
 
-    def __init__(
-        self,
-        device: str = "cuda",
-        threads: int | None = None,
-        cuda_graphs: bool = False,
-        shared_weights: bool = False,
-    ) -> None:
+    def __init__(self, device: str = "cuda", cuda_graphs: bool = False) -> None:
         self._kernels: trt.IRuntimeCache | None = None  # goes before the runtime
-        super().__init__(device, threads, cuda_graphs, shared_weights)
+        super().__init__(device, cuda_graphs)
 
     def _context(self, engine: trt.ICudaEngine) -> trt.IExecutionContext:
         config = engine.create_runtime_config()

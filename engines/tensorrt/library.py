@@ -48,7 +48,6 @@ EDITIONS = {
         needs_gpu=False,
     ),
 }
-MODULES = {name: edition.modules for name, edition in EDITIONS.items()}
 
 
 class _Process:

@@ -19,8 +19,8 @@ from foresight.engines.arrays import create_arrays
 from foresight.engines.backend import Backend, Engine, create_backend
 from foresight.engines.errors import EngineError, ForesightError, InvalidRequest
 from foresight.engines.manifest import Dtype, Part, TensorSpec
-from foresight.engines.registry import COMPILERS, REGISTRY
-from foresight.engines.tensorrt.library import EDITIONS, MODULES
+from foresight.engines.registry import ABILITIES, COMPILERS, REGISTRY
+from foresight.engines.tensorrt.library import EDITIONS
 from tests.support import BACKEND, load_graph
 
 ONNX_TYPES = {
@@ -38,7 +38,7 @@ BIAS = RNG.standard_normal(WIDTH).astype(np.float32)
 
 
 # A process works with one of the compiling libraries: with the one under test, if it is one of them.
-NAMES = [name for name in REGISTRY if name not in MODULES or name == BACKEND]
+NAMES = [name for name in REGISTRY if name not in COMPILERS or name == BACKEND]
 
 
 def find_usable() -> list[tuple[str, str]]:
@@ -374,3 +374,17 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
 
 def test_the_backends_that_compile_are_the_editions_of_tensorrt() -> None:
     assert list(COMPILERS) == list(EDITIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, option) for name, row in REGISTRY.items() for option in ABILITIES if option not in row.options],
+)
+def test_an_option_that_a_backend_does_not_take_is_refused_with_the_backends_that_do(name: str, option: str) -> None:
+    takers = " or ".join(other for other, row in REGISTRY.items() if option in row.options)
+    with pytest.raises(InvalidRequest, match=rf"^{option}: got {name}, expected {takers}, which can"):
+        create_backend(name, **{option: True})  # type: ignore[arg-type]
+
+
+def test_every_option_is_taken_by_some_backend() -> None:
+    assert {option for row in REGISTRY.values() for option in row.options} == {"threads", *ABILITIES}

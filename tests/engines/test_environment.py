@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import onnxruntime
 import pytest
 
 from foresight.engines.environment import describe_environment
+from foresight.engines.tensorrt.library import EDITIONS
 
 ROOT = Path(__file__).parents[2]
 SIMULATED = ROOT / "tests" / "simulation" / "modules"
@@ -69,7 +71,8 @@ def test_a_gpu_alone_runs_nothing(modules: Path, monkeypatch: pytest.MonkeyPatch
     """A backend has to know it: here neither TensorRT nor ONNX Runtime does."""
     simulate(modules, "cupy")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr("foresight.engines.environment.MODULES", {"tensorrt": ("tensorrt_that_is_not_installed",)})
+    absent = replace(EDITIONS["tensorrt"], modules=("tensorrt_that_is_not_installed",))
+    monkeypatch.setattr("foresight.engines.environment.EDITIONS", {"tensorrt": absent})
     assert describe_environment()["can"]["run on"] == ["cpu"]
 
 

@@ -12,7 +12,7 @@ from foresight.engines.arrays import GpuArrays, create_arrays
 from foresight.engines.backend import create_backend
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import EngineError
-from foresight.engines.tensorrt.library import MODULES
+from foresight.engines.registry import COMPILERS
 from foresight.runtime.memory import MemoryLimits
 from foresight.runtime.pipeline import VideoPipeline, load
 from foresight.runtime.policies import Foresight, NoReuse, Policy, Static
@@ -123,14 +123,14 @@ def test_a_gpu_that_is_not_there_is_one_clear_error() -> None:
         create_arrays("cuda:99")
 
 
-@pytest.mark.skipif(BACKEND not in MODULES, reason="the others have no engines")
+@pytest.mark.skipif(BACKEND not in COMPILERS, reason="the others have no engines")
 def test_a_bundle_with_engines_for_this_gpu_is_run_by_them(pipeline: VideoPipeline, bundle: Path) -> None:
     assert pipeline.backend.name == BACKEND
     chosen = [load(bundle, device=device).backend.name for device in (None, "cuda", "cpu")]
     assert chosen == [BACKEND, BACKEND, "onnxruntime"]
 
 
-@pytest.mark.skipif(BACKEND not in MODULES, reason="only TensorRT replays graphs")
+@pytest.mark.skipif(BACKEND not in COMPILERS, reason="only TensorRT replays graphs")
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_replayed_graphs_give_the_bytes_of_plain_runs(pipeline: VideoPipeline, bundle: Path, policy: Policy) -> None:
     backend_under_test(bundle)
@@ -141,7 +141,7 @@ def test_replayed_graphs_give_the_bytes_of_plain_runs(pipeline: VideoPipeline, b
         assert graphs(PROMPT, steps=12, policy=policy).latents.tobytes() == expected
 
 
-@pytest.mark.skipif(BACKEND not in MODULES, reason="only TensorRT replays graphs")
+@pytest.mark.skipif(BACKEND not in COMPILERS, reason="only TensorRT replays graphs")
 def test_a_graph_is_not_replayed_for_other_shapes_at_the_same_addresses(tmp_path: Path) -> None:
     backend = create_backend(BACKEND, "cuda", cuda_graphs=True)
     engine, given, arrays = affine(backend, tmp_path), draw(4), backend.arrays
