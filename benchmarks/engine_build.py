@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import finish, table
-from benchmarks.published import PUBLISHED, write_published
 from foresight.engines.build import build_apart
 from foresight.engines.tensorrt.compiler import BuildSettings, ShapeRanges, shape_ranges
 from foresight.exporter.checkpoint import Checkpoint
@@ -30,6 +29,8 @@ from foresight.exporter.graph import write_graph
 from foresight.exporter.models import split_checkpoint
 from foresight.exporter.models.base import ExportRequest, PartPlan, Split
 from foresight.exporter.registry import find_model
+from zoo import PUBLISHED, write_published
+from zoo.base import Sizes
 
 RTX = "tensorrt-rtx"
 ROWS = 2
@@ -42,15 +43,11 @@ class Case:
 
     title: str
     model: str
-    sizes: dict[str, Any]
+    sizes: Sizes
 
 
-CASES = (
-    Case("Latte-1", "latte", {}),
-    Case("CogVideoX-2b", "cogvideox-2b", {}),
-    Case("CogVideoX-5b", "cogvideox-5b", {}),
-    Case("Open-Sora 480p", "open-sora", {"resolution": "480p", "duration": "2s"}),
-    Case("Open-Sora 720p", "open-sora", {"resolution": "720p", "duration": "2s"}),
+CASES = tuple(
+    Case(title, model, sizes) for model, published in PUBLISHED.items() for title, sizes in published.sizes.items()
 )
 
 
@@ -76,7 +73,7 @@ def real_blocks(case: Case, work: Path, dtype: str, opset: int, count: int = 1) 
     A block's graph is overwritten by the next one of its kind.
     """
     split = real_split(case.model, work, dtype=dtype, **case.sizes)
-    heads = next(v for k, v in PUBLISHED[case.model]["transformer/config.json"].items() if k.endswith("_heads"))
+    heads = next(v for k, v in PUBLISHED[case.model].files["transformer/config.json"].items() if k.endswith("_heads"))
     for kind, plan in {plan.kind: plan for plan in reversed(split.blocks)}.items():
         graph = graph_from_plan(plan, opset)
         folder = work / f"{case.title}-{dtype}-{opset}-{kind}".replace(" ", "-")

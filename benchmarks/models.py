@@ -17,7 +17,6 @@ from typing import Any
 
 import foresight
 from benchmarks.common import finish, median, table
-from benchmarks.published import write_published
 from foresight.engines.bundle import SCHEMA
 from foresight.engines.manifest import (
     FileRecord,
@@ -30,7 +29,10 @@ from foresight.engines.manifest import (
 )
 from foresight.exporter.export import Export, ExportRequest
 from foresight.exporter.models.base import Split
+from foresight.exporter.registry import REGISTRY
 from foresight.runtime.memory import plan_memory
+from zoo import PUBLISHED, write_published
+from zoo.base import Sizes
 
 # Samples and outputs that a sampler with the memory of one step keeps: DDIM and Euler, which the models come with.
 KEPT = 2
@@ -43,12 +45,12 @@ class Case:
 
     model: str
     dtype: Any
-    sizes: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=dict)
 
     @property
     def is_demo(self) -> bool:
         """Whether its weights are in the repository."""
-        return self.model.endswith("-demo")
+        return REGISTRY[self.model].comes_with_a_clone
 
     @property
     def request(self) -> ExportRequest:
@@ -57,14 +59,8 @@ class Case:
 
 
 CASES = (
-    Case("latte", "fp16"),
-    Case("cogvideox-2b", "fp16"),
-    Case("cogvideox-5b", "bf16"),
-    Case("open-sora", "fp16", {"resolution": "480p", "duration": "2s"}),
-    Case("open-sora", "fp16", {"resolution": "720p", "duration": "2s"}),
-    Case("latte-demo", "fp32"),
-    Case("cogvideox-demo", "fp32"),
-    Case("open-sora-demo", "fp32"),
+    *(Case(model, known.dtype, sizes) for model, known in PUBLISHED.items() for sizes in known.sizes.values()),
+    *(Case(model, "fp32") for model, row in REGISTRY.items() if row.comes_with_a_clone),
 )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import table
+from zoo import FAMILIES
 
 REPOSITORY = Path(__file__).parents[1]
 MIB, GIB = 2**20, 2**30
@@ -229,7 +230,7 @@ def _machine(result: dict[str, Any], *libraries: str) -> str:
 
 
 # The demo models, by the names of their records.
-TITLES = {"latte": "Latte", "cogvideox": "CogVideoX", "open_sora": "Open-Sora"}
+TITLES = {name: family.title for name, family in FAMILIES.items()}
 # Libraries whose distributions have other names.
 LIBRARIES = {"tensorrt-rtx-cu13-bindings": "TensorRT-RTX"}
 DEFAULTS = {"cache": "output", "cycle": "N1R2", "gamma": 0.5}

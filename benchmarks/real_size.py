@@ -57,8 +57,8 @@ def in_process(code: str) -> dict[str, Any]:
 def make(folder: Path, settings: dict[str, Any]) -> int:
     """Write the checkpoint; returns the bytes of its weights."""
     in_process(
-        "from pathlib import Path\nfrom benchmarks.checkpoints import random_latte\n"
-        f"random_latte(Path({str(folder)!r}), **{settings!r})\nout = {{}}"
+        "from pathlib import Path\nfrom zoo import latte\n"
+        f"latte.write_random(Path({str(folder)!r}), **{settings!r})\nout = {{}}"
     )
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, finish, median, table
 from foresight.evaluation.quality import psnr, ssim
+from foresight.exporter.registry import REGISTRY
 from foresight.runtime.pipeline import VideoPipeline, load
 from foresight.runtime.policies import Foresight, NoReuse
 from foresight.runtime.video import Video
@@ -27,7 +28,7 @@ CACHES = ("output", "residual")
 CYCLES = ((1, 2), (2, 3), (3, 4))
 GAMMAS = (0.25, 0.5, 1.0, 2.0)
 RECORDS = Path(__file__).parents[1] / "demo" / "records"
-MODELS = {"latte": "latte-demo", "cogvideox": "cogvideox-demo", "open_sora": "open-sora-demo"}
+MODELS = {row.family: model for model, row in REGISTRY.items() if row.comes_with_a_clone}
 
 Setting = tuple[str, tuple[int, int], float]
 
@@ -116,8 +117,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Measure, print a table, and end in one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="latte")
-    parser.add_argument("--bundle", type=Path, help="[default: bundles/latte-demo and so on]")
+    parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)))
+    parser.add_argument("--bundle", type=Path, help="[default: that of the family's demo model]")
     parser.add_argument("--prompts", type=int, default=30)
     parser.add_argument("--steps", type=int, help="[default: the bundle's]")
     parser.add_argument("--save", action="store_true", help="write results/reuse_quality_MODEL.json and .svg")

@@ -81,11 +81,11 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint, bundle = options.work / "checkpoint", options.work / "opset-23"
     if not bundle.exists():
-        from benchmarks.checkpoints import random_latte
         from foresight.exporter.export import Export
+        from zoo import latte
 
         if not checkpoint.exists():
-            random_latte(checkpoint, **SIZE)  # type: ignore[arg-type]
+            latte.write_random(checkpoint, **SIZE)  # type: ignore[arg-type]
         Export("latte-demo", checkpoint=str(checkpoint), output=bundle).run()
     rows = compare(take_turns(load(bundle), policies_of("output", "residual"), options.rounds, options.steps))
     cells = [(name, *row.values()) for name, row in rows.items()]

@@ -226,12 +226,12 @@ def measure(candidates: Mapping[str, Function], rounds: int) -> dict[str, list[f
 
 def candidates_of(folder: Path, threads: int) -> Iterator[tuple[str, Function]]:
     """Every way to run the step that is compared, by name."""
-    from benchmarks.checkpoints import random_latte
     from foresight.exporter.export import Export
+    from zoo import latte
 
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
-        random_latte(checkpoint, **SIZE)  # type: ignore[arg-type]
+        latte.write_random(checkpoint, **SIZE)  # type: ignore[arg-type]
     yield "torch eager", (torch_step, (checkpoint, threads, False))
     yield "torch.compile", (torch_step, (checkpoint, threads, True))
     for opset in (18, 20, 23):

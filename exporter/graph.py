@@ -22,19 +22,13 @@ import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from onnx_ir import tensor_adapters
 from torch import Tensor, nn
 
 from ..engines.errors import ExportError
 
 ALIGNMENT = 4096  # of weights in the data file, so that they can be mapped
 INLINE_BYTES = 1024  # constants up to here stay in the graph
-IR_DTYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.int64: ir.DataType.INT64,
-    torch.bool: ir.DataType.BOOL,
-}
 
 
 @dataclass(frozen=True)
@@ -167,7 +161,7 @@ def _stored(
 
 def _append(file: BinaryIO, tensor: Tensor, location: str, value: ir.Value) -> ir.ExternalTensor:
     tensor = tensor.contiguous()
-    dtype = IR_DTYPES[tensor.dtype]
+    dtype = tensor_adapters.from_torch_dtype(tensor.dtype)
     assert value.shape is not None and tuple(tensor.shape) == tuple(value.shape.numpy()), value.name
     assert value.dtype == dtype, f"{value.name}: {tensor.dtype} for {value.dtype}"
     raw = tensor.reshape(-1).view(torch.uint8)

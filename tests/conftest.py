@@ -7,6 +7,7 @@ whether one is still up to date, but it does not know of changes to the exporter
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: tests never t
 
 import pytest
 import torch
-from diffusers import CogVideoXDPMScheduler
 
-from benchmarks.checkpoints import random_cogvideox, random_open_sora
 from foresight.exporter.export import Export, ExportRequest
 from foresight.runtime.pipeline import VideoPipeline
 from tests.support import Outcome, load_pipeline, tiny_latte
+from zoo import FAMILIES
 
 torch.set_num_threads(1)  # for models this small more threads only wait for each other
 
@@ -48,16 +48,39 @@ def _export(output: Path, model: str, request: ExportRequest, checkpoint: Path |
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five heads, two pairs of blocks, three frames of 16 x 16; the model predicts the sample, so nothing explodes."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    return tiny_latte(folder, heads=5, pairs=2, frames=3, sample_size=8, scheduler={"prediction_type": "sample"})
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The random checkpoint of every family in the zoo, written when it is first asked for."""
+
+    @functools.cache
+    def write(family: str) -> Path:
+        entry = FAMILIES[family]
+        return entry.write_random(tmp_path_factory.mktemp("checkpoints") / family, **entry.example.settings)
+
+    return write
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint: Path, bundles: Path) -> Path:
-    """The main bundle, fp32; tests that damage it copy it first."""
-    return _export(bundles / "tiny", "latte", ExportRequest(), checkpoint)
+def example_bundles(examples: Callable[[str], Path], bundles: Path) -> Callable[[str], Path]:
+    """The bundle of every family's random checkpoint, fp32; tests that damage it copy it first."""
+
+    @functools.cache
+    def export(family: str) -> Path:
+        example = FAMILIES[family].example
+        return _export(bundles / family, example.model, ExportRequest(**example.sizes), examples(family))
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def checkpoint(examples: Callable[[str], Path]) -> Path:
+    """The checkpoint of most tests: five heads, two pairs of blocks, three frames of 16 x 16."""
+    return examples("latte")
+
+
+@pytest.fixture(scope="session")
+def bundle(example_bundles: Callable[[str], Path]) -> Path:
+    """The main bundle, of `checkpoint`."""
+    return example_bundles("latte")
 
 
 @pytest.fixture(scope="session")
@@ -111,28 +134,27 @@ def single_bundle(single_checkpoint: Path, bundles: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cogvideox_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cogvideox_checkpoint(examples: Callable[[str], Path]) -> Path:
     """Two streams, rotary positions, a sampler that adds noise, and 17 frames that are decoded in two chunks."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "cogvideox"
-    return random_cogvideox(folder, rotary=True, layers=3, frames=17, scheduler=CogVideoXDPMScheduler)
+    return examples("cogvideox")
 
 
 @pytest.fixture(scope="session")
-def cogvideox_bundle(cogvideox_checkpoint: Path, bundles: Path) -> Path:
+def cogvideox_bundle(example_bundles: Callable[[str], Path]) -> Path:
     """The bundle of `cogvideox_checkpoint`."""
-    return _export(bundles / "cogvideox", "cogvideox-5b", ExportRequest(), cogvideox_checkpoint)
+    return example_bundles("cogvideox")
 
 
 @pytest.fixture(scope="session")
-def open_sora_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def open_sora_checkpoint(examples: Callable[[str], Path]) -> Path:
     """Two pairs of blocks, and a trained empty prompt."""
-    return random_open_sora(tmp_path_factory.mktemp("checkpoints") / "open-sora")
+    return examples("open_sora")
 
 
 @pytest.fixture(scope="session")
-def open_sora_bundle(open_sora_checkpoint: Path, bundles: Path) -> Path:
+def open_sora_bundle(example_bundles: Callable[[str], Path]) -> Path:
     """The bundle of `open_sora_checkpoint`, for 34 frames, which two stages of the decoder make."""
-    return _export(bundles / "open-sora", "open-sora", ExportRequest(frames=34), open_sora_checkpoint)
+    return example_bundles("open_sora")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from weakref import WeakSet
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.checkpoints import random_latte
 from foresight.engines.arrays import Array, Arrays
 from foresight.engines.backend import Backend, Engine, create_backend
 from foresight.engines.build import build_apart, build_engines
@@ -35,6 +34,7 @@ from foresight.runtime.memory import MemoryLimits
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import Context
 from foresight.runtime.sampler import Schedule
+from zoo import latte
 
 Floats = npt.NDArray[np.float32]
 Json = dict[str, Any]
@@ -45,16 +45,7 @@ DEVICE = os.environ.get("FORESIGHT_TEST_DEVICE")
 
 def tiny_latte(folder: Path, **sizes: Any) -> Path:
     """A random checkpoint whose blocks change the stream enough for a mistake in one of them to show."""
-    from safetensors.torch import load_file, save_file
-
-    random_latte(folder, **sizes)
-    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    for name, weight in weights.items():
-        if "blocks." in name and name.endswith("scale_shift_table"):
-            weight[2::3] *= 8  # the gates of attention and feed-forward
-    save_file(weights, file, metadata={"format": "pt"})
-    return folder
+    return latte.write_random(folder, gates=8, **sizes)
 
 
 @dataclass(frozen=True)

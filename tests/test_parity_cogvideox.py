@@ -11,7 +11,6 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 from diffusers.schedulers import scheduling_dpm_cogvideox
 
-from benchmarks.checkpoints import random_cogvideox
 from foresight.engines.arrays import Arrays
 from foresight.engines.errors import InvalidRequest
 from foresight.exporter.export import Export, ExportRequest
@@ -20,6 +19,7 @@ from foresight.runtime.policies import NoReuse
 from foresight.runtime.sampler import Noise
 from tests.support import load_pipeline
 from tests.test_parity import REPOSITORY, assert_same, draw
+from zoo import cogvideox
 
 PROMPT = "a red circle moving right"
 # like the 2b; like the 5b, other sizes than the checkpoint was made for; the 5b's own scheduler, which adds noise
@@ -40,7 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "request": {"height": 8, "width": 16, "frames": 5, "max_batch": 1},
     },
     "DPM": {
-        "checkpoint": {"rotary": True, "scheduler": CogVideoXDPMScheduler, "seed": 4},
+        "checkpoint": {"rotary": True, "scheduler": "CogVideoXDPMScheduler", "seed": 4},
         "request": {"frames": 1, "max_batch": 1},
     },
 }
@@ -52,7 +52,7 @@ def model(
 ) -> tuple[CogVideoXPipeline, VideoPipeline]:
     """The same checkpoint loaded by diffusers, and exported and loaded by us."""
     settings = MODELS[request.param]
-    folder = random_cogvideox(tmp_path_factory.mktemp("checkpoints") / "cogvideox", **settings["checkpoint"])
+    folder = cogvideox.write_random(tmp_path_factory.mktemp("checkpoints") / "cogvideox", **settings["checkpoint"])
     name = f"cogvideox-{request.param}".replace(", ", "-").replace(" ", "-")
     bundle = Export("cogvideox-2b", ExportRequest(**settings["request"]), str(folder), bundles / name).run()
     reference = CogVideoXPipeline.from_pretrained(folder)
@@ -138,6 +138,6 @@ def test_the_shipped_checkpoint_makes_the_video_that_diffusers_makes(bundles: Pa
 
 
 def test_frames_that_the_vae_cannot_make_are_refused_with_those_it_can(tmp_path: Path) -> None:
-    folder = random_cogvideox(tmp_path / "cogvideox")
+    folder = cogvideox.write_random(tmp_path / "cogvideox")
     with pytest.raises(InvalidRequest, match=r"frames: got 13, which .*; choose 9 or 16"):
         Export("cogvideox-2b", ExportRequest(frames=13), str(folder))

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
-from benchmarks.checkpoints import random_latte, random_open_sora
 from foresight.engines.errors import CheckpointError, InvalidRequest
 from foresight.exporter.export import Export, ExportRequest
 from foresight.exporter.models.open_sora.config import STDiT3Config, VideoVAEConfig
@@ -27,6 +26,7 @@ from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import NoReuse
 from tests.support import load_pipeline
 from tests.test_parity import REPOSITORY, assert_same, draw
+from zoo import latte, open_sora
 
 PROMPT = "a red circle moving right"
 LIGHT: dict[str, Any] = {"text": {"num_layers": 1}}
@@ -92,7 +92,7 @@ def model(
 ) -> tuple[EagerOpenSora, VideoPipeline, tuple[int, int, int]]:
     """The same checkpoint run eagerly, and exported and loaded by us; and the size that is asked for."""
     settings = MODELS[request.param]
-    folder = random_open_sora(tmp_path_factory.mktemp("checkpoints") / "open_sora", **settings["checkpoint"])
+    folder = open_sora.write_random(tmp_path_factory.mktemp("checkpoints") / "open_sora", **settings["checkpoint"])
     wanted = ExportRequest(**settings["request"])
     bundle = Export("open-sora", wanted, str(folder), bundles / f"open-sora-{request.param}".replace(" ", "-")).run()
     size = (wanted.height or 8, wanted.width or 12, wanted.frames or 17)
@@ -120,7 +120,7 @@ def test_a_score_in_the_prompt_is_not_added_again(
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_open_sora(tmp_path_factory.mktemp("checkpoints") / "tiny", **LIGHT)
+    return open_sora.write_random(tmp_path_factory.mktemp("checkpoints") / "tiny", **LIGHT)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_sizes_that_the_model_was_not_made_for_are_refused(tiny: Path, size: dic
 
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
-    folder = random_latte(tmp_path / "latte", **LIGHT)
+    folder = latte.write_random(tmp_path / "latte", **LIGHT)
     with pytest.raises(CheckpointError, match=r"transformer is a None, expected an STDiT3; choose the model"):
         Export("open-sora", ExportRequest(), str(folder))
 
@@ -186,7 +186,7 @@ def test_loading_is_strict(tiny: Path, tmp_path: Path, component: str, damage: s
 
 @pytest.mark.parametrize("name", ["rope.freqs", "y_embedder.y_proj.fc1.bias"])
 def test_a_weight_of_another_shape_is_refused(tmp_path: Path, name: str) -> None:
-    folder = random_open_sora(tmp_path / "checkpoint", **LIGHT)
+    folder = open_sora.write_random(tmp_path / "checkpoint", **LIGHT)
     file = folder / "transformer" / "model.safetensors"
     weights = load_file(file)
     save_file(weights | {name: torch.zeros(3)}, file)

@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import finish, table
-from benchmarks.gpu.models import MODELS, video_size
+from benchmarks.gpu.models import video_size
 from benchmarks.gpu.preparation import Preparation, Unavailable, driver_facts, rules_of
 from benchmarks.gpu.requests import measure_requests
 from benchmarks.gpu.setup import COMPILING, Setup
 from benchmarks.gpu.steps import CANDIDATES, Candidate, measure_steps
 from foresight.engines.bundle import MANIFEST, open_bundle
+from zoo import PUBLISHED
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -42,7 +43,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu to try the script")
-    parser.add_argument("--model", choices=MODELS, default="latte")
+    parser.add_argument("--model", choices=PUBLISHED, default=next(iter(PUBLISHED)))
     parser.add_argument("--small", action="store_true", help="a tiny model of that kind, to try the script")
     parser.add_argument("--dtype", choices=DTYPES, help="[default: fp16, on a CPU fp32]")
     parser.add_argument("--opset", type=int, default=23, help="from 23 on, attention is one operator")

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.engine_build import real_split
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.models import MODELS
-from benchmarks.gpu.originals import Original, load_original
+from benchmarks.gpu.originals import load_original
 from benchmarks.gpu.setup import COMPILING, Setup, request_sizes
 from benchmarks.gpu.steps import CANDIDATES, EAGER, measure_in_pairs, row_of
 from benchmarks.gpu.transformer import Transformer, count_flops, write_transformer
@@ -27,22 +27,22 @@ from benchmarks.step_time import Function, measure, multiply_adds
 from foresight.engines.onnxruntime import OnnxRuntimeBackend
 from foresight.exporter.models.base import assign_parameters
 from tests.benchmarks.steps import logged_step
-
-# A model of each family, and the fixtures that make its checkpoint and bundle.
-FIXTURES = {
-    "latte": ("checkpoint", "bundle"),
-    "cogvideox-5b": ("cogvideox_checkpoint", "cogvideox_bundle"),
-    "open-sora": ("open_sora_checkpoint", "open_sora_bundle"),
-}
+from zoo import FAMILIES, PUBLISHED
+from zoo.base import Original
 
 
-@pytest.fixture(scope="module", params=FIXTURES)
-def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+@pytest.fixture(scope="module", params=FAMILIES)
+def setup(
+    request: pytest.FixtureRequest,
+    examples: Callable[[str], Path],
+    example_bundles: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Setup:
     """A tiny model of every family."""
-    checkpoint, bundle = (request.getfixturevalue(name) for name in FIXTURES[request.param])
-    size = {"frames": 34} if request.param == "open-sora" else {}
+    example = FAMILIES[request.param].example
+    checkpoint, bundle = examples(request.param), example_bundles(request.param)
     graph = tmp_path_factory.mktemp("one-graph") / "transformer.onnx"
-    return Setup(request.param, "cpu", "fp32", 23, size, checkpoint, bundle, graph)
+    return Setup(example.model, "cpu", "fp32", 23, example.sizes, checkpoint, bundle, graph)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_where_nothing_can_be_measured_nothing_is_made_or_saved(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", PUBLISHED)
 def test_the_command_ends_in_one_json_line(tmp_path: Path, model: str) -> None:
     candidates = ["torch, eager", "onnxruntime, per block", "onnxruntime, one graph", "tensorrt, per block"]
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--small", "--model", model]

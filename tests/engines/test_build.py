@@ -63,7 +63,7 @@ def edit_index(compiled: Compiled, **fields: object) -> None:
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("model", [name for name in REGISTRY if name.endswith("-demo")])
+@pytest.mark.parametrize("model", [name for name, row in REGISTRY.items() if row.comes_with_a_clone])
 def test_every_graph_of_the_demos_builds_with_attention_fused(model: str, dtype: Any, tmp_path: Path) -> None:
     bundle = Export(model, ExportRequest(dtype=dtype), output=tmp_path / "bundle").run()
     compiled = build_engines(bundle, RTX, jobs=2)

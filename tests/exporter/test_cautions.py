@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.checkpoints import random_open_sora
 from foresight.engines.bundle import open_bundle
 from foresight.exporter.export import Export, ExportRequest
 from tests.support import Outcome
+from zoo import open_sora
 
 TRAINED: dict[str, dict[str, Any]] = {
     "latte-demo": {},
@@ -41,7 +41,7 @@ def test_others_are_named_beside_what_it_was_trained_on(model: str, sizes: dict[
 
 
 def test_open_sora_trained_on_many_sizes_warns_of_none_of_its_tables(tmp_path: Path) -> None:
-    checkpoint = random_open_sora(tmp_path / "many", input_size=None)
+    checkpoint = open_sora.write_random(tmp_path / "many", input_size=None)
 
     def cautions(**sizes: Any) -> tuple[str, ...]:
         return Export("open-sora", ExportRequest(**sizes), str(checkpoint)).plan().cautions

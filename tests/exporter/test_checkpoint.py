@@ -18,12 +18,12 @@ import torch
 from diffusers import LatteTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from benchmarks.checkpoints import random_open_sora
 from foresight.engines.errors import CheckpointError, InvalidRequest
 from foresight.exporter.checkpoint import Checkpoint, find_checkpoint
 from foresight.exporter.export import Export, ExportRequest
 from foresight.exporter.models import split_checkpoint
 from foresight.exporter.registry import REGISTRY
+from zoo import open_sora
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 ENCODER = "text_encoder/model.safetensors"
@@ -357,7 +357,7 @@ def cached_on_the_hub(cache: Path, source: Path, place: str) -> None:
 def test_components_that_are_published_apart_make_one_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = random_open_sora(tmp_path / "whole", text={"num_layers": 1})
+    folder = open_sora.write_random(tmp_path / "whole", text={"num_layers": 1})
     places = REGISTRY["open-sora"].checkpoint
     assert not isinstance(places, str)
     for component, place in places.items():

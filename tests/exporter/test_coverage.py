@@ -9,25 +9,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-from benchmarks.checkpoints import random_cogvideox, random_latte, random_open_sora
-from benchmarks.published import PUBLISHED, write_published
 from foresight.engines.errors import CheckpointError
 from foresight.exporter.checkpoint import Checkpoint
 from foresight.exporter.coverage import check_coverage, check_names
 from foresight.exporter.export import Export, ExportRequest
 from foresight.exporter.models import split_checkpoint
-from foresight.exporter.models.open_sora.config import STDiT3Config, VideoVAEConfig
-from foresight.exporter.models.open_sora.stdit3 import STDiT3
-from foresight.exporter.models.open_sora.vae import VideoVAE
 from foresight.exporter.registry import REGISTRY
 from foresight.exporter.weights import Stored
+from zoo import FAMILIES, PUBLISHED, family_of, write_published
 
 Tensors = dict[str, torch.Tensor]
 
@@ -101,29 +96,23 @@ def test_weights_that_do_not_fit_the_configuration_are_named_with_both_shapes(co
     refused(copied, "DenseReluDense.wi_0.weight has shape (64, 32), expected (65, 32) by its config.json", "2 more")
 
 
-LATTE = (random_latte, "latte")
-COGVIDEOX = (random_cogvideox, "cogvideox-2b")
-OPEN_SORA = (random_open_sora, "open-sora")
-
-
 @pytest.mark.parametrize(
     ("family", "setting", "value", "told"),
     [
-        (LATTE, "in_channels", 33, "33, expected 4, as vae latent_channels"),
-        (LATTE, "out_channels", 3, "3, expected 8, as twice its in_channels"),
-        (LATTE, "caption_channels", 24, "24, expected 32, as text_encoder d_model"),
-        (COGVIDEOX, "in_channels", 33, "33, expected 16, as vae latent_channels"),
-        (COGVIDEOX, "text_embed_dim", 24, "24, expected 32, as text_encoder d_model"),
-        (OPEN_SORA, "caption_channels", 24, "24, expected 32, as text_encoder d_model"),
+        ("latte", "in_channels", 33, "33, expected 4, as vae latent_channels"),
+        ("latte", "out_channels", 3, "3, expected 8, as twice its in_channels"),
+        ("latte", "caption_channels", 24, "24, expected 32, as text_encoder d_model"),
+        ("cogvideox", "in_channels", 33, "33, expected 16, as vae latent_channels"),
+        ("cogvideox", "text_embed_dim", 24, "24, expected 32, as text_encoder d_model"),
+        ("open_sora", "caption_channels", 24, "24, expected 32, as text_encoder d_model"),
     ],
 )
 def test_components_that_do_not_fit_together_are_refused_by_the_setting(
-    family: tuple[Callable[..., Path], str], setting: str, value: int, told: str, tmp_path: Path
+    family: str, setting: str, value: int, told: str, tmp_path: Path
 ) -> None:
-    make, model = family
-    folder = make(tmp_path / "mixed", transformer={setting: value})
+    folder = FAMILIES[family].write_random(tmp_path / "mixed", transformer={setting: value})
     with pytest.raises(CheckpointError, match=rf"^checkpoint [^\n]*mixed: transformer {setting} is {told} is; [^\n]*$"):
-        Export(model, ExportRequest(), str(folder), tmp_path / "bundle")
+        Export(FAMILIES[family].example.model, ExportRequest(), str(folder), tmp_path / "bundle")
 
 
 def to_int8(name: str, scale: str | None = None) -> Callable[[Tensors], None]:
@@ -263,7 +252,7 @@ def test_the_embedding_is_the_one_that_transformers_takes(copied: Path, stored: 
     assert torch.equal(read, model.encoder.embed_tokens.weight)
 
 
-@pytest.mark.parametrize("name", ["latte-demo", "cogvideox-demo", "open-sora-demo"])
+@pytest.mark.parametrize("name", [name for name, row in REGISTRY.items() if row.comes_with_a_clone])
 def test_the_shipped_checkpoints_are_read_whole(name: str, tmp_path: Path) -> None:
     job = Export(name, output=tmp_path / "bundle")
     assert not job.plan().cautions
@@ -272,21 +261,14 @@ def test_the_shipped_checkpoints_are_read_whole(name: str, tmp_path: Path) -> No
 
 def full_model(name: str, component: str) -> dict[str, torch.Tensor]:
     """Everything that a published component stores, without values."""
-    config = PUBLISHED[name][f"{component}/config.json"]
+    config = PUBLISHED[name].files[f"{component}/config.json"]
     with init_empty_weights():
         if component == "text_encoder":
             return dict(T5EncoderModel(T5Config.from_dict(config)).state_dict())
-        if name == "open-sora":
-            of_transformer = component == "transformer"
-            model: torch.nn.Module = (
-                STDiT3(STDiT3Config.from_json(config)) if of_transformer else VideoVAE(VideoVAEConfig.from_json(config))
-            )
-            return dict(model.state_dict())
-        kind = getattr(diffusers, PUBLISHED[name]["model_index.json"][component][1])
-        return dict(kind.from_config(config).state_dict())
+        return dict(family_of(name).original(component, config).state_dict())
 
 
-@pytest.mark.parametrize("name", ["latte", "cogvideox-2b", "cogvideox-5b", "open-sora"])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_hold_what_is_read_and_nothing_unknown(name: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(name, write_published(name, tmp_path))
     split = split_checkpoint(REGISTRY[name].family, checkpoint, ExportRequest())

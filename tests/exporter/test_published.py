@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from benchmarks.engine_build import CASES, Case, real_split
-from benchmarks.published import PUBLISHED, write_published
 from foresight.engines.manifest import DTYPE_BYTES
 from foresight.exporter.check import TOLERANCES, check_part
 from foresight.exporter.export import OPSET, graph_from_plan
@@ -20,6 +19,7 @@ from foresight.exporter.graph import write_graph
 from foresight.exporter.models.base import assign_parameters
 from foresight.exporter.registry import REGISTRY
 from tests.support import Outcome
+from zoo import PUBLISHED, write_published
 
 # blocks, parameters of the transformer, and bytes of the cache of one guided prompt in 16 bits
 FACTS: dict[str, tuple[dict[str, Any], int, float, int]] = {
@@ -31,7 +31,7 @@ FACTS: dict[str, tuple[dict[str, Any], int, float, int]] = {
 
 
 def test_every_model_that_is_not_in_the_repository_has_its_published_configuration() -> None:
-    assert PUBLISHED.keys() == {name for name in REGISTRY if not name.endswith("-demo")} == FACTS.keys()
+    assert PUBLISHED.keys() == {name for name, row in REGISTRY.items() if not row.comes_with_a_clone} == FACTS.keys()
 
 
 @pytest.mark.parametrize("model", FACTS)

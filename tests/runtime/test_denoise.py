@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from foresight.runtime.sampler import Noise, load_table
 from foresight.runtime.text import Tokenizer
 from foresight.runtime.video import Video
 from tests.support import is_block, load_pipeline, watched_pipeline
+from zoo import FAMILIES
 
 PROMPT, NEGATIVE, SEED = "a red circle moving right", "blue square", 3
 
@@ -134,11 +136,10 @@ class Plain:
         return plan
 
 
-@pytest.fixture(scope="module", params=["bundle", "cogvideox_bundle", "open_sora_bundle"])
-def family(request: pytest.FixtureRequest) -> Path:
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, example_bundles: Callable[[str], Path]) -> Path:
     """A bundle of every family: one stream and two, a sampler that adds noise, a null caption."""
-    folder: Path = request.getfixturevalue(request.param)
-    return folder
+    return example_bundles(request.param)
 
 
 @pytest.fixture(scope="module")

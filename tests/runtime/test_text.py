@@ -12,11 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from benchmarks.checkpoints import WORDS
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import Cancelled, InvalidRequest
 from foresight.runtime.request import MAX_CHARACTERS, check_prompts, check_text
 from foresight.runtime.text import Tokenizer
+from zoo.components import WORDS
 
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
