@@ -1,7 +1,7 @@
 """Foresight Engines: text-to-video diffusion transformers, compiled block by block.
 
     import foresight
-    pipeline = foresight.load("bundles/latte-demo")
+    pipeline = foresight.load("bundles/model")
     video = pipeline("a red circle moving right", steps=50, seed=0, policy=foresight.Foresight(gamma=0.5))
     video.save("circle.mp4")
 

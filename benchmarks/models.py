@@ -17,17 +17,14 @@ from typing import Any
 
 import foresight
 from benchmarks.common import finish, median, table
-from foresight.engines.bundle import SCHEMA
 from foresight.engines.manifest import (
     FileRecord,
     Manifest,
     SamplerSettings,
     Source,
-    Stage,
     part_files,
-    stream_bytes_per_row,
 )
-from foresight.exporter.export import Export, ExportRequest
+from foresight.exporter.export import Export, ExportRequest, manifest_from_export
 from foresight.exporter.models.base import Split
 from foresight.exporter.registry import REGISTRY
 from foresight.runtime.memory import plan_memory
@@ -108,40 +105,9 @@ def manifest_without_files(export: Export) -> Manifest:
     split = export.split
     parts = {plan.name: plan.part for plan in split.parts}
     files = {part_files(parts[plan.name])[1]: _record(plan.module) for plan in split.parts}
-    blocks = tuple(parts[plan.name] for plan in split.blocks)
-    return Manifest(
-        schema=SCHEMA,
-        model=export.model,
-        family=export.row.family,
-        source=Source(checkpoint=export.model, sha256=NO_FILE),
-        generator={},
-        dtype=export.request.dtype,
-        opset=export.opset,
-        shape=split.shape,
-        ranges=split.ranges,
-        streams=split.streams,
-        guidance_order=split.guidance_order,
-        text_encoder=parts["text_encoder"],
-        condition=parts["condition"],
-        prologue=parts["prologue"],
-        blocks=blocks,
-        epilogue=parts["epilogue"],
-        decoder=tuple(
-            Stage(
-                first=parts[stage.first.name],
-                next=None if stage.next is None else parts[stage.next.name],
-                axis=stage.axis,
-                chunks=stage.chunks,
-            )
-            for stage in split.decoder
-        ),
-        text=split.text,
-        sampler=SamplerSettings(table=NO_FILE, scheduler=NO_FILE, max_steps=1, kept=KEPT),
-        defaults=export.row.defaults,
-        cache_bytes_per_row={block.name: stream_bytes_per_row(block, split.streams, split.ranges) for block in blocks},
-        cautions=split.cautions,
-        files=files,
-    )
+    sampler = SamplerSettings(table=NO_FILE, scheduler=NO_FILE, max_steps=1, kept=KEPT)
+    source = Source(checkpoint=export.model, sha256=NO_FILE)
+    return manifest_from_export(export, parts, files, sampler, source, generator={})
 
 
 def _first(place: str | Mapping[str, str]) -> str:

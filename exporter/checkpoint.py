@@ -76,7 +76,7 @@ class Checkpoint:
         return str((self._index.get(component) or [None, None])[1])
 
     def component_library(self, component: str) -> str:
-        """The library that `model_index.json` gives for a component; transformers, as Open-Sora uses, without one."""
+        """The library that `model_index.json` gives for a component; without one it is transformers."""
         if not (self.folder / "model_index.json").is_file():
             return "transformers"
         return str((self._index.get(component) or ["diffusers"])[0])

@@ -7,7 +7,6 @@ whole or not at all, and an interrupted export goes on where it stopped. One par
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,14 +29,14 @@ from ..engines.bundle import (
     verify_files,
 )
 from ..engines.errors import BundleError, IntegrityError, InvalidRequest, OutputError
-from ..engines.files import empty_folder, file_record, is_as_recorded, resumable, write_atomically, write_document
+from ..engines.files import resumable, write_atomically
 from ..engines.manifest import (
     FileRecord,
     Manifest,
     Part,
+    SamplerSettings,
     Source,
     Stage,
-    part_files,
     stream_bytes_per_row,
 )
 from ..engines.progress import OnPart, OnProgress, silent
@@ -48,14 +47,12 @@ from .graph import Graph, graph_from_module, write_graph
 from .models import split_checkpoint
 from .models.base import ExportRequest as ExportRequest  # what Export takes
 from .models.base import PartPlan, Split, StagePlan, assign_parameters
+from .partial import KEY, PartialBundle
 from .plan import ExportPlan, plan_export
 from .registry import find_model
 from .sampler import sampler_from_table, write_table
 
-log = logging.getLogger("foresight")
-
 OPSET = 23
-STATE = "state.json"
 SAMPLER = "sampler.npz"
 
 
@@ -70,14 +67,6 @@ class _Doing:
 
     def tell(self, what: str) -> None:
         self.on_progress(told.Progress("exporting", self.done, self.total, "parts", f"{what} {self.part}"))
-
-
-class _State(msgspec.Struct, forbid_unknown_fields=True):
-    """What a partial bundle already holds."""
-
-    key: str
-    parts: dict[str, Part]
-    files: dict[str, FileRecord]
 
 
 class Export:
@@ -139,10 +128,12 @@ class Export:
         _check_free(self.output)
         self.check()
         with resumable(self.output, f"export to {self.output}", again="export") as partial:
-            state = self._resume(partial)
-            self._write_tables(partial, state)
-            self._write_parts(partial, state, progress, on_progress or silent)
-            self._write_manifest(partial, state)
+            bundle = PartialBundle(partial, self.key)
+            self._write_tables(bundle)
+            self._write_parts(bundle, progress, on_progress or silent)
+            sampler = sampler_from_table(partial / SAMPLER, self.split.scheduler())
+            generator = _versions() | {KEY: self.key}
+            bundle.finish(manifest_from_export(self, bundle.parts, bundle.files, sampler, self.source, generator))
         return open_bundle(self.output)
 
     def check(self) -> None:
@@ -164,7 +155,7 @@ class Export:
     def key(self) -> str:
         """Names this export: two with the same key write the same bundle."""
         parts: tuple[Any, ...] = (SCHEMA, self.checkpoint.sha256, asdict(self.request), self.opset)
-        parts += (self._generator(), self.model)
+        parts += (_versions(), self.model)
         if self.checkpoint.revision is not None:
             parts += (self.checkpoint.revision,)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -172,108 +163,42 @@ class Export:
     def _present(self, on_progress: OnProgress | None) -> Bundle | None:
         try:
             bundle = open_bundle(self.output)
-            if bundle.manifest.generator.get("export_key") != self.key:
+            if bundle.manifest.generator.get(KEY) != self.key:
                 return None
             verify_files(bundle, on_progress)
         except (BundleError, IntegrityError):
             return None
         return bundle
 
-    def _resume(self, partial: Path) -> _State:
-        try:
-            state = msgspec.json.decode((partial / STATE).read_bytes(), type=_State)
-            if state.key == self.key:
-                log.info("going on with %s: %d parts are done", partial, len(state.parts))
-                return state
-        except (FileNotFoundError, msgspec.DecodeError):
-            pass
-        try:  # all written, but not renamed
-            manifest = open_bundle(partial).manifest
-            if manifest.generator.get("export_key") == self.key:
-                return _State(key=self.key, parts={part.name: part for part in manifest.parts}, files=manifest.files)
-        except (BundleError, IntegrityError):
-            pass
-        empty_folder(partial)
-        return _State(key=self.key, parts={}, files={})
+    def _write_tables(self, bundle: PartialBundle) -> None:
+        """Tokenizer and sampler: done first, as they take a second and may be refused."""
+        names = (self.split.text.tokenizer, SAMPLER)
+        if not bundle.has(*names):
+            write_atomically(bundle.folder / self.split.text.tokenizer, self.split.tokenizer().encode())
+            write_table(self.split.scheduler(), bundle.folder / SAMPLER)
+            bundle.record(names)
 
-    def _write_parts(self, partial: Path, state: _State, progress: OnPart, on_progress: OnProgress) -> None:
+    def _write_parts(self, bundle: PartialBundle, progress: OnPart, on_progress: OnProgress) -> None:
         plans = list(self.split.parts)
         graphs: dict[str, Graph] = {}
         for index, plan in enumerate(plans):
             progress(index, len(plans), plan.name)
             doing = _Doing(on_progress, index, len(plans), plan.name)
-            if not self._is_done(partial, state, plan.name):
-                part, files = self._write_part(partial, plan, graphs, doing)
-                state.parts[plan.name] = part
-                state.files.update({file.name: file_record(file) for file in files})
-                write_atomically(partial / STATE, msgspec.json.encode(state))
+            if not bundle.has_part(plan.name):
+                self._write_part(bundle, plan, graphs, doing)
         progress(len(plans), len(plans), "done")
 
-    def _is_done(self, partial: Path, state: _State, name: str) -> bool:
-        part = state.parts.get(name)
-        return part is not None and all(
-            is_as_recorded(partial / file, state.files.get(file)) for file in part_files(part)
-        )
-
-    def _write_part(
-        self, partial: Path, plan: PartPlan, graphs: dict[str, Graph], doing: _Doing
-    ) -> tuple[Part, list[Path]]:
+    def _write_part(self, bundle: PartialBundle, plan: PartPlan, graphs: dict[str, Graph], doing: _Doing) -> None:
         if plan.kind not in graphs:
             doing.tell("tracing")
             graphs[plan.kind] = graph_from_plan(plan, self.opset)
         doing.tell("writing")
         assign_parameters(plan.module, lambda name: plan.parameter(self.checkpoint, name))
-        files = write_graph(graphs[plan.kind], plan.module.get_parameter, partial / f"{plan.name}.onnx")
+        files = write_graph(graphs[plan.kind], plan.module.get_parameter, bundle.folder / plan.part.graph)
         doing.tell("checking")
         difference = check_part(plan, files[0], TOLERANCES[self.request.dtype])
         assign_parameters(plan.module, lambda name: plan.module.get_parameter(name).to("meta"))
-        return msgspec.structs.replace(plan.part, max_difference=difference), files
-
-    def _write_tables(self, partial: Path, state: _State) -> None:
-        """Tokenizer and sampler: done first, as they take a second and may be refused."""
-        names = (self.split.text.tokenizer, SAMPLER)
-        if all(is_as_recorded(partial / name, state.files.get(name)) for name in names):
-            return
-        write_atomically(partial / self.split.text.tokenizer, self.split.tokenizer().encode())
-        write_table(self.split.scheduler(), partial / SAMPLER)
-        state.files.update({name: file_record(partial / name) for name in names})
-        write_atomically(partial / STATE, msgspec.json.encode(state))
-
-    def _write_manifest(self, partial: Path, state: _State) -> None:
-        split, parts = self.split, state.parts
-        manifest = Manifest(
-            schema=SCHEMA,
-            model=self.model,
-            family=self.row.family,
-            source=self.source,
-            generator=self._generator() | {"export_key": state.key},
-            dtype=self.request.dtype,
-            opset=self.opset,
-            shape=split.shape,
-            ranges=split.ranges,
-            streams=split.streams,
-            guidance_order=split.guidance_order,
-            text_encoder=parts["text_encoder"],
-            condition=parts["condition"],
-            prologue=parts["prologue"],
-            blocks=tuple(parts[plan.name] for plan in split.blocks),
-            epilogue=parts["epilogue"],
-            decoder=tuple(_stage_from_plan(stage, parts) for stage in split.decoder),
-            text=split.text,
-            sampler=sampler_from_table(partial / SAMPLER, split.scheduler()),
-            defaults=self.row.defaults,
-            cache_bytes_per_row={
-                plan.name: stream_bytes_per_row(parts[plan.name], split.streams, split.ranges) for plan in split.blocks
-            },
-            cautions=split.cautions,
-            files=dict(sorted(state.files.items())),
-        )
-        write_document(partial / MANIFEST, manifest)
-        (partial / STATE).unlink(missing_ok=True)
-
-    def _generator(self) -> dict[str, str]:
-        libraries = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "onnx": onnx}
-        return {name: str(library.__version__) for name, library in libraries.items()}
+        bundle.record([file.name for file in files], msgspec.structs.replace(plan.part, max_difference=difference))
 
 
 def graph_from_plan(plan: PartPlan, opset: int) -> Graph:
@@ -296,9 +221,52 @@ def graph_from_plan(plan: PartPlan, opset: int) -> Graph:
     )
 
 
+def manifest_from_export(
+    export: Export,
+    parts: Mapping[str, Part],
+    files: dict[str, FileRecord],
+    sampler: SamplerSettings,
+    source: Source,
+    generator: dict[str, str],
+) -> Manifest:
+    """The manifest of the bundle that an export makes, of these parts and files."""
+    split = export.split
+    blocks = tuple(parts[plan.name] for plan in split.blocks)
+    return Manifest(
+        schema=SCHEMA,
+        model=export.model,
+        family=export.row.family,
+        source=source,
+        generator=generator,
+        dtype=export.request.dtype,
+        opset=export.opset,
+        shape=split.shape,
+        ranges=split.ranges,
+        streams=split.streams,
+        guidance_order=split.guidance_order,
+        text_encoder=parts["text_encoder"],
+        condition=parts["condition"],
+        prologue=parts["prologue"],
+        blocks=blocks,
+        epilogue=parts["epilogue"],
+        decoder=tuple(_stage_from_plan(stage, parts) for stage in split.decoder),
+        text=split.text,
+        sampler=sampler,
+        defaults=export.row.defaults,
+        cache_bytes_per_row={block.name: stream_bytes_per_row(block, split.streams, split.ranges) for block in blocks},
+        cautions=split.cautions,
+        files=files,
+    )
+
+
 def _stage_from_plan(plan: StagePlan, parts: Mapping[str, Part]) -> Stage:
     later = None if plan.next is None else parts[plan.next.name]
     return Stage(first=parts[plan.first.name], next=later, axis=plan.axis, chunks=plan.chunks)
+
+
+def _versions() -> dict[str, str]:
+    libraries = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "onnx": onnx}
+    return {name: str(library.__version__) for name, library in libraries.items()}
 
 
 def _public_name(checkpoint: Checkpoint) -> str:

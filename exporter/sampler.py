@@ -235,7 +235,7 @@ def _step_of(scheduler: Any) -> _Step:
 
 
 def _two_step(scheduler: Any) -> _Step:
-    """The step of CogVideoXDPMScheduler, which leaves it to its caller to remember the last clean sample."""
+    """The step of a scheduler that leaves it to its caller to remember the last clean sample."""
     clean: list[torch.Tensor | None] = [None]
 
     def step(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from foresight.exporter.registry import REGISTRY
 from foresight.runtime.caches import CACHE_MODES
 from foresight.runtime.policies import POLICIES
-from tests.test_packaging import source_files
+from tests.test_packaging import ROOT, source_files
 
 MOST_LINES = {"file": 400, "class": 150, "function": 50}
 # Where it was decided otherwise, and why.
 LONGER = {
     "foresight.exporter.checkpoint.Checkpoint": "one method a question that the export asks of the files",
-    "foresight.exporter.export.Export": "the job's steps, in their order",
     "foresight.runtime.pipeline.VideoPipeline": "its call is typed twice, for one prompt and for several",
 }
 WORDS = {"output", "none"}  # that also mean something else
@@ -69,4 +70,33 @@ def test_what_has_a_registry_is_named_at_home_alone(names: set[str], home: str) 
             meant = node.value not in WORDS and node.value != "foresight"  # the package's own name
             if meant or id(node) in compared:
                 wrong.append(f"{module}, line {node.lineno}: {node.value!r}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("family", sorted({row.family for row in REGISTRY.values()}))
+def test_a_family_is_its_module_and_its_rows(family: str) -> None:
+    """The package names it nowhere else, in no spelling: not in code, not in messages, not in comments."""
+    spelled = re.compile(rf"(?i:{family.replace('_', '[ ._-]?')})(?![a-z])")
+    homes = ("foresight.exporter.registry", f"foresight.exporter.models.{family}")
+    wrong = [
+        f"{module}, line {number}: {line.strip()}"
+        for module, path in source_files().items()
+        if not module.startswith(homes)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if spelled.search(line)
+    ]
+    assert not wrong
+
+
+def test_benchmarks_ask_for_no_model_by_its_name() -> None:
+    """What differs from one to the other is told by the zoo."""
+    names = {*REGISTRY, *(row.family for row in REGISTRY.values())}
+    wrong = [
+        f"{path.name}, line {node.lineno}"
+        for path in (ROOT / "benchmarks").rglob("*.py")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Compare)
+        for side in ast.walk(node)
+        if isinstance(side, ast.Constant) and side.value in names
+    ]
     assert not wrong
