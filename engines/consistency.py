@@ -121,7 +121,7 @@ def _in_decoder(manifest: Manifest) -> Iterator[str]:
         yield from _in_states(stage)
         frames = []
         for part, length in stage.plan:
-            sizes = manifest.largest() | chunk_sizes(part, stage.axis, length)
+            sizes = manifest.largest(**chunk_sizes(part, stage.axis, length))
             wanted = (*made[1][: stage.axis], length, *made[1][stage.axis + 1 :])
             took, gave = part.inputs[0], part.outputs[0]
             if took.dtype != made[0] or took.resolve(sizes) != wanted or not _in_range(manifest, part, stage, length):

@@ -45,14 +45,15 @@ def _run_stage(
     manifest: Manifest, stage: Stage, engines: Mapping[str, Engine], arrays: Arrays, sequence: Array, check: Check
 ) -> Iterator[Array]:
     """What each chunk of the sequence becomes; what one leaves behind is given to the next."""
-    largest = {name: high for name, (_, high) in manifest.ranges.items()}
     first = 0
     left: dict[str, Array] = {}
     for part, length in stage.plan:
         chunk = sequence[(slice(None),) * stage.axis + (slice(first, first + length),)]
         first += length
         inputs = {part.inputs[0].name: arrays.xp.ascontiguousarray(chunk), **left}
-        made = run_part(engines[part.name], part, arrays, inputs, largest | chunk_sizes(part, stage.axis, length))
+        made = run_part(
+            engines[part.name], part, arrays, inputs, manifest.largest(**chunk_sizes(part, stage.axis, length))
+        )
         check(part, arrays, made)
         left = {spec.name.removeprefix("new_"): made[spec.name] for spec in left_by(part)}
         yield made[part.outputs[0].name]

@@ -131,7 +131,7 @@ def plan_memory(
     rows, blocks = prompts * (2 if guided else 1), len(manifest.blocks)
     buffer = manifest.cache_bytes_per_row[manifest.blocks[0].name] * rows
     cache = layout.buffers(blocks, blocks if slots is None else slots) * buffer
-    sizes = {name: largest for name, (_, largest) in manifest.ranges.items()} | {"batch": rows}
+    sizes = manifest.largest(batch=rows)
     latents = 4 * prompts * math.prod(manifest.shape.latents)
     sampler = (SAMPLER_ARRAYS + manifest.sampler.kept + outputs) * latents
     condition = _bytes(manifest.condition.outputs, sizes)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 from ..arrays import select_device
 from ..errors import EngineError, InvalidRequest, one_line
 from ..files import write_atomically
-from ..manifest import Part
+from ..manifest import Part, largest_sizes
 from .library import EDITIONS, Library, strongly_typed, use
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Plan:
 def shape_ranges(part: Part, ranges: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Shape, Shape, Shape]]:
     """The shapes a part is built for. The usual batch is one guided prompt, which has two rows."""
     low = {name: smallest for name, (smallest, _) in ranges.items()}
-    high = {name: largest for name, (_, largest) in ranges.items()}
+    high = largest_sizes(ranges)
     usual = high | {"batch": min(2, high["batch"])}
     return {spec.name: (spec.resolve(low), spec.resolve(usual), spec.resolve(high)) for spec in part.inputs}
 

@@ -29,6 +29,6 @@ def find_mode(name: str) -> CacheMode:
 
 def create_cache(layout: Layout, manifest: Manifest, arrays: Arrays, rows: int, cached: Sequence[bool]) -> BlockCache:
     """The cache of one request of that many rows, with slots for the blocks that are `cached`."""
-    sizes = {name: largest for name, (_, largest) in manifest.ranges.items()} | {"batch": rows}
+    sizes = manifest.largest(batch=rows)
     specs = {stream: manifest.blocks[0].output(f"new_{stream}") for stream in manifest.streams}
     return layout.mode.create(Pool(arrays, specs, sizes), cached, layout.fixed)
