@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from ..decisions import Decision
 from .base import BlockCache, Buffers, Pool, bindings
 
 
+@dataclass(frozen=True)
 class ResidualMode:
     """See CacheMode."""
 
