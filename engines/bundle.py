@@ -27,7 +27,7 @@ from .progress import Counter, OnProgress
 from .verify import Stamp, changed, read_small, read_unchanged, unreadable, verify_file
 from .wording import command
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 COMPILED = "engines"
 # Left alone: what comes with a download of a repository.

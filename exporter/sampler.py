@@ -52,7 +52,7 @@ Floats = npt.NDArray[np.float64]
 class Steps:
     """The table for one number of steps, which take T calls of the model, fp64.
 
-    Timesteps, input scales and noise coefficients (T,), a (T, samples), b (T, outputs).
+    Timesteps, input scales, noise coefficients and signal scales (T,), a (T, samples), b (T, outputs).
     """
 
     timesteps: Floats
@@ -60,6 +60,7 @@ class Steps:
     sample_coefficients: Floats
     output_coefficients: Floats
     noise_coefficients: Floats
+    signal_scales: Floats
     noise_scale: float
 
 
@@ -100,6 +101,7 @@ def steps_from_scheduler(scheduler: Any, steps: int) -> Steps:
         sample_coefficients=solved[0],
         output_coefficients=solved[1],
         noise_coefficients=solved[2],
+        signal_scales=_signal_scales(scheduler, steps, timesteps),
         noise_scale=float(getattr(scheduler, "init_noise_sigma", 1.0)),
     )
     _check(scheduler, steps, table)
@@ -145,6 +147,7 @@ def write_table(scheduler: Any, path: Path, max_steps: int = MAX_STEPS) -> None:
         sample_coefficients=_stack([table.sample_coefficients for table in tables]),
         output_coefficients=_stack([table.output_coefficients for table in tables]),
         noise_coefficients=np.concatenate([table.noise_coefficients for table in tables]),
+        signal_scales=np.concatenate([table.signal_scales for table in tables]),
         noise_scales=np.array([0.0] * missing + [table.noise_scale for table in tables]),
     )
 
@@ -250,6 +253,28 @@ def _two_step(scheduler: Any) -> _Step:
         return new
 
     return step
+
+
+def _signal_scales(scheduler: Any, steps: int, timesteps: list[Any]) -> Floats:
+    """What a finished sample is multiplied by at each timestep, (T,); no numbers where the scheduler does not tell.
+
+    It tells by the noising that the model was trained with: of ones, with no noise.
+    """
+    _start(scheduler, steps)
+    scheduler.set_timesteps(steps)  # and now no begin index: each timestep is looked up
+    ones, zeros = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    scales = np.full(len(timesteps), np.nan)
+    for index, timestep in enumerate(timesteps):
+        when = torch.as_tensor(timestep).reshape(1)
+        try:
+            if hasattr(scheduler, "scale_noise"):
+                noised = scheduler.scale_noise(ones, when, zeros)
+            else:
+                noised = scheduler.add_noise(ones, zeros, when)
+        except (AttributeError, ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError):
+            return np.full(len(timesteps), np.nan)
+        scales[index] = float(noised)
+    return scales
 
 
 def _drawn(generator: torch.Generator, seed: int, shape: torch.Size) -> Floats:

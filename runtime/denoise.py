@@ -68,7 +68,8 @@ class DenoiseState:
 
     `tensors` are the graphs' inputs and outputs by name, apart from the stream, which `cache` holds; `distances` is
     (blocks, rows) fp32, written by the blocks. `halves` is 2 with guidance, else 1. `measuring` is the step whose
-    distances are on their way to the host, and which of its blocks measured any.
+    distances are on their way to the host, and which of its blocks measured any; `erring` the step whose distance
+    from what was expected is.
     """
 
     arrays: Arrays
@@ -87,6 +88,7 @@ class DenoiseState:
     on_progress: OnProgress = silent
     cancel: CancelToken | None = None
     measuring: tuple[int, list[bool], Download] | None = field(default=None, init=False)
+    erring: tuple[int, Download] | None = field(default=None, init=False)
 
 
 def denoise(model: Transformer, state: DenoiseState) -> Array:
@@ -98,7 +100,8 @@ def denoise(model: Transformer, state: DenoiseState) -> Array:
     steps, blocks = state.schedule.steps, len(model.blocks)
     for step in range(steps):
         started = time.perf_counter()
-        weights = state.decider.forecast(step)
+        _observe_output(state)
+        weights, estimate = state.decider.forecast(step), state.decider.estimate()
         if weights is None:
             decisions, measures, output = _run_step(model, state, step)
         else:
@@ -108,10 +111,11 @@ def denoise(model: Transformer, state: DenoiseState) -> Array:
         if step == steps - 1:
             _wait(state, state.arrays.synchronize)
         elapsed_ms = 1e3 * (time.perf_counter() - started)
-        state.trace.record(float(state.schedule.timesteps[step]), elapsed_ms, decisions, measures)
+        state.trace.record(float(state.schedule.timesteps[step]), elapsed_ms, decisions, measures, estimate)
         if state.on_step is not None:
             state.on_step(step + 1, steps, state.trace)
     _observe(state)
+    _observe_output(state)
     return state.sampler.latents
 
 
@@ -136,6 +140,9 @@ def _run_step(model: Transformer, state: DenoiseState, step: int) -> tuple[list[
     state.measuring = step, measured, state.arrays.start_download(state.distances)
     _run(model.epilogue, state, cache.stream)
     output = guide(state.tensors["model_output"], state.guidance, state.halves, model.guidance_order)
+    expected = state.decider.expected(step)
+    if expected is not None:
+        state.erring = step, state.arrays.start_download(_rms(output - state.outputs.weigh(expected), state.arrays))
     state.outputs.keep(output)
     return decisions, measures, output
 
@@ -188,6 +195,24 @@ def _observe(state: DenoiseState) -> None:
     changes = [tuple(map(float, row)) if known else None for row, known in zip(prompts, measured, strict=True)]
     state.decider.observe(step, changes)
     state.trace.measure(step, [max(change) if change else None for change in changes])
+
+
+def _observe_output(state: DenoiseState) -> None:
+    """Tell the policy and the trace how far from what was expected the last computed output was."""
+    if state.erring is None:
+        return
+    step, distances = state.erring
+    state.erring = None
+    errors = tuple(map(float, _wait(state, distances.wait)))
+    state.decider.observe_output(step, errors)
+    state.trace.err(step, max(errors))
+
+
+def _rms(difference: Array, arrays: Arrays) -> Array:
+    """Root mean square over all but the first dimension, (prompts,) fp32."""
+    rows = difference.reshape(len(difference), -1)
+    root: Array = arrays.xp.sqrt((rows * rows).mean(axis=1))
+    return root
 
 
 def _wait(state: DenoiseState, wait: Callable[[], T]) -> T:

@@ -14,8 +14,9 @@ from ..engines.arrays import Array, Arrays, HostArray
 from ..engines.errors import IntegrityError, InvalidRequest, quoted
 from ..engines.npz import check_npz
 
-VECTORS = ("timesteps", "input_scales", "noise_coefficients")
+VECTORS = ("timesteps", "input_scales", "noise_coefficients", "signal_scales")
 MATRICES = ("sample_coefficients", "output_coefficients")
+LEAST_SIGNAL = 0.01  # where a schedule begins with pure noise
 COLUMNS = ("calls", *VECTORS, *MATRICES, "noise_scales")
 
 
@@ -43,7 +44,8 @@ class Schedule:
     Timesteps, input scales, c (T,), coefficients a (T, n) and b (T, m):
 
     x[t+1] = sum of a[t, i] x[t-i] over i, plus sum of b[t, i] m[t-i], plus c[t] n[t], with x the samples, m the model
-    outputs and n standard normal noise, drawn only where c[t] is not 0.
+    outputs and n standard normal noise, drawn only where c[t] is not 0. The signal scale (T,) of step t is what the
+    finished sample is multiplied by in x[t]; no number where the scheduler does not tell.
     """
 
     timesteps: HostArray
@@ -51,12 +53,40 @@ class Schedule:
     noise_coefficients: HostArray
     sample_coefficients: HostArray
     output_coefficients: HostArray
+    signal_scales: HostArray
     noise_scale: float
 
     @property
     def steps(self) -> int:
         """The number of steps."""
         return len(self.timesteps)
+
+    def sensitivities(self) -> HostArray:
+        """How far the last sample moves if the output of one call is off by 1, to first order; (T,) fp64.
+
+        The model is taken to answer a changed sample as if the video in it had changed and the noise had not: a sample
+        off by d means a video off by d over the signal scale, and outputs that follow it. So the recurrence is closed
+        by an answer c[t] of the output to the sample, which is the one that keeps a video in its place:
+        s[t+1] = sum of a[t, i] s[t-i] + sum of b[t, i] c[t-i] s[t-i], with s the signal scales.
+        """
+        a, b, steps = self.sample_coefficients, self.output_coefficients, self.steps
+        scales = np.append(np.maximum(self.signal_scales, LEAST_SIGNAL), 1.0)
+        answers = np.zeros(steps)
+        for step in range(steps):
+            held = _recur(a[step], scales, step) + _recur(b[step, 1:], answers * scales[:-1], step - 1)
+            if b[step, 0]:
+                answers[step] = (scales[step + 1] - held) / (b[step, 0] * scales[step])
+        return np.array([self._moved(step, answers) for step in range(steps)])
+
+    def _moved(self, wrong: int, answers: HostArray) -> float:
+        """What becomes of an output that is off by 1."""
+        samples, outputs = np.zeros(self.steps + 1), np.zeros(self.steps)
+        outputs[wrong] = 1
+        for step in range(wrong, self.steps):
+            outputs[step] += answers[step] * samples[step]
+            samples[step + 1] = _recur(self.sample_coefficients[step], samples, step)
+            samples[step + 1] += _recur(self.output_coefficients[step], outputs, step)
+        return float(abs(samples[-1]))
 
     def begin(self, latents: Array, draw: Callable[[], Array]) -> Sampler:
         """The sampler of one request; `latents` is its standard normal noise, which is left as it is.
@@ -98,6 +128,12 @@ class Sampler:
             if coefficient:
                 new = new + np.float32(coefficient) * values
         self._samples = [new, *self._samples][: len(a)]
+
+
+def _recur(coefficients: HostArray, values: HostArray, newest: int) -> float:
+    """The sum of coefficients times values, the first with the newest, as far back as there are any."""
+    count = min(len(coefficients), newest + 1)
+    return float(sum(coefficients[i] * values[newest - i] for i in range(count)))
 
 
 class SamplerTable:

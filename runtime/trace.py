@@ -17,7 +17,9 @@ class StepTrace:
     `decisions` are the values of `Decision`. `distances` are the measured changes, of the prompt that changed most,
     None where the block did not run or had no earlier output. `metrics` and `limits` are what the decision rested
     on. `milliseconds` is the wall time of the whole step, sampler and guidance included; on a GPU, that of handing it
-    over and of waiting for the step before, which it settles to.
+    over and of waiting for the step before, which it settles to. Policies that forecast whole steps also have:
+    `estimate`, what they expect a forecast to have cost so far if this step were one, and `estimate_limit`, up to which
+    it is; and of a step that ran `error`, how far off its forecast would have been.
     """
 
     timestep: float
@@ -26,6 +28,9 @@ class StepTrace:
     distances: tuple[float | None, ...]
     metrics: tuple[float | None, ...]
     limits: tuple[float | None, ...]
+    estimate: float | None = None
+    estimate_limit: float | None = None
+    error: float | None = None
 
 
 @dataclass
@@ -72,6 +77,7 @@ class Trace:
         milliseconds: float,
         decisions: Sequence[Decision],
         measures: Sequence[Measure | None],
+        estimate: Measure | None = None,
     ) -> None:
         """Add a step; its distances follow when they have reached the host."""
         self.steps.append(
@@ -82,12 +88,18 @@ class Trace:
                 distances=(None,) * len(decisions),
                 metrics=tuple(measure.metric if measure else None for measure in measures),
                 limits=tuple(measure.limit if measure else None for measure in measures),
+                estimate=estimate.metric if estimate else None,
+                estimate_limit=estimate.limit if estimate else None,
             )
         )
 
     def measure(self, step: int, distances: Sequence[float | None]) -> None:
         """Add what a recorded step measured, per block."""
         self.steps[step] = replace(self.steps[step], distances=tuple(distances))
+
+    def err(self, step: int, error: float) -> None:
+        """Add how far from its forecast a recorded step was, of the batch's worst prompt."""
+        self.steps[step] = replace(self.steps[step], error=error)
 
     def first_not_finite(self) -> tuple[int, int] | None:
         """The first step, and block in it, whose measured change is no finite number; None where there is none."""

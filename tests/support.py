@@ -162,7 +162,7 @@ def layout_of(mode: str = "output", fixed: bool = False) -> Layout:
 def context_of(steps: int, blocks: int, prompts: int = 1) -> Context:
     """What a policy learns of a request of that many steps on a model of that many blocks."""
     timesteps, nothing = np.linspace(999, 0, steps), np.zeros(steps)
-    schedule = Schedule(timesteps, nothing, nothing, nothing[:, None], nothing[:, None], 1.0)
+    schedule = Schedule(timesteps, nothing, nothing, nothing[:, None], nothing[:, None], nothing, 1.0)
     return Context(schedule, ("block",) * blocks, prompts)
 
 

@@ -10,6 +10,7 @@ from ...engines.errors import InvalidRequest, quoted
 from ..decisions import Decision, Distance, Measure
 from .base import Context, Decider, Policy
 from .cycle import Cycle, Static
+from .forecast import Forecast
 from .foresight import Foresight
 from .none import NoReuse
 
@@ -20,6 +21,7 @@ __all__ = [
     "Decider",
     "Decision",
     "Distance",
+    "Forecast",
     "Foresight",
     "Measure",
     "NoReuse",
@@ -30,7 +32,7 @@ __all__ = [
     "policy_settings",
 ]
 
-_ROWS: tuple[type[Any], ...] = (Foresight, Static, NoReuse)
+_ROWS: tuple[type[Any], ...] = (Foresight, Forecast, Static, NoReuse)
 POLICIES: dict[str, type[Any]] = {policy.name: policy for policy in _ROWS}
 
 

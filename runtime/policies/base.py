@@ -44,7 +44,8 @@ class Context:
 class Decider:
     """The decisions of one request; mutable, never shared between requests. This one has every block run.
 
-    In each step it is asked for a `forecast`; where there is none, for its `measures` and its `plan`.
+    In each step it is asked for a `forecast`; where there is none, for its `measures` and its `plan`, and once the
+    model has run, for what it `expected`.
     """
 
     def __init__(self, context: Context) -> None:
@@ -56,6 +57,20 @@ class Decider:
         None has the step run. Asked before anything of the step is; what the step before measured may not be told yet.
         """
         return None
+
+    def estimate(self) -> Measure | None:
+        """What the last answer of `forecast` rested on; None where it was no matter of numbers."""
+        return None
+
+    def expected(self, step: int) -> Sequence[float] | None:
+        """Weights of the outputs before, newest first, whose sum would have stood in for that of `step`.
+
+        None has nothing measured. How far off that was is told before the `forecast` of the step after.
+        """
+        return None
+
+    def observe_output(self, step: int, errors: Distance) -> None:
+        """How far what was expected of `step` was from the output: the root mean square, per prompt."""
 
     def plan(self, step: int) -> list[Decision]:
         """COMPUTE or REUSE for every block of `step`."""

@@ -59,6 +59,11 @@ class RectifiedFlow:
         even = torch.tensor([1 - step / steps for step in range(steps)], dtype=torch.float32)
         self.timesteps = TIMESTEPS * self.transform(even)
 
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """A sample at `timestep`, of the same shape: as much of it left as the way from there to the video is done."""
+        share = timestep.to(sample.dtype) / TIMESTEPS
+        return (1 - share) * sample + share * noise
+
     def step(
         self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = False
     ) -> tuple[Tensor, ...]:

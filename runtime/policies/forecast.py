@@ -1,0 +1,119 @@
+"""Forecast: whole steps whose model output can be foretold from those before are not run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ...engines.errors import InvalidRequest, quoted
+from ...engines.wording import plural
+from ..decisions import Distance, Measure
+from .base import Context, Decider, Policy
+
+WARMUP_SHARE = 0.2  # of all steps
+CURVE = 0.5  # of the second-order term: all of it overshoots
+
+
+@dataclass(frozen=True)
+class Forecast(Policy):
+    """A step is forecast while what that is expected to cost stays within `tolerance`.
+
+    The model's output m is forecast from the last three that were computed, m0, m1, m2 at the timesteps u0, u1, u2, by
+    Newton's divided differences f01 and f012, half of the second order: m0 + (u - u0) f01 + (u - u0)(u - u1) f012 / 2.
+    Where a step is computed, how far its forecast would have been off is known: r, root mean square. A forecast that
+    far away in time, compared with the gap H that r was measured over, is expected to cost
+    e = w r |u - u0| / H, with w what an error of that step's output does to the last sample
+    (`Schedule.sensitivities`). As long as the sum E of all e since the last computed step is at most `tolerance`, no
+    engine runs. The first `warmup` steps (None: 20 % of all) and the last one are computed. In a batch the worst
+    prompt decides. Cached are three arrays of the latents' size, and no block.
+    """
+
+    name: ClassVar[str] = "forecast"
+    outputs: ClassVar[int] = 3
+    tolerance: float = field(default=0.005, metadata={"help": "Forecast: more is faster and less exact."})
+    warmup: int | None = field(
+        default=None, metadata={"help": "Steps before any reuse.", "default": f"{100 * WARMUP_SHARE:.0f} % of all"}
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tolerance, (int, float)) or not 0 < self.tolerance < math.inf:
+            raise InvalidRequest(f"tolerance: got {quoted(self.tolerance)}, expected a number above 0")
+        if self.warmup is not None and not (isinstance(self.warmup, int) and self.warmup >= 1):
+            raise InvalidRequest(f"warmup: got {quoted(self.warmup)}, expected a whole number of 1 or more")
+
+    def reusable(self, kinds: Sequence[str]) -> tuple[bool, ...]:
+        """See Policy.reusable."""
+        return (False,) * len(kinds)
+
+    def warmup_steps(self, steps: int) -> int:
+        """The number of steps before the first that may be forecast."""
+        return self.warmup if self.warmup is not None else math.ceil(WARMUP_SHARE * steps)
+
+    def begin(self, context: Context) -> Decider:
+        """See Policy.begin. Raises InvalidRequest for a bundle whose sampler tells no signal scales."""
+        return _Forecaster(self, context)
+
+    def describe(self, steps: int) -> str:
+        """See Policy.describe."""
+        return (
+            f"{self.name}: after {plural(self.warmup_steps(steps), 'warm-up step')}, a step is forecast while its "
+            f"expected cost stays within {self.tolerance:g}; the last three model outputs are cached"
+        )
+
+
+class _Forecaster(Decider):
+    def __init__(self, policy: Forecast, context: Context) -> None:
+        super().__init__(context)
+        self._policy = policy
+        self._times = [float(time) for time in context.schedule.timesteps]
+        self._sensitivities = [float(number) for number in context.schedule.sensitivities()]
+        if not all(map(math.isfinite, self._sensitivities)):
+            raise InvalidRequest(
+                "policy: got forecast for a sampler that does not tell how much signal a sample holds, expected "
+                "foresight, static or none"
+            )
+        self._computed: list[int] = []  # the last three steps, newest first
+        self._error = math.inf  # r over H
+        self._spent = 0.0  # E
+        self._estimate: Measure | None = None
+
+    def forecast(self, step: int) -> Sequence[float] | None:
+        self._estimate = None
+        weights = self._weights(step)
+        last = step == self.context.steps - 1
+        if weights is None or last or step < self._policy.warmup_steps(self.context.steps):
+            return None
+        gap = abs(self._times[step] - self._times[self._computed[0]])
+        cost = self._spent + self._sensitivities[step] * self._error * gap
+        self._estimate = Measure(cost, self._policy.tolerance)
+        if not cost <= self._policy.tolerance:
+            return None
+        self._spent = cost
+        return weights
+
+    def estimate(self) -> Measure | None:
+        return self._estimate
+
+    def expected(self, step: int) -> Sequence[float] | None:
+        weights = self._weights(step)
+        self._gap = abs(self._times[step] - self._times[self._computed[0]]) if self._computed else 0.0
+        self._computed = [step, *self._computed][: self._policy.outputs]
+        self._spent, self._error = 0.0, math.inf
+        return weights
+
+    def observe_output(self, step: int, errors: Distance) -> None:
+        worst = max(error if math.isfinite(error) else math.inf for error in errors)
+        self._error = worst / self._gap
+
+    def _weights(self, step: int) -> tuple[float, ...] | None:
+        """Of the last three computed outputs, newest first; None where there are fewer, or two at one timestep."""
+        times = [self._times[computed] for computed in self._computed]
+        if len(times) < self._policy.outputs or len({*times, self._times[step]}) < len(times) + 1:
+            return None
+        (u0, u1, u2), u = times, self._times[step]
+        line, curve = u - u0, CURVE * (u - u0) * (u - u1) / (u0 - u2)
+        newest = 1 + line / (u0 - u1) + curve / (u0 - u1)
+        middle = -line / (u0 - u1) - curve / (u0 - u1) - curve / (u1 - u2)
+        return newest, middle, curve / (u1 - u2)
