@@ -172,6 +172,15 @@ def test_the_runtime_takes_the_steps_of_the_scheduler(name: str, steps: int, see
         np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max() * steps**0.5)
 
 
+@pytest.mark.parametrize("steps", [7, 10])
+def test_a_recurrence_that_fits_the_basis_by_chance_is_not_taken(steps: int) -> None:
+    """LMS needs four outputs; two samples and three outputs come near enough for these."""
+    scheduler = LINEAR["LMS"]()
+    ours, theirs = run_both(scheduler, steps, schedule_from(steps_from_scheduler(scheduler, steps)), 1)
+    for got, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max() * steps**0.5)
+
+
 @pytest.mark.parametrize("name", NOISY)
 @given(steps=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=6, deadline=None, derandomize=True)
@@ -348,3 +357,65 @@ def test_a_scheduler_that_takes_only_so_many_steps_has_tables_for_those(tmp_path
     described = sampler_from_table(tmp_path / "sampler.npz", scheduler)
     assert (described.scheduler, described.max_steps, described.kept) == ("TCDScheduler", 6, 2)
     assert load_table(tmp_path / "sampler.npz", described.max_steps).schedule(6).steps == 6
+
+
+def answers_of_an_ideal_model(scheduler: Any, schedule: Schedule, wrong: int, video: float, noise: float) -> float:
+    """The last sample of a model that takes the noise in every sample for what it is, off by 1 in one output."""
+    kind = scheduler.config.get("prediction_type", "flow_prediction")
+    sampler = schedule.begin(np.full((1, 1), noise), lambda: np.zeros((1, 1)))
+    for step in range(schedule.steps):
+        signal = schedule.signal_scales[step]
+        spread = float(noise_scale(scheduler, schedule.timesteps[step]))
+        # the video, where the noise is what it is; there may be none in the first sample
+        seen = (sampler.latents[0, 0] - spread * noise) / signal if signal else video
+        outputs = {
+            "epsilon": noise,
+            "sample": seen,
+            "v_prediction": signal * noise - spread * seen,
+            "flow_prediction": noise - seen,
+        }
+        sampler.advance(step, np.full((1, 1), outputs[kind] + (step == wrong)))
+    return float(sampler.latents[0, 0])
+
+
+def noise_scale(scheduler: Any, timestep: float) -> Any:
+    ones, zeros = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    when = torch.tensor([timestep], dtype=scheduler.timesteps.dtype)
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(zeros, when, ones)
+    return scheduler.add_noise(zeros, ones, when)
+
+
+def closeness(name: str) -> float:
+    """How near to an ideal model's answer the sensitivity is, as a share of it.
+
+    With linspace, diffusers' DDIM steps to other timesteps than those it calls the model at; and an output that counts
+    in several steps moves the samples in between by other shares than one that was off all along would.
+    """
+    return 0.3 if "linspace" in name else 0.12 if "order 2" in name or "order 3" in name else 0.02
+
+
+SENSITIVE = [name for name in LINEAR if "DDIM" in name or "order" in name or "flow matching" in name]
+
+
+@pytest.mark.parametrize("name", SENSITIVE)
+@pytest.mark.parametrize("steps", [7, 20])
+def test_sensitivities_are_what_an_ideal_model_shows(name: str, steps: int) -> None:
+    scheduler = LINEAR[name]()
+    schedule = schedule_from(steps_from_scheduler(scheduler, steps))
+    scheduler.set_timesteps(steps)
+    sensitivities = schedule.sensitivities()
+    still = answers_of_an_ideal_model(scheduler, schedule, -1, 0.3, 0.7)
+    for wrong in range(1, steps):
+        moved = abs(answers_of_an_ideal_model(scheduler, schedule, wrong, 0.3, 0.7) - still)
+        assert moved == pytest.approx(sensitivities[wrong], rel=closeness(name), abs=1e-3)
+        assert moved > 1e-3
+
+
+@pytest.mark.parametrize("name", [*LINEAR, *NOISY])
+def test_every_scheduler_tells_how_much_signal_its_samples_hold(name: str) -> None:
+    scheduler = (LINEAR | NOISY)[name]()
+    schedule = schedule_from(steps_from_scheduler(scheduler, 10))
+    assert ((schedule.signal_scales >= 0) & (schedule.signal_scales <= 1 + 1e-9)).all()
+    assert np.isfinite(schedule.sensitivities()).all()
+    assert (np.diff(schedule.signal_scales) > -1e-6).all()

@@ -12,7 +12,7 @@ import pytest
 from foresight.engines.errors import Cancelled, EngineError
 from foresight.engines.interrupt import WATCH, stoppable
 from foresight.runtime.pipeline import VideoPipeline
-from foresight.runtime.policies import Decision, Foresight, NoReuse, Policy
+from foresight.runtime.policies import Decision, Forecast, Foresight, NoReuse, Policy
 from foresight.runtime.video import Video
 from tests.support import CancelAt, WatchedBackend, fail_at, watched_pipeline
 
@@ -22,6 +22,7 @@ POLICIES: dict[str, Policy] = {
     "none": NoReuse(),
     "foresight-output": Foresight(gamma=2, warmup=2),
     "foresight-residual": Foresight(gamma=2, warmup=2, cache="residual"),
+    "forecast": Forecast(tolerance=10, warmup=2),
 }
 TIMEOUT_S = 60  # of a barrier that is never reached, so that a broken test ends
 
@@ -51,6 +52,8 @@ def test_these_requests_do_reuse(pipeline: VideoPipeline) -> None:
     for name in ("foresight-output", "foresight-residual"):
         assert first(pipeline, POLICIES[name]).trace.count(Decision.REUSE) > 0
         assert second(pipeline, POLICIES[name]).trace.count(Decision.REUSE) > 0
+    assert first(pipeline, POLICIES["forecast"]).trace.count(Decision.FORECAST) > 0
+    assert second(pipeline, POLICIES["forecast"]).trace.count(Decision.FORECAST) > 0
 
 
 def test_the_same_request_twice_gives_the_same_bytes(pipeline: VideoPipeline, policy: Policy) -> None:
