@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 from functools import wraps
 from pathlib import Path
@@ -84,7 +84,7 @@ def policy_options(command: Command) -> Command:
         shell_complete=names(POLICIES),
         help=f"{alternatives(POLICIES)}.",
     )
-    settings = {setting.name: option for setting, option in _policy_settings()}
+    settings = _policy_settings()
     shown = [name for name in SHOWN if name in settings]
     shown += [name for name in settings if name not in SHOWN]
 
@@ -94,25 +94,31 @@ def policy_options(command: Command) -> Command:
     return group("policy", policy, chosen, *(settings[name] for name in shown))(command)
 
 
-def _policy_settings() -> Iterator[tuple[Field[Any], Option]]:
+def _policy_settings() -> dict[str, Option]:
+    """One option for every field that any policy has, by its name."""
+    having: dict[str, list[Any]] = {}
     for policy in POLICIES.values():
         for setting in fields(policy):
-            having = [other for other in POLICIES.values() if setting.name in other.__dataclass_fields__]
-            yield setting, _setting_option(setting, get_type_hints(policy)[setting.name], having)
+            having.setdefault(setting.name, []).append(policy)
+    return {name: _setting_option(name, policies) for name, policies in having.items()}
 
 
-def _setting_option(setting: Field[Any], hint: Any, having: list[Any]) -> Option:
-    """The option of a policy's field: type and default are the field's, and so is what help says."""
+def _setting_option(name: str, policies: list[Any]) -> Option:
+    """The option of a field of these policies: type and default are the field's, and so is what help says."""
+    settings: dict[str, Field[Any]] = {policy.name: policy.__dataclass_fields__[name] for policy in policies}
+    setting, hint = next(iter(settings.values())), get_type_hints(policies[0])[name]
     (kind,) = {hint} if get_origin(hint) not in (Union, types.UnionType) else {*get_args(hint)} - {type(None)}
     told = setting.metadata["help"]
-    if len(having) == 1:
-        told = f"{having[0].name}: {told[0].lower()}{told[1:]}"
-    default = setting.metadata.get("default", setting.default)
+    if len(policies) == 1:
+        told = f"{policies[0].name}: {told[0].lower()}{told[1:]}"
+    defaults = {policy: own.metadata.get("default", own.default) for policy, own in settings.items()}
+    usual = next(iter(defaults.values()))
+    others = [f"{policy} {default}" for policy, default in defaults.items() if default != usual]
     return click.option(
-        f"--{setting.name.replace('_', '-')}",
+        f"--{name.replace('_', '-')}",
         type=kind,
         shell_complete=names(setting.metadata.get("values", ())),
-        help=f"{told}  [default: {default}]",
+        help=f"{told}  [default: {'; '.join([str(usual), *others])}]",
     )
 
 

@@ -34,6 +34,7 @@ PUBLIC_API = [
     "CheckpointError",
     "EngineError",
     "ExportError",
+    "Forecast",
     "Foresight",
     "ForesightError",
     "IntegrityError",
