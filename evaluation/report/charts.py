@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from ...runtime.caches import CACHE_MODES, find_mode
 from ...runtime.decisions import Decision
 from ...runtime.notes import cycle_of
-from ...runtime.trace import Trace
+from ...runtime.trace import StepTrace, Trace
 from .wording import duration
 
 OUTLIER = 4  # times the median: steps slower than that are cut off, and named
@@ -197,11 +197,19 @@ def hover(trace: Trace, other: Trace | None) -> dict[str, Any]:
                 "metrics": _texts(step.metrics),
                 "limits": _texts(step.limits),
                 "distances": _texts(step.distances),
+                "forecast": _forecast_text(step),
             }
             for step in trace.steps
         ],
         "reference": [duration(step.milliseconds) for step in other.steps] if other is not None else [],
     }
+
+
+def _forecast_text(step: StepTrace) -> str:
+    """What a policy that forecasts whole steps expected and found; empty where it did neither."""
+    expected, found = _texts([step.estimate])[0], _texts([step.error])[0]
+    words = [] if expected is None else [f"expected cost {expected} · tolerance {step.estimate_limit:g}"]
+    return "\n".join([*words, *([] if found is None else [f"its forecast was off by {found}"])])
 
 
 def _texts(values: Iterable[float | None]) -> list[str | None]:
