@@ -115,33 +115,45 @@ def test_requests_that_alternate_block_by_block_give_the_bytes_they_give_alone(
     assert at_once([lambda: taking_turns(0, first), lambda: taking_turns(1, second)]) == alone
 
 
+def looks_in_steps(pipeline: VideoPipeline, policy: Policy) -> list[str]:
+    """What is said where the first request is cancelled at a block, or before a step's forecast, in order."""
+    return [
+        f"in step {step} of {STEPS}, before {when}"
+        for step, row in enumerate(decisions(first(pipeline, policy)), 1)
+        for when in (["its forecast"] if "forecast" in row else [f"block {block}" for block in range(4)])
+    ]
+
+
 @pytest.mark.parametrize("look", range(STEPS * 4))
 def test_a_request_after_one_that_was_cancelled_anywhere_is_as_if_alone(
     pipeline: VideoPipeline, policy: Policy, look: int
 ) -> None:
+    looks = looks_in_steps(pipeline, policy)
+    place = look % len(looks)
     alone = content(second(pipeline, policy))
-    with pytest.raises(Cancelled, match=rf"cancelled in step {look // 4 + 1} of {STEPS}, before block {look % 4}"):
-        first(pipeline, policy, cancel=CancelAt(LOOKS_BEFORE + look))
+    with pytest.raises(Cancelled, match=f"cancelled {looks[place]}"):
+        first(pipeline, policy, cancel=CancelAt(LOOKS_BEFORE + place))
     assert content(second(pipeline, policy)) == alone
 
 
 @pytest.mark.parametrize(
-    ("look", "when"),
+    ("look", "in_steps", "when"),
     [
-        (0, "before it began"),
-        (1, "while its text was prepared"),
-        (2, "while its text was prepared"),
-        (3, "before its first step"),
-        (LOOKS_BEFORE + STEPS * 4, "before its frames were decoded"),
-        (LOOKS_BEFORE + STEPS * 4 + 1, "while its frames were decoded"),
+        (0, False, "before it began"),
+        (1, False, "while its text was prepared"),
+        (2, False, "while its text was prepared"),
+        (3, False, "before its first step"),
+        (LOOKS_BEFORE, True, "before its frames were decoded"),
+        (LOOKS_BEFORE + 1, True, "while its frames were decoded"),
     ],
 )
 def test_a_request_can_be_cancelled_in_every_phase(
-    pipeline: VideoPipeline, policy: Policy, look: int, when: str
+    pipeline: VideoPipeline, policy: Policy, look: int, in_steps: bool, when: str
 ) -> None:
     alone = content(second(pipeline, policy))
+    before = len(looks_in_steps(pipeline, policy)) if in_steps else 0
     with pytest.raises(Cancelled, match=f"request: cancelled {when}"):
-        first(pipeline, policy, cancel=CancelAt(look))
+        first(pipeline, policy, cancel=CancelAt(look + before))
     assert content(second(pipeline, policy)) == alone
 
 
@@ -149,7 +161,7 @@ def test_a_token_that_is_never_set_changes_nothing(pipeline: VideoPipeline, poli
     token = CancelAt(1 << 30)
     assert content(first(pipeline, policy, cancel=token)) == content(first(pipeline, policy))
     chunks = sum(len(stage.chunks) for stage in pipeline.manifest.decoder)
-    assert token.looked == LOOKS_BEFORE + STEPS * 4 + 1 + chunks
+    assert token.looked == LOOKS_BEFORE + len(looks_in_steps(pipeline, policy)) + 1 + chunks
 
 
 def test_a_token_set_beforehand_stops_the_request_before_anything_runs(bundle: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_report_and_a_trace_show_any_policy(pipeline: VideoPipeline, tmp_path:
     assert isinstance(video, Video) and isinstance(reference, Video)
     page = write_report(video, tmp_path / "report.html", reference=reference).read_text()
     assert policy.name in page
-    assert ("forecast" in page.split("<style>")[0] + page.split("</style>")[1]) == (video.trace.blocks_forecast > 0)
+    assert ("In a forecast step no block was run" in page) == (video.trace.blocks_forecast > 0)
     assert video.trace.to_dict()["policy"]["name"] == policy.name
 
 
