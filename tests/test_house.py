@@ -20,7 +20,7 @@ LONGER = {
     "foresight.exporter.checkpoint.Checkpoint": "one method a question that the export asks of the files",
     "foresight.runtime.pipeline.VideoPipeline": "its call is typed twice, for one prompt and for several",
 }
-WORDS = {"output", "none"}  # that also mean something else
+WORDS = {"output", "none", "forecast"}  # that also mean something else
 
 
 def parts(tree: ast.Module, module: str) -> Iterator[tuple[str, str, int]]:
