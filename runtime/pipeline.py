@@ -149,6 +149,10 @@ class VideoPipeline:
             for f, x, text, s in zip(frames, final, checked.prompts, checked.seeds, strict=True)
         ]
 
+    def check(self, request: VideoRequest) -> None:
+        """Raises InvalidRequest where `generate` would; nothing runs."""
+        check_request(request, self.manifest, self._table, self.backend.arrays)
+
     def memory(self, prompts: int = 1, guided: bool = True, policy: Policy | None = None) -> MemoryPlan:
         """What a request takes of the device's memory. Raises InvalidRequest where `cache_memory` is too small."""
         compiled = self.backend.compiled(self.bundle)

@@ -15,7 +15,7 @@ from ..engines.errors import InvalidRequest, quoted
 from ..engines.manifest import Manifest
 from .caches import find_mode
 from .latents import check_latents
-from .policies import Foresight, Policy
+from .policies import Context, Foresight, Policy
 from .sampler import SamplerTable, Schedule
 
 MAX_CHARACTERS = 4000  # of a prompt; no model reads more than 300 tokens, which take about 1500
@@ -76,6 +76,7 @@ def check_request(request: VideoRequest, manifest: Manifest, table: SamplerTable
     guidance = check_guidance(defaults.guidance if request.guidance is None else request.guidance)
     latents, shape = request.latents, (len(prompts), *manifest.shape.latents)
     given = None if latents is None else check_latents(latents, shape, arrays)
+    policy.begin(Context(schedule, tuple(block.kind for block in manifest.blocks), len(prompts)))  # may refuse it
     return CheckedRequest(prompts, negative, schedule, guidance, seeds, policy, given, request.to_host)
 
 

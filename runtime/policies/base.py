@@ -7,7 +7,7 @@ its own metric.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -96,11 +96,13 @@ class Policy:
 
     Each field's metadata has its `help`, as `default` words for a default that is None, and as `values` the names that
     it may be, where it is one of a few. `outputs` is how many of
-    the last computed model outputs a forecast is made of: that many arrays of the latents' size are kept.
+    the last computed model outputs a forecast is made of: that many arrays of the latents' size are kept. `ladder` has
+    the settings, the most exact first, that an evaluation tries where it is not told which.
     """
 
     name: ClassVar[str]
     outputs: ClassVar[int] = 0
+    ladder: ClassVar[tuple[Mapping[str, Any], ...]] = ()
 
     @property
     def cache(self) -> str:

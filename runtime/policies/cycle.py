@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...engines.errors import InvalidRequest, quoted
 from ...engines.wording import plural
@@ -76,6 +77,7 @@ class Static(Cycle):
     """All blocks are reused in every step that the cycle allows, whatever they measure."""
 
     name: ClassVar[str] = "static"
+    ladder: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     cache: str = cache_setting()
 
     def begin(self, context: Context) -> Decider:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...engines.errors import InvalidRequest, quoted
 from ...engines.wording import plural
@@ -32,6 +32,7 @@ class Forecast(Policy):
 
     name: ClassVar[str] = "forecast"
     outputs: ClassVar[int] = 3
+    ladder: ClassVar[tuple[Mapping[str, Any], ...]] = ({"tolerance": 0.0025}, {}, {"tolerance": 0.01})
     tolerance: float = field(default=0.005, metadata={"help": "More is faster and less exact."})
     warmup: int | None = field(
         default=None, metadata={"help": "Steps before any reuse.", "default": f"{100 * WARMUP_SHARE:.0f} % of all"}

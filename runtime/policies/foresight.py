@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...engines.errors import InvalidRequest, quoted
 from ..decisions import Decision, Distance, Measure
@@ -26,6 +26,7 @@ class Foresight(Cycle):
     """
 
     name: ClassVar[str] = "foresight"
+    ladder: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"reuse_steps": 2, "interval": 3})
     gamma: float = field(default=0.5, metadata={"help": "More is faster and less exact, up to 2."})
     cache: str = cache_setting()
 
