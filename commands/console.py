@@ -25,7 +25,16 @@ from .interrupt import Interrupted, Interrupts
 from .progress import displayed
 
 Row = dict[str, Any]  # of one video, as --json shows it
-COMMANDS = ("build", "env", "export", "inspect", "parity", "run", "verify")  # each a module here, and its function
+COMMANDS = (
+    "build",
+    "env",
+    "evaluate",
+    "export",
+    "inspect",
+    "parity",
+    "run",
+    "verify",
+)  # each a module here, and its function
 RENAMED = {"compare": "parity"}
 HELP = {"-h", "--help", "--version"}
 ARGUMENT = re.compile(r"(?<![\w'\"/.-])[a-z]+(?:_[a-z]+)+(?![\w'\"/-]|\.\w)")  # not of a path or what was quoted

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import click
 
 from ..engines.errors import InvalidRequest
-from ..engines.registry import REGISTRY
 from ..engines.wording import MEBI
-from .completion import bundle_folders, names
+from .completion import bundle_folders
 from .console import Row, current_session, print_lines, print_result, progress
+from .loading import Engines, engine_options
 from .options import PATH, common, given, group, policy_options
 
 if TYPE_CHECKING:
@@ -59,41 +59,6 @@ class Outputs:
         return targets
 
 
-@dataclass(frozen=True)
-class Engines:
-    """The backend, and what its engines may take."""
-
-    backend: str | None
-    device: str | None
-    threads: int | None
-    low_memory: bool
-    cache_memory: float | None
-    cache_profile: Path | None
-    cuda_graphs: bool
-
-    def load(self, bundle: Path | None) -> VideoPipeline:
-        """The pipeline of a bundle, or of the newest one."""
-        from ..engines.bundle import newest_bundle
-        from ..runtime.pipeline import load
-        from .outputs import read_trace
-
-        megabytes = self.cache_memory
-        if megabytes is not None and not 0 < megabytes < math.inf:
-            raise InvalidRequest(f"cache_memory: got {megabytes} MiB, expected more than 0")
-        with progress() as show:
-            return load(
-                bundle or newest_bundle(),
-                backend=self.backend,
-                device=self.device,
-                threads=self.threads,
-                low_memory=self.low_memory,
-                cache_memory=None if megabytes is None else int(megabytes * MEBI),
-                cache_profile=read_trace(self.cache_profile) if self.cache_profile else None,
-                cuda_graphs=self.cuda_graphs,
-                on_progress=show,
-            )
-
-
 @click.command()
 @click.option("--bundle", type=PATH, shell_complete=bundle_folders, help="[default: the newest under bundles/]")
 @group(
@@ -120,26 +85,7 @@ class Engines:
     click.option("--trace", type=PATH, help="Write what every step did and measured (.json)."),
 )
 @click.option("--compare", is_flag=True, help="Run without reuse too; report PSNR, SSIM and the time saved.")
-@group(
-    "engines",
-    Engines,
-    click.option(
-        "--backend",
-        shell_complete=names(REGISTRY),
-        help="onnxruntime, tensorrt or tensorrt-rtx.  [default: what the bundle has engines for here, else "
-        "onnxruntime]",
-    ),
-    click.option("--device", help="cpu, cuda or cuda:N.  [default: cpu for onnxruntime, else cuda]"),
-    click.option("--threads", type=int, help="CPU threads of each engine.  [default: the cores, up to 16]"),
-    click.option(
-        "--low-memory", is_flag=True, help="Load the engines of each phase when it comes, free them after it."
-    ),
-    click.option(
-        "--cache-memory", type=float, help="Most memory for stream and cache, MiB.  [default: what they need]"
-    ),
-    click.option("--cache-profile", type=PATH, help="A --trace, to choose what to cache where not all fits."),
-    click.option("--cuda-graphs", is_flag=True, help="TensorRT: record every block once, and replay it."),
-)
+@engine_options
 @common
 def run(
     bundle: Path | None,

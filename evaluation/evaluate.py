@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from .. import __version__
 from ..engines.arrays import HostArray
 from ..engines.errors import Cancelled, InvalidRequest
 from ..engines.progress import OnProgress, Progress, silent
@@ -119,20 +120,48 @@ def candidates_of(policies: Iterable[Policy]) -> list[Candidate]:
     return list(found.values())
 
 
-def ladder() -> list[Policy]:
-    """Every registered policy in the settings that it names for this."""
-    return [policy(**settings) for policy in POLICIES.values() for settings in policy.ladder]
+def ladder(pipeline: VideoPipeline, request: VideoRequest) -> tuple[list[Policy], list[str]]:
+    """Every registered policy in the settings that it names for this; and why some are none for this bundle.
+
+    Raises InvalidRequest where the request is refused whatever its policy.
+    """
+    pipeline.check(replace(request, policy=NoReuse()))
+    rungs = [kind(**settings) for kind in POLICIES.values() for settings in kind.ladder]
+    fitting, notes = [], []
+    for policy in rungs:
+        try:
+            pipeline.check(replace(request, policy=policy))
+            fitting.append(policy)
+        except InvalidRequest as error:
+            notes.append(f"left out {text_of(policy)}: {error}")
+    return fitting, notes
+
+
+def settings_of(pipeline: VideoPipeline, request: VideoRequest) -> dict[str, Any]:
+    """What the rows of one evaluation have in common, as plain JSON values: of others, neither times compare."""
+    defaults = pipeline.manifest.defaults
+    negative = request.negative_prompt
+    return {
+        "version": __version__,
+        "bundle": pipeline.bundle.id,
+        "steps": defaults.steps if request.steps is None else request.steps,
+        "guidance": defaults.guidance if request.guidance is None else request.guidance,
+        "negative_prompt": defaults.negative_prompt if negative is None else negative,
+        "backend": pipeline.backend.describe(),
+        "cache_memory": pipeline.limits.cache_memory,
+    }
 
 
 def pairs_of(prompts: Sequence[str], seeds: int) -> list[Pair]:
-    """Every prompt with `seeds` seeds, no two alike: seed i of line n is n plus i times the number of prompts.
+    """Every prompt with `seeds` seeds, no two alike: seed i of prompt n is n plus i times the number of prompts.
 
-    Raises InvalidRequest.
+    A prompt that comes twice counts once. Raises InvalidRequest.
     """
     if seeds < 1:
         raise InvalidRequest(f"seeds: got {seeds}, expected 1 or more")
-    count = len(prompts)
-    return [Pair(prompt, line + turn * count) for turn in range(seeds) for line, prompt in enumerate(prompts)]
+    different = list(dict.fromkeys(prompts))
+    count = len(different)
+    return [Pair(prompt, line + turn * count) for turn in range(seeds) for line, prompt in enumerate(different)]
 
 
 @dataclass(frozen=True)
@@ -206,6 +235,11 @@ class Evaluation:
             for loaded in self.metrics
             if loaded.metric.of_set
         }
+
+    @property
+    def names(self) -> list[str]:
+        """Of the reference and the candidates."""
+        return [candidate.name for candidate in self._all]
 
     @property
     def _all(self) -> list[Candidate]:

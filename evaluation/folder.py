@@ -25,9 +25,11 @@ from ..engines.arrays import HostArray
 from ..engines.bundle import refuse_inside_bundle
 from ..engines.errors import InvalidRequest, OutputError, one_line, quoted
 from ..engines.files import sole_writer, write_atomically
+from ..engines.progress import OnProgress, silent
 from ..engines.wording import mebibytes
+from ..runtime.admission import CancelToken
 from ..runtime.whole import write_whole
-from .evaluate import Row, VideoKey
+from .evaluate import Evaluation, Row, VideoKey
 
 SETTINGS, ROWS, VIDEOS = "settings.json", "rows.jsonl", "videos"
 
@@ -38,6 +40,21 @@ class EvaluationFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.videos = VideoFiles(path / VIDEOS)
+
+    def run(self, job: Evaluation, on_progress: OnProgress = silent, cancel: CancelToken | None = None) -> list[Row]:
+        """All rows of a job whose videos are this folder's, in its order; those that are not here yet are made.
+
+        Raises what `Evaluation.run` raises; OutputError, also where there is no room for all videos. What is done by
+        then is kept.
+        """
+        known = self.rows()
+        shape = job.pipeline.manifest.shape
+        missing = sum(1 + len(those) for those in job.missing(known).values())
+        self.check_space(missing, shape.frames * shape.height * shape.width * 3)
+        for row in job.run(known, on_progress, cancel):
+            self.keep(row)
+        rows = {row.key: row for row in self.rows()}
+        return [rows[VideoKey(name, pair)] for name in job.names for pair in job.pairs]
 
     def rows(self) -> list[Row]:
         """Those of earlier calls; of one video the newest. Raises OutputError."""
@@ -114,7 +131,7 @@ class VideoFiles:
 
 @contextmanager
 def opened(path: Path, settings: Mapping[str, Any]) -> Iterator[EvaluationFolder]:
-    """The folder of an evaluation with these settings, plain JSON values, made if need be; no other process's meanwhile.
+    """The folder of an evaluation with these settings, plain JSON values, made if need be; until then nobody else's.
 
     Raises InvalidRequest for a place inside a bundle, and for a folder that holds other things or an evaluation with
     other settings; OutputError.

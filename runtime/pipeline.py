@@ -151,7 +151,8 @@ class VideoPipeline:
 
     def check(self, request: VideoRequest) -> None:
         """Raises InvalidRequest where `generate` would; nothing runs."""
-        check_request(request, self.manifest, self._table, self.backend.arrays)
+        checked = check_request(request, self.manifest, self._table, self.backend.arrays)
+        self.limits.cached(self.manifest, checked.policy, checked.rows)
 
     def memory(self, prompts: int = 1, guided: bool = True, policy: Policy | None = None) -> MemoryPlan:
         """What a request takes of the device's memory. Raises InvalidRequest where `cache_memory` is too small."""

@@ -210,7 +210,7 @@ def test_every_dependency_has_one_pin_within_its_bounds(python: str) -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    everything = (".*", "__pycache__", "build", "bundles", "dist", "latte", "out", "work", "*.egg-info")
+    everything = (".*", "__pycache__", "build", "bundles", "dist", "evaluations", "latte", "out", "work", "*.egg-info")
     shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*everything))
     build = (
         "import os, sys; from setuptools import build_meta; os.chdir(sys.argv[1]); build_meta.build_wheel(sys.argv[2])"

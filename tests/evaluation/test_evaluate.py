@@ -26,7 +26,7 @@ from foresight.evaluation.evaluate import (
 from foresight.evaluation.metrics import METRICS, PSNR, Metric, find_metrics, load_metrics
 from foresight.evaluation.quality import psnr, ssim
 from foresight.runtime.pipeline import VideoPipeline
-from foresight.runtime.policies import POLICIES, Foresight, NoReuse, Policy, Static
+from foresight.runtime.policies import POLICIES, Forecast, Foresight, NoReuse, Policy, Static
 from foresight.runtime.policies.notation import text_of
 from foresight.runtime.request import VideoRequest
 
@@ -169,15 +169,10 @@ def test_a_cancelled_evaluation_keeps_what_it_yielded(pipeline: VideoPipeline) -
             return len(rows) >= 2
 
     rows: list[Row] = []
+    running = evaluation(pipeline).run((), cancel=Token())
+    rows += [next(running), next(running)]
     with pytest.raises(Cancelled):
-        rows.extend(_collected(evaluation(pipeline).run((), cancel=Token()), rows))
-    assert len(rows) == 2
-
-
-def _collected(running: Iterator[Row], rows: list[Row]) -> list[Row]:
-    for row in running:
-        rows.append(row)
-    return []
+        next(running)
 
 
 def test_what_the_pipeline_would_refuse_is_refused_before(pipeline: VideoPipeline) -> None:
@@ -201,14 +196,33 @@ def test_candidates_are_told_apart() -> None:
         candidates_of([])
 
 
-def test_the_ladder_has_every_policy_that_reuses() -> None:
-    names = {policy.name for policy in ladder()}
-    assert names == POLICIES.keys() - {REFERENCE}
-    assert [candidate.name for candidate in candidates_of(ladder())] == [text_of(policy) for policy in ladder()]
+def test_the_ladder_has_every_policy_that_reuses(pipeline: VideoPipeline) -> None:
+    policies, notes = ladder(pipeline, VideoRequest("a dog"))
+    assert {policy.name for policy in policies} == POLICIES.keys() - {REFERENCE}
+    assert [candidate.name for candidate in candidates_of(policies)] == [text_of(policy) for policy in policies]
+    assert not notes
+
+
+def test_what_a_bundle_cannot_do_is_left_out_of_the_ladder(
+    pipeline: VideoPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(request: VideoRequest) -> None:
+        if isinstance(request.policy, Forecast):
+            raise InvalidRequest("policy: got forecast for a sampler, expected others")
+
+    monkeypatch.setattr(pipeline, "check", check)
+    policies, notes = ladder(pipeline, VideoRequest("a dog"))
+    assert {policy.name for policy in policies} == {"foresight", "static"}
+    assert len(notes) == 3 and notes[1] == "left out forecast: policy: got forecast for a sampler, expected others"
+
+
+def test_what_is_wrong_with_the_request_is_no_matter_of_the_ladder(pipeline: VideoPipeline) -> None:
+    with pytest.raises(InvalidRequest, match="steps: got 1000"):
+        ladder(pipeline, VideoRequest("a dog", steps=1000))
 
 
 def test_seeds_of_all_videos_differ() -> None:
-    assert pairs_of(["a", "b"], 2) == [Pair("a", 0), Pair("b", 1), Pair("a", 2), Pair("b", 3)]
+    assert pairs_of(["a", "b", "a"], 2) == [Pair("a", 0), Pair("b", 1), Pair("a", 2), Pair("b", 3)]
     with pytest.raises(InvalidRequest, match="seeds: got 0"):
         pairs_of(["a"], 0)
 

@@ -1,0 +1,133 @@
+"""`foresight evaluate`: what policies skip, and what that costs, over many prompts and seeds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..runtime.policies import POLICIES
+from .completion import names
+from .console import current_session, print_result, progress
+from .loading import Engines, engine_options
+from .options import PATH, bundle_argument, common, group
+
+if TYPE_CHECKING:
+    from ..evaluation.results import Results
+    from ..evaluation.summary import Summary
+
+EVALUATIONS = Path("evaluations")
+DOCUMENT, PAGE = "evaluation.json", "evaluation.html"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is made with every policy; None is the bundle's default."""
+
+    prompts: Path | None
+    seeds: int
+    negative_prompt: str | None
+    steps: int | None
+    guidance: float | None
+
+
+@click.command()
+@bundle_argument
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    shell_complete=names(POLICIES),
+    help="Such as foresight:gamma=1,cache=residual; may be repeated.  [default: a few settings of every policy]",
+)
+@group(
+    "asked",
+    Asked,
+    click.option("--prompts", type=PATH, help="A file with one prompt a line.  [default: the bundle's sample prompt]"),
+    click.option("--seeds", type=int, default=1, show_default=True, help="Videos of each prompt."),
+    click.option("--negative-prompt", help="[default: the bundle's]"),
+    click.option("--steps", type=int, help="Denoising steps, 1 to 100.  [default: the bundle's]"),
+    click.option("--guidance", type=float, help="1 switches it off.  [default: the bundle's]"),
+)
+@click.option("--metrics", default="psnr,ssim", show_default=True, help="With commas between them.")
+@click.option(
+    "--output", type=PATH, help="A folder for all that is made.  [default: evaluations/ and the bundle's name]"
+)
+@engine_options
+@common
+def evaluate(
+    bundle: Path | None,
+    policies: tuple[str, ...],
+    asked: Asked,
+    metrics: str,
+    output: Path | None,
+    engines: Engines,
+    as_json: bool,
+) -> None:
+    """Hold policies against no reuse, over prompts and seeds; goes on where it was interrupted."""
+    from ..evaluation.evaluate import Evaluation, candidates_of, ladder, pairs_of, settings_of
+    from ..evaluation.folder import opened
+    from ..evaluation.metrics import find_metrics, load_metrics
+    from ..evaluation.results import results_of
+    from ..runtime.policies.notation import policy_from_text
+    from ..runtime.request import VideoRequest
+    from .outputs import read_prompts
+
+    found = load_metrics(find_metrics(name.strip() for name in metrics.split(",") if name.strip()))
+    typed = [policy_from_text(text) for text in policies]
+    prompts = read_prompts(asked.prompts) if asked.prompts else []
+    pipeline = engines.load(bundle)
+    prompts = prompts or [pipeline.manifest.defaults.prompt]
+    request = VideoRequest(prompts[0], asked.negative_prompt, asked.steps, asked.guidance)
+    tried, notes = (typed, []) if typed else ladder(pipeline, request)
+    candidates, pairs = candidates_of(tried), pairs_of(prompts, asked.seeds)
+    place = output or EVALUATIONS / pipeline.bundle.path.resolve().name
+    job = Evaluation(pipeline, request, candidates, pairs, found, videos={})
+    job.check()
+    with opened(place, settings_of(pipeline, request)) as folder:
+        job = replace(job, videos=folder.videos)
+        with progress() as show:
+            rows = folder.run(job, show, current_session().interrupts)
+        results = results_of(job, rows, notes)
+        document = {"bundle": str(pipeline.bundle.path), **results.to_dict()}
+        files = [folder.write(DOCUMENT, json.dumps(document, indent=1, allow_nan=False))]
+    document["files"] = [str(path) for path in files]
+    print_result(document, as_json, _describe(results, files))
+
+
+def _describe(results: Results, files: list[Path]) -> list[str]:
+    per_video = [metric for metric in results.metrics[1:] if not metric.of_set]
+    width = max(len(summary.candidate) for summary in results.candidates)
+    head = f"{'policy':{width}}  {'calls':>6}  {'steps':>6}  {'PSNR':>6} {'mean':>6} {'worst':>6}"
+    lines = [f"{head}{''.join(f'  {metric.name:>7}' for metric in per_video)}  speed-up"]
+    for summary in results.candidates:
+        line = (
+            f"{summary.candidate:{width}}  {100 * summary.share_skipped:4.1f} %  "
+            f"{100 * summary.share_steps_skipped:4.1f} %  {_decibels(summary.psnr_db)} "
+            f"{_decibels(summary.metrics['psnr'].mean)} {_decibels(summary.worst_psnr_db)}"
+        )
+        for metric in per_video:
+            mean = summary.metrics[metric.name].mean
+            line += f"  {'—' if mean is None else f'{mean:.{metric.digits}f}':>7}"
+        lines.append(f"{line}  {_speed(summary)}")
+    for summary in results.candidates:
+        lines += [
+            f"worst of {summary.candidate}: {row.metrics['psnr']:.1f} dB, {row.prompt!r}, seed {row.seed}"
+            for row in summary.worst[:1]
+        ]
+    return [*lines, *(str(path) for path in files), *(f"note: {note}" for note in results.notes)]
+
+
+def _decibels(value: float | None) -> str:
+    return f"{'same' if value is None else f'{value:.1f}':>6}"
+
+
+def _speed(summary: Summary) -> str:
+    speed = summary.speed
+    if speed is None:
+        return ""
+    pairs = "one pair" if speed.pairs == 1 else f"{speed.low:.2f} to {speed.high:.2f} in {speed.pairs} pairs"
+    return f"{speed.median:.2f}x ({pairs}){', noisy' if speed.noisy else ''}"
