@@ -44,7 +44,7 @@ class Targets:
             if path is not None and path.suffix.lower() != suffix:
                 raise InvalidRequest(f"{name}: got {path.name!r}, expected a name ending in {suffix}")
         if self.report is not None:
-            from ..evaluation.report import check_libraries
+            from ..evaluation.report.templates import check_libraries
 
             check_libraries()
         places = [path.absolute() for path in self._wanted()]

@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ...engines.errors import InvalidRequest, OutputError, one_line, quoted
+from ...engines.errors import InvalidRequest, quoted
 from ...engines.wording import plural
 from ...runtime.policies import NoReuse, policy_of_settings
 from ...runtime.trace import Trace
@@ -23,6 +22,7 @@ from ...runtime.whole import write_whole
 from ..quality import psnr, ssim
 from .charts import bars, block_map, changes, hover, step_ticks
 from .film import film
+from .templates import check_libraries, render
 from .wording import decibels, duration, memory, similarity
 
 # What a trace and that of its reference must have in common.
@@ -41,31 +41,8 @@ def write_report(video: Video, path: str | os.PathLike[str], *, reference: Video
     check_libraries()
     if reference is not None:
         _check_reference(video, reference)
-    page = _renderer()(**_page(video, reference))
-    # a prompt from a shell may hold lone surrogates, which UTF-8 cannot
-    return write_whole(Path(path), lambda target: target.write_bytes(page.encode("utf-8", "replace")))
-
-
-def check_libraries() -> None:
-    """Raise OutputError where jinja2 or Pillow is missing; call it before the work that makes the video."""
-    try:
-        import jinja2  # noqa: F401
-        import PIL.Image  # noqa: F401
-    except ImportError as error:
-        raise OutputError(
-            f"report: jinja2 or Pillow is not installed ({one_line(error)}); "
-            'pip install "foresight-engines[report]", or do without the report'
-        ) from error
-
-
-def _renderer() -> Callable[..., str]:
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render
+    page = render("page.html", _page(video, reference))
+    return write_whole(Path(path), lambda target: target.write_bytes(page))
 
 
 def _check_reference(video: Video, reference: Video) -> None:
@@ -97,7 +74,7 @@ def _page(video: Video, reference: Video | None) -> dict[str, Any]:
         "calls": _calls(trace),
         "times": _times(trace, other),
         "compared": reference is not None,
-        "film": film(video, reference),
+        "film": film(video.frames, video.fps, None if reference is None else reference.frames),
         "steps": len(trace.steps),
         "step_ticks": step_ticks(len(trace.steps)),
         "map": block_map(trace),

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ...engines.arrays import HostArray
-from ...runtime.video import Video
 from ..quality import psnr
 from .wording import decibels
 
@@ -52,35 +51,38 @@ class _Encoding:
         return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _encoding(frames: HostArray) -> _Encoding:
+def _encoding(frames: HostArray, most: int) -> _Encoding:
     count, height, width, _ = frames.shape
     pixels = count * height * width
     if pixels <= LOSSLESS_PIXELS and max(height, width) <= LOSSY_SIDE:
         return _Encoding(width, height, lossless=True)
-    scale = min(1.0, LOSSY_SIDE / max(height, width), math.sqrt(LOSSY_PIXELS / pixels))
+    scale = min(1.0, LOSSY_SIDE / max(height, width), math.sqrt(most / pixels))
     return _Encoding(max(1, round(width * scale)), max(1, round(height * scale)), lossless=False)
 
 
-def film(video: Video, reference: Video | None) -> dict[str, Any]:
-    """Per frame a cell of pictures below each other: the frame, with a reference also its, and their difference."""
-    encoding = _encoding(video.frames)
+def film(frames: HostArray, fps: int, reference: HostArray | None = None, pixels: int = LOSSY_PIXELS) -> dict[str, Any]:
+    """Per frame a cell of pictures below each other: the frame, with a reference also its, and their difference.
+
+    Both (frames, height, width, 3) uint8, shown with at most so many pixels a video.
+    """
+    encoding = _encoding(frames, pixels)
     if reference is None:
         labels = ["Video"]
-        cells = [{"caption": str(index), "images": [encoding.uri(frame)]} for index, frame in enumerate(video.frames)]
+        cells = [{"caption": str(index), "images": [encoding.uri(frame)]} for index, frame in enumerate(frames)]
     else:
-        gain = _gain(video.frames, reference.frames)
+        gain = _gain(frames, reference)
         labels = ["This video", "Without reuse", f"Difference × {gain}"]
-        pairs = enumerate(zip(video.frames, reference.frames, strict=True))
+        pairs = enumerate(zip(frames, reference, strict=True))
         cells = [_compared_cell(index, frame, other, gain, encoding) for index, (frame, other) in pairs]
     return {
         "labels": labels,
         "cells": cells,
-        "fps": video.fps,
+        "fps": fps,
         "width": encoding.width,
         "height": encoding.height,
         "player": encoding.shown(PLAYER_SIDE),
         "strip": encoding.shown(STRIP_SIDE),
-        "note": _encoding_note(video.frames, encoding),
+        "note": _encoding_note(frames, encoding),
     }
 
 

@@ -32,7 +32,7 @@ class Forecast(Policy):
 
     name: ClassVar[str] = "forecast"
     outputs: ClassVar[int] = 3
-    ladder: ClassVar[tuple[Mapping[str, Any], ...]] = ({"tolerance": 0.0025}, {}, {"tolerance": 0.01})
+    ladder: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"tolerance": 0.01}, {"tolerance": 0.02})
     tolerance: float = field(default=0.005, metadata={"help": "More is faster and less exact."})
     warmup: int | None = field(
         default=None, metadata={"help": "Steps before any reuse.", "default": f"{100 * WARMUP_SHARE:.0f} % of all"}
