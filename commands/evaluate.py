@@ -71,11 +71,14 @@ def evaluate(
     from ..evaluation.evaluate import Evaluation, candidates_of, ladder, pairs_of, settings_of
     from ..evaluation.folder import opened
     from ..evaluation.metrics import find_metrics, load_metrics
+    from ..evaluation.report.evaluation import write_evaluation
+    from ..evaluation.report.templates import check_libraries
     from ..evaluation.results import results_of
     from ..runtime.policies.notation import policy_from_text
     from ..runtime.request import VideoRequest
     from .outputs import read_prompts
 
+    check_libraries()
     found = load_metrics(find_metrics(name.strip() for name in metrics.split(",") if name.strip()))
     typed = [policy_from_text(text) for text in policies]
     prompts = read_prompts(asked.prompts) if asked.prompts else []
@@ -94,6 +97,7 @@ def evaluate(
         results = results_of(job, rows, notes)
         document = {"bundle": str(pipeline.bundle.path), **results.to_dict()}
         files = [folder.write(DOCUMENT, json.dumps(document, indent=1, allow_nan=False))]
+        files.append(write_evaluation(results, job.videos, place / PAGE))
     document["files"] = [str(path) for path in files]
     print_result(document, as_json, _describe(results, files))
 
