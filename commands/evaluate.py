@@ -52,7 +52,12 @@ class Asked:
     click.option("--steps", type=int, help="Denoising steps, 1 to 100.  [default: the bundle's]"),
     click.option("--guidance", type=float, help="1 switches it off.  [default: the bundle's]"),
 )
-@click.option("--metrics", default="psnr,ssim", show_default=True, help="With commas between them.")
+@click.option(
+    "--metrics",
+    default="psnr,ssim",
+    show_default=True,
+    help="psnr, ssim, lpips, clip and fvd, with commas between them.",
+)
 @click.option(
     "--output", type=PATH, help="A folder for all that is made.  [default: evaluations/ and the bundle's name]"
 )

@@ -71,12 +71,19 @@ TORCH = {
     "torch",
     "transformers",
 }
-# Except for the backend that is onnx's own.
-ALLOWED = {("foresight.engines.reference", "onnx")}
+# Except for the backend that is onnx's own, and for metrics that are networks.
+ALLOWED = {
+    ("foresight.engines.reference", "onnx"),
+    ("foresight.evaluation.metrics.clip", "torch"),
+    ("foresight.evaluation.metrics.clip", "transformers"),
+    ("foresight.evaluation.metrics.fvd", "torch"),
+    ("foresight.evaluation.metrics.lpips", "torch"),
+}
 # Of the exporter, what runs without all of that.
 WITHOUT_TORCH = {"foresight.exporter.registry"}
 # Modules of the extras, by the names they are imported by.
 EXTRAS = {*TORCH, "PIL", "av", "cupy", "jinja2", "polygraphy", "psutil", "sentencepiece", "skimage", "tensorrt"}
+EXTRAS |= {"cdfvd", "lpips", "torchmetrics"}
 
 
 def project() -> dict[str, Any]:

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 from ...engines.errors import InvalidRequest, quoted
 from .base import Judged, LoadedMetric, Measure, Metric
+from .clip import load_clip
+from .fvd import load_fvd
+from .lpips import load_lpips
 from .pixels import load_psnr, load_ssim
 
 __all__ = ["METRICS", "PSNR", "Judged", "LoadedMetric", "Measure", "Metric", "find_metrics", "load_metrics"]
@@ -14,6 +17,18 @@ PSNR = Metric("psnr", "PSNR, dB", True, load_psnr, digits=1)
 _ROWS = (
     PSNR,
     Metric("ssim", "SSIM", True, load_ssim),
+    Metric("lpips", "LPIPS", False, load_lpips, modules=("lpips",), extra="lpips"),
+    Metric(
+        "clip",
+        "CLIP score",
+        True,
+        load_clip,
+        digits=2,
+        compares=False,
+        modules=("torchmetrics", "transformers"),
+        extra="clip",
+    ),
+    Metric("fvd", "FVD", False, load_fvd, digits=1, of_set=True, modules=("cdfvd",), extra="fvd"),
 )
 METRICS = {metric.name: metric for metric in _ROWS}
 

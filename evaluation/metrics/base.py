@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -53,6 +54,18 @@ class Metric:
                     f"metrics: {self.name} needs {module}, which cannot be imported ({one_line(error)}); "
                     f'pip install "foresight-engines[{self.extra}]", or leave {self.name} out'
                 ) from error
+
+
+@contextmanager
+def weights_of(metric: str) -> Iterator[None]:
+    """Turns what a library raises where its weights cannot be had into InvalidRequest."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InvalidRequest(
+            f"metrics: the weights of {metric} cannot be loaded ({one_line(error)}); put them where its library looks "
+            f"for them, or leave {metric} out"
+        ) from error
 
 
 @dataclass(frozen=True)

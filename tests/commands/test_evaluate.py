@@ -103,6 +103,29 @@ def test_odd_flags_are_refused_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "module", "code", "message"),
+    [
+        (("--metrics", "psnr,lpips"), "lpips", 2, r"metrics: lpips needs lpips, .*foresight-engines\[lpips\]"),
+        (("--metrics", "fvd"), "cdfvd", 2, r"fvd needs cdfvd, .*foresight-engines\[fvd\]"),
+        ((), "jinja2", 1, r"report: jinja2 or Pillow is not installed .*foresight-engines\[report\]"),
+    ],
+    ids=str,
+)
+def test_a_missing_library_is_told_before_the_bundle_is_looked_for(
+    foresight_cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    module: str,
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert_refused(foresight_cli("evaluate", "nowhere", *flags), code, message)
+    assert not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_keeps_what_is_finished(bundle: Path, tmp_path: Path) -> None:
     """Two videos are made, then the process interrupts itself; the next call goes on."""
     program = """
