@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from .. import __version__
@@ -64,7 +64,8 @@ class Candidate:
 class Row:
     """One video of one candidate; those of the reference are rows too.
 
-    `reference_ms` is what denoising took without reuse, in the same round. Of `metrics` those that are not finite are
+    `reference_ms` is what denoising took without reuse, in the same round; `truncated` says that the prompt was cut to
+    the model's length. Of `metrics` those that are not finite are
     None: a PSNR where the video is identical.
     """
 
@@ -77,6 +78,7 @@ class Row:
     steps_skipped: int
     denoise_ms: float
     reference_ms: float
+    truncated: bool = False
     metrics: dict[str, float | None] = field(default_factory=dict)
 
     @property
@@ -139,7 +141,7 @@ def ladder(pipeline: VideoPipeline, request: VideoRequest) -> tuple[list[Policy]
 
 def settings_of(pipeline: VideoPipeline, request: VideoRequest) -> dict[str, Any]:
     """What the rows of one evaluation have in common, as plain JSON values: of others, neither times compare."""
-    defaults = pipeline.manifest.defaults
+    defaults, limits = pipeline.manifest.defaults, pipeline.limits
     negative = request.negative_prompt
     return {
         "version": __version__,
@@ -148,7 +150,9 @@ def settings_of(pipeline: VideoPipeline, request: VideoRequest) -> dict[str, Any
         "guidance": defaults.guidance if request.guidance is None else request.guidance,
         "negative_prompt": defaults.negative_prompt if negative is None else negative,
         "backend": pipeline.backend.describe(),
-        "cache_memory": pipeline.limits.cache_memory,
+        "cache_memory": limits.cache_memory,
+        "cache_profile": None if limits.cache_profile is None else asdict(limits.cache_profile),
+        "cuda_graphs": limits.fixed_slots,
     }
 
 
@@ -314,6 +318,7 @@ def _row(candidate: str, pair: Pair, trace: Trace, reference: Trace) -> Row:
         steps_skipped=ran.count(False),
         denoise_ms=trace.denoise_ms,
         reference_ms=reference.denoise_ms,
+        truncated=bool(trace.truncated_prompts),
     )
 
 

@@ -70,15 +70,18 @@ def results_of(job: Evaluation, rows: Sequence[Row], notes: Sequence[str] = ()) 
         reference=summarise(of[REFERENCE], metrics),
         candidates=summaries,
         rows=tuple(rows),
-        notes=(*job.pipeline.manifest.cautions, *notes, *_notes(prompts, len(job.pairs), summaries)),
+        notes=(*job.pipeline.manifest.cautions, *notes, *_notes(prompts, of[REFERENCE], summaries)),
     )
 
 
-def _notes(prompts: Sequence[str], videos: int, summaries: Sequence[Summary]) -> list[str]:
-    notes = []
+def _notes(prompts: Sequence[str], reference: Sequence[Row], summaries: Sequence[Summary]) -> list[str]:
+    videos, notes = len(reference), []
     if len(prompts) == 1:
         made = "1 video of a single prompt tells" if videos == 1 else f"{videos} videos of a single prompt tell"
         notes.append(f"prompts: {made} little of others; give a file of them")
+    cut = {row.prompt for row in reference if row.truncated}
+    if cut:
+        notes.append(f"prompts: {len(cut)} of {len(prompts)} were longer than the text encoder takes, and were cut")
     noisy = [summary.candidate for summary in summaries if summary.speed and summary.speed.noisy]
     if noisy:
         notes.append(

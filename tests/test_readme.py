@@ -22,7 +22,16 @@ from tests.test_packaging import project, source_files
 
 REPOSITORY = Path(__file__).parents[1]
 # In the order in which they are followed: they share one folder, and what one exports another may use.
-FOLLOWED = ("README", "docs/export", "docs/commands", "docs/memory", "docs/tensorrt", "docs/embedding", "docs/reuse")
+FOLLOWED = (
+    "README",
+    "docs/export",
+    "docs/commands",
+    "docs/memory",
+    "docs/tensorrt",
+    "docs/embedding",
+    "docs/reuse",
+    "docs/evaluate",
+)
 LINKED = sorted(
     path.relative_to(REPOSITORY).as_posix()
     for folder in (".", "docs", "demo", "benchmarks")

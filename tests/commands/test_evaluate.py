@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from foresight.commands.options import alternatives
+from foresight.evaluation.metrics import METRICS
 from foresight.runtime.policies import POLICIES
 from tests.commands.support import Cli, assert_refused, document
 from tests.support import copy_bundle, edit_manifest, snapshot
@@ -124,6 +126,11 @@ def test_a_missing_library_is_told_before_the_bundle_is_looked_for(
     monkeypatch.setitem(sys.modules, module, None)
     assert_refused(foresight_cli("evaluate", "nowhere", *flags), code, message)
     assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_metric(foresight_cli: Cli) -> None:
+    told = " ".join(foresight_cli("evaluate", "--help").out.split())
+    assert f"{alternatives(METRICS).replace(' or ', ' and ')}, with commas between them" in told
 
 
 def test_ctrl_c_keeps_what_is_finished(bundle: Path, tmp_path: Path) -> None:

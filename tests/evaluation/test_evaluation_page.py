@@ -61,7 +61,7 @@ def make(
             quality = psnr(videos[key], plain) if off else None
             values = {"psnr": quality, **{metric.name: 0.5 for metric in metrics[1:] if not metric.of_set}}
             ran = 100 - 10 * number
-            rows.append(Row(name, pair.prompt, pair.seed, ran, 100, 20, number, 2.0 * ran, 200.0, values))
+            rows.append(Row(name, pair.prompt, pair.seed, ran, 100, 20, number, 2.0 * ran, 200.0, metrics=values))
     names = [text_of(policy) for policy in policies]
     of = {name: [row for row in rows if row.candidate == name] for name in (REFERENCE, *names)}
     results = Results(

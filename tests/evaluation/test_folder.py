@@ -26,7 +26,7 @@ PAIRS = [Pair("a dog", 0), Pair("a red circle", 1)]
 
 
 def row(candidate: str = "static", prompt: str = "a dog", psnr: float | None = 40.0) -> Row:
-    return Row(candidate, prompt, 0, 10, 20, 4, 1, 50.0, 100.0, {"psnr": psnr})
+    return Row(candidate, prompt, 0, 10, 20, 4, 1, 50.0, 100.0, metrics={"psnr": psnr})
 
 
 def test_rows_are_read_as_they_were_kept(tmp_path: Path) -> None:

@@ -158,10 +158,10 @@ def test_fvd_is_given_whole_videos_and_prints_nothing(
         def add_fake_stats(self, videos: Any) -> None:
             self.fake.append(videos)
 
-        def compute_fvd_from_stats(self) -> np.float64:
+        def compute_fvd_from_stats(self) -> float:
             assert self.real[0].shape == (1, 2, 32, 48, 3) and self.real[0].dtype == np.uint8
             real, fake = (float(np.concatenate(those).mean()) for those in (self.real, self.fake))
-            return np.float64(real - fake)
+            return real - fake
 
     _ = libraries["cdfvd"]
     libraries["cdfvd.fvd"].cdfvd = Distance  # type: ignore[attr-defined]

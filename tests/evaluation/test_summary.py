@@ -23,7 +23,7 @@ BOTH = [PSNR, METRICS["ssim"]]
 
 def row(seed: int = 0, psnr: float | None = 40.0, speedup: float = 2.0, ran: int = 10, ssim: float = 0.9) -> Row:
     """Of 20 block calls in 4 steps."""
-    return Row("static", "a dog", seed, ran, 20, 4, 1, 100.0, 100.0 * speedup, {"psnr": psnr, "ssim": ssim})
+    return Row("static", "a dog", seed, ran, 20, 4, 1, 100.0, 100.0 * speedup, metrics={"psnr": psnr, "ssim": ssim})
 
 
 def test_pooled_psnr_is_that_of_all_frames_together() -> None:
@@ -106,3 +106,12 @@ def test_results_are_one_document(pipeline: VideoPipeline) -> None:
     assert len(document["rows"]) == 4
     assert document["notes"][0] == "said before"
     assert document["notes"][1].startswith("prompts: 2 videos of a single prompt tell little")
+
+
+def test_prompts_that_were_cut_are_counted(pipeline: VideoPipeline) -> None:
+    pairs = [Pair("a dog " * 200, 0), Pair("a dog", 1)]
+    job = Evaluation(
+        pipeline, VideoRequest("", steps=3), candidates_of([Static(warmup=2)]), pairs, load_metrics([PSNR]), {}
+    )
+    notes = results_of(job, list(job.run())).notes
+    assert "prompts: 1 of 2 were longer than the text encoder takes, and were cut" in notes
