@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from .. import __version__
@@ -151,7 +151,7 @@ def settings_of(pipeline: VideoPipeline, request: VideoRequest) -> dict[str, Any
         "negative_prompt": defaults.negative_prompt if negative is None else negative,
         "backend": pipeline.backend.describe(),
         "cache_memory": limits.cache_memory,
-        "cache_profile": None if limits.cache_profile is None else asdict(limits.cache_profile),
+        "cache_profile": None if limits.cache_profile is None else limits.cache_profile.digest,
         "cuda_graphs": limits.fixed_slots,
     }
 

@@ -7,6 +7,7 @@ follows what the policy would have done with any set of slots.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,11 @@ class Profile:
             raise InvalidRequest(
                 f"cache_profile: got no trace of a request ({quoted(error)}), expected what Trace.to_dict() makes"
             ) from error
+
+    @property
+    def digest(self) -> str:
+        """The same for profiles that are alike, and for no others."""
+        return hashlib.sha256(repr([sorted(step) for step in self.wanted]).encode()).hexdigest()
 
 
 def choose_cached(

@@ -16,6 +16,7 @@ from foresight.engines.errors import InvalidRequest, OutputError
 from foresight.evaluation.evaluate import Evaluation, Pair, Row, VideoKey, candidates_of, settings_of
 from foresight.evaluation.folder import ROWS, SETTINGS, VIDEOS, EvaluationFolder, opened
 from foresight.evaluation.metrics import PSNR, load_metrics
+from foresight.runtime.budget import Profile
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import Static
 from foresight.runtime.request import VideoRequest
@@ -168,3 +169,10 @@ def test_settings_are_plain_json_and_the_requests_defaults_are_the_bundles(pipel
         pipeline, VideoRequest("", defaults.negative_prompt, defaults.steps, defaults.guidance)
     )
     assert settings != settings_of(pipeline, VideoRequest("", steps=defaults.steps - 1))
+
+
+def test_settings_tell_of_what_is_cached(pipeline: VideoPipeline) -> None:
+    trace = pipeline("a dog", steps=4).trace
+    other = pipeline("a dog", steps=4, policy=Static(warmup=2)).trace
+    digests = {Profile.from_trace(made.to_dict()).digest for made in (trace, trace, other)}
+    assert len(digests) == len({repr(Profile.from_trace(made.to_dict()).wanted) for made in (trace, other)})
