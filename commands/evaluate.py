@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from .loading import Engines, engine_options
 from .options import PATH, bundle_argument, common, group
 
 if TYPE_CHECKING:
+    from ..evaluation.metrics import Metric
     from ..evaluation.results import Results
     from ..evaluation.summary import Summary
 
@@ -108,26 +110,35 @@ def evaluate(
 
 
 def _describe(results: Results, files: list[Path]) -> list[str]:
-    per_video = [metric for metric in results.metrics[1:] if not metric.of_set]
-    width = max(len(summary.candidate) for summary in results.candidates)
+    others = results.metrics[1:]  # the first one is PSNR
+    alone = _values(results.reference, others)
+    names = [summary.candidate for summary in results.candidates] + (["without reuse"] if alone.strip() else [])
+    width = max(map(len, names))
     head = f"{'policy':{width}}  {'calls':>6}  {'steps':>6}  {'PSNR':>6} {'mean':>6} {'worst':>6}"
-    lines = [f"{head}{''.join(f'  {metric.name:>7}' for metric in per_video)}  speed-up"]
+    lines = [f"{head}{''.join(f'  {metric.name:>7}' for metric in others)}  speed-up"]
     for summary in results.candidates:
-        line = (
-            f"{summary.candidate:{width}}  {100 * summary.share_skipped:4.1f} %  "
-            f"{100 * summary.share_steps_skipped:4.1f} %  {_decibels(summary.psnr_db)} "
-            f"{_decibels(summary.metrics['psnr'].mean)} {_decibels(summary.worst_psnr_db)}"
+        psnr = " ".join(map(_decibels, (summary.psnr_db, summary.mean_psnr_db, summary.worst_psnr_db)))
+        lines.append(
+            f"{summary.candidate:{width}}  {_percent(summary.share_skipped)}  "
+            f"{_percent(summary.share_steps_skipped)}  {psnr}{_values(summary, others)}  {_speed(summary)}"
         )
-        for metric in per_video:
-            mean = summary.metrics[metric.name].mean
-            line += f"  {'—' if mean is None else f'{mean:.{metric.digits}f}':>7}"
-        lines.append(f"{line}  {_speed(summary)}")
+    if alone.strip():
+        lines.append(f"{'without reuse':{width}}  {_percent(0)}  {_percent(0)}  {'':20}{alone}")
     for summary in results.candidates:
         lines += [
-            f"worst of {summary.candidate}: {row.metrics['psnr']:.1f} dB, {row.prompt!r}, seed {row.seed}"
+            f"worst of {summary.candidate}: {summary.worst_psnr_db:.1f} dB, {row.prompt!r}, seed {row.seed}"
             for row in summary.worst[:1]
         ]
     return [*lines, *(str(path) for path in files), *(f"note: {note}" for note in results.notes)]
+
+
+def _values(summary: Summary, metrics: Sequence[Metric]) -> str:
+    values = [(metric, summary.value(metric)) for metric in metrics]
+    return "".join(f"  {'' if value is None else metric.shown(value):>7}" for metric, value in values)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:4.1f} %"
 
 
 def _decibels(value: float | None) -> str:

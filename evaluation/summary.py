@@ -62,6 +62,15 @@ class Summary:
     speed: Speed | None
     worst: tuple[Row, ...]
 
+    def value(self, metric: Metric) -> float | None:
+        """What a metric says of all videos: of a set, or the mean; None where it says nothing."""
+        return self.sets.get(metric.name) if metric.of_set else self.metrics[metric.name].mean
+
+    @property
+    def mean_psnr_db(self) -> float | None:
+        """The mean over videos; None where all are identical."""
+        return self.metrics[PSNR.name].mean
+
     @property
     def worst_psnr_db(self) -> float | None:
         """Of the worst video; None where all are identical."""

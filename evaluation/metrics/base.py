@@ -44,6 +44,10 @@ class Metric:
     modules: tuple[str, ...] = ()
     extra: str | None = None
 
+    def shown(self, value: float) -> str:
+        """A value in words, with the digits that tell something."""
+        return f"{value:.{self.digits}f}"
+
     def check(self) -> None:
         """Raises InvalidRequest where a library is missing."""
         for module in self.modules:

@@ -96,13 +96,13 @@ def _film(results: Results, row: Row, videos: Videos) -> dict[str, Any]:
 
 
 def _table_row(results: Results, number: int, summary: Summary) -> dict[str, Any]:
-    psnr, speed = summary.metrics[PSNR.name], summary.speed
+    speed = summary.speed
     cells = [
         f"{100 * summary.share_skipped:.1f} %",
         f"{100 * summary.share_steps_skipped:.1f} %",
         decibels(_infinite(summary.psnr_db)),
-        decibels(_infinite(psnr.mean)),
-        decibels(_infinite(psnr.worst)),
+        decibels(_infinite(summary.mean_psnr_db)),
+        decibels(_infinite(summary.worst_psnr_db)),
         *_metric_cells(results, summary),
     ]
     if speed is not None:
@@ -118,11 +118,7 @@ def _table_row(results: Results, number: int, summary: Summary) -> dict[str, Any
 
 
 def _metric_cells(results: Results, summary: Summary) -> list[str]:
-    cells = []
-    for metric in results.metrics[1:]:
-        value = summary.sets.get(metric.name) if metric.of_set else summary.metrics[metric.name].mean
-        cells.append("" if value is None else f"{value:.{metric.digits}f}")
-    return cells
+    return ["" if (value := summary.value(metric)) is None else metric.shown(value) for metric in results.metrics[1:]]
 
 
 def _reference_row(results: Results) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from foresight.commands.options import alternatives
-from foresight.evaluation.metrics import METRICS
+from foresight.evaluation.metrics import METRICS, Measure, Metric
 from foresight.runtime.policies import POLICIES
 from tests.commands.support import Cli, assert_refused, document
 from tests.support import copy_bundle, edit_manifest, snapshot
@@ -126,6 +126,23 @@ def test_a_missing_library_is_told_before_the_bundle_is_looked_for(
     monkeypatch.setitem(sys.modules, module, None)
     assert_refused(foresight_cli("evaluate", "nowhere", *flags), code, message)
     assert not list(tmp_path.iterdir())
+
+
+def test_metrics_that_compare_nothing_have_a_line_for_no_reuse(
+    foresight_cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load() -> Measure:
+        return lambda videos: float(sum(video.frames.mean() for video in videos))
+
+    monkeypatch.setitem(METRICS, "light", Metric("light", "Light", True, load, digits=2, compares=False))
+    monkeypatch.setitem(METRICS, "total", Metric("total", "Total", True, load, digits=1, of_set=True))
+    outcome = foresight_cli("evaluate", bundle, *ONE, "--seeds", 2, "--metrics", "light,total")
+    assert outcome.code == 0, outcome
+    head, static, plain = (line.split() for line in outcome.out.splitlines()[:3])
+    assert head[-3:] == ["light", "total", "speed-up"]
+    assert plain[:2] == ["without", "reuse"] and float(plain[-1]) > 0
+    (light, total) = static[head.index("light") + 2 :][:2]
+    assert float(total) == pytest.approx(2 * float(light), abs=0.1)
 
 
 def test_help_names_every_metric(foresight_cli: Cli) -> None:
