@@ -11,7 +11,7 @@ import click
 from ..engines.wording import MEBI
 from .console import print_result
 from .options import bundle_argument, common
-from .rows import caution, compiled_row, describe_compiled, describe_source
+from .rows import caution, compiled_row, describe_compiled, describe_profiles, describe_source
 
 if TYPE_CHECKING:
     from ..engines.bundle import Bundle
@@ -46,6 +46,7 @@ def _row(bundle: Bundle, engines: Sequence[Compiled]) -> dict[str, Any]:
         "cache_bytes": {"one_prompt": manifest.cache_bytes(1), "one_prompt_guided": manifest.cache_bytes(2)},
         "memory_of_one_guided_prompt": _memory(bundle, engines),
         "manifest": msgspec.to_builtins(manifest),
+        "profiles": msgspec.to_builtins(manifest.profiles),
         "engines": [compiled_row(compiled) for compiled in engines],
     }
 
@@ -75,6 +76,7 @@ def _describe(bundle: Bundle, row: dict[str, Any]) -> list[str]:
         f"sampler: {manifest.sampler.scheduler}, 1 to {manifest.sampler.max_steps} steps",
         f"source: {describe_source(manifest.source)}, SHA-256 {manifest.source.sha256[:12]}",
         *map(caution, manifest.cautions),
+        *(describe_profiles(manifest.profiles) or ["profiles: none"]),
         "",
         f"{'part':14} {'kind':16} {'MiB':>9}  difference from eager",
     ]

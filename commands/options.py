@@ -94,6 +94,12 @@ def policy_options(command: Command) -> Command:
     return group("policy", policy, chosen, *(settings[name] for name in shown))(command)
 
 
+def typed_of_policy() -> list[str]:
+    """Those of `policy_options` that were typed, as flags."""
+    flags = {"policy_name": "--policy"} | {name: f"--{name.replace('_', '-')}" for name in _policy_settings()}
+    return [flag for name, flag in flags.items() if name in given()]
+
+
 def _policy_settings() -> dict[str, Option]:
     """One option for every field that any policy has, by its name."""
     having: dict[str, list[Any]] = {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..engines.wording import MEBI
+from ..engines.wording import MEBI, plural
 
 if TYPE_CHECKING:
     from ..engines.compiled import Compiled
+    from ..engines.manifest import PolicyProfile
 
 
 def compiled_row(compiled: Compiled) -> dict[str, Any]:
@@ -49,6 +51,32 @@ def describe_source(source: Any) -> str:
     """The checkpoint of a plan or a manifest, with its revision and variant if it has any."""
     told = [f"{name} {value}" for name in ("revision", "variant") if (value := getattr(source, name)) is not None]
     return ", ".join([source.checkpoint, *told])
+
+
+def describe_profiles(profiles: Iterable[PolicyProfile]) -> list[str]:
+    """A line for each profile of a bundle."""
+    return [
+        f"profile {profile.name}, {profile.steps} steps: {_policy(profile)}; {_held_out(profile)}"
+        for profile in profiles
+    ]
+
+
+def decibels(value: float | None) -> str:
+    """A PSNR; of identical videos there is none."""
+    return "identical" if value is None else f"{value:.1f} dB"
+
+
+def _policy(profile: PolicyProfile) -> str:
+    chosen = [f"{name}={value}" for name, value in profile.settings.items() if value is not None]
+    return f"{profile.policy}:{','.join(chosen)}" if chosen else profile.policy
+
+
+def _held_out(profile: PolicyProfile) -> str:
+    measured = profile.held_out
+    return (
+        f"{100 * measured.share_skipped:.1f} % skipped, PSNR {decibels(measured.worst_psnr_db)} at worst, "
+        f"{decibels(measured.psnr_db)} pooled ({plural(measured.pairs, 'pair')} held out)"
+    )
 
 
 def caution(text: str) -> str:

@@ -15,7 +15,7 @@ from ..engines.wording import MEBI
 from .completion import bundle_folders
 from .console import Row, current_session, print_lines, print_result, progress
 from .loading import Engines, engine_options
-from .options import PATH, common, given, group, policy_options
+from .options import PATH, common, given, group, policy_options, typed_of_policy
 
 if TYPE_CHECKING:
     from ..evaluation.comparison import Comparison
@@ -74,6 +74,7 @@ class Outputs:
     ),
 )
 @policy_options
+@click.option("--profile", help="A policy that the bundle has by name, for this number of steps; see inspect.")
 @click.option("--latents", type=PATH, help="Initial noise (.npy, fp32) instead of --seed.")
 @group(
     "outputs",
@@ -91,6 +92,7 @@ def run(
     bundle: Path | None,
     asked: Asked,
     policy: Policy,
+    profile: str | None,
     latents: Path | None,
     outputs: Outputs,
     compare: bool,
@@ -102,11 +104,13 @@ def run(
     from .outputs import read_latents
 
     typed, finished = given(), current_session().finished
+    _check_profile(profile)
     texts = _read_prompts(asked.prompt, asked.prompts)
     targets = outputs.targets()
     noise = read_latents(latents) if latents else None
     pipeline = engines.load(bundle)
     texts = texts or [pipeline.manifest.defaults.prompt]
+    policy = policy if profile is None else pipeline.profile(profile, asked.steps)
     requests = [
         VideoRequest(
             text, asked.negative_prompt, asked.steps, asked.guidance, asked.seed + line, policy=policy, latents=noise
@@ -122,6 +126,15 @@ def run(
             print_lines(_describe(finished[-1]))
     if as_json:
         print_result(finished[0] if len(texts) == 1 else finished, as_json, [])
+
+
+def _check_profile(profile: str | None) -> None:
+    """Raises InvalidRequest where a policy was typed too."""
+    if profile is not None and (typed := typed_of_policy()):
+        raise InvalidRequest(
+            f"profile: got --profile and {', '.join(typed)}, expected one of them: a profile is a policy and "
+            "its settings"
+        )
 
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:

@@ -17,8 +17,10 @@ def verify(bundle: Path | None, as_json: bool) -> None:
     """Compare every file of a bundle with its manifest, and every compiled engine with its index."""
     from ..engines.bundle import newest_bundle, open_bundle, verify_files
     from ..engines.compiled import list_compiled, verify_compiled
+    from ..runtime.profiles import check_profiles
 
     opened = open_bundle(bundle or newest_bundle())
+    check_profiles(opened)
     with progress() as show:
         verify_files(opened, show)
     engines = list_compiled(opened)

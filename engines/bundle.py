@@ -3,14 +3,14 @@
 A bundle is a folder with `manifest.json`, one ONNX graph per part with its weights beside it, `tokenizer.json` and
 `sampler.npz`. The manifest is typed and versioned and holds the SHA-256 of every other file; `open_bundle` reads it,
 and `verify_files` refuses whatever it does not vouch for. Hashes prove that nothing was damaged or swapped; where a
-bundle came from is for the reader to know.
+bundle came from is for the reader to know. Nothing vouches for the manifest's own numbers, profiles among them: they
+are checked when it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,24 +20,24 @@ import msgspec
 
 from .consistency import contradictions
 from .errors import BundleError, IntegrityError, InvalidRequest, one_line
-from .files import PARTIAL
+from .files import PARTIAL, TEMPORARY, document_of
 from .limits import MANIFEST_BYTES, MOST_NAME, excesses
-from .manifest import Manifest, part_files
+from .manifest import PLAIN_NAME, Manifest, part_files
 from .progress import Counter, OnProgress
 from .verify import Stamp, changed, read_small, read_unchanged, unreadable, verify_file
 from .wording import command
 
 SCHEMA = 4
 MANIFEST = "manifest.json"
+UNFINISHED = f"{MANIFEST}{TEMPORARY}"  # by a writer of profiles that was killed; never read
 COMPILED = "engines"
 # Left alone: what comes with a download of a repository.
 FROM_HUBS = (".cache", ".git", ".gitattributes", ".gitignore", "README.md", "LICENSE")
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. `id` is the SHA-256 of its manifest, and so of its whole content.
+    """An opened bundle. `id` is the SHA-256 of its manifest less the profiles, and so of its whole content.
 
     `stamps` are those of its files when `verify_files`, which fills them in, had hashed them.
     """
@@ -95,7 +95,16 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         raise IntegrityError(f"bundle {folder}: manifest.json is not one of a bundle: {excess}; export again")
     for contradiction in contradictions(manifest):
         raise IntegrityError(f"bundle {folder}: manifest.json contradicts itself: {contradiction}; export again")
-    return Bundle(path=folder, manifest=manifest, id=hashlib.sha256(raw).hexdigest())
+    return Bundle(path=folder, manifest=manifest, id=id_of_manifest(raw))
+
+
+def id_of_manifest(raw: bytes) -> str:
+    """The SHA-256 of a manifest as it was before profiles were written into it, so that engines stay its own."""
+    if b'"profiles"' in raw:
+        document = msgspec.json.decode(raw)
+        if document.pop("profiles", None) is not None:
+            raw = document_of(document)
+    return hashlib.sha256(raw).hexdigest()
 
 
 def newest_bundle(root: str | os.PathLike[str] = "bundles") -> Path:
@@ -144,7 +153,7 @@ def verify_files(bundle: Bundle, on_progress: OnProgress | None = None) -> None:
     except OSError as error:
         raise unreadable(bundle.path, "it", error) from error
     for entry in entries:
-        if entry.name not in {*expected, *FROM_HUBS, MANIFEST, COMPILED}:
+        if entry.name not in {*expected, *FROM_HUBS, MANIFEST, UNFINISHED, COMPILED}:
             raise IntegrityError(f"bundle {bundle.path}: {entry.name[:200]!r} is not in its manifest; remove it")
     check_compiled_folder(bundle.path)
     weights = {}
@@ -218,7 +227,7 @@ class _SchemaOnly(msgspec.Struct):
 def _check_names(folder: Path, manifest: Manifest) -> None:
     named = {part.graph for part in manifest.parts} | {manifest.text.tokenizer, manifest.sampler.table}
     for name in sorted(named | set(manifest.files)):
-        if not PLAIN_NAME.fullmatch(name) or len(name) > MOST_NAME or name in (MANIFEST, COMPILED):
+        if not PLAIN_NAME.fullmatch(name) or len(name) > MOST_NAME or name in (MANIFEST, UNFINISHED, COMPILED):
             raise IntegrityError(
                 f"bundle {folder}: file name {name[:MOST_NAME]!r} leaves the bundle or is not plain; export again"
             )

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import msgspec
 
-from .bundle import COMPILED, PLAIN_NAME, Bundle, check_compiled_folder
+from .bundle import COMPILED, Bundle, check_compiled_folder
 from .errors import BundleError, IntegrityError
 from .files import PARTIAL
 from .limits import INDEX_BYTES, MOST_NUMBER
-from .manifest import FileRecord
+from .manifest import PLAIN_NAME, FileRecord
 from .verify import Stamp, open_plain, read_small
 from .wording import command
 

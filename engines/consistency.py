@@ -10,7 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from .manifest import FRAME_MEANS, Manifest, Part, Stage, TensorSpec, chunk_sizes, left_by, stream_bytes_per_row
+from .manifest import (
+    FRAME_MEANS,
+    PLAIN_NAME,
+    Manifest,
+    Part,
+    Stage,
+    TensorSpec,
+    chunk_sizes,
+    left_by,
+    stream_bytes_per_row,
+)
 
 MOST_KEPT = 32  # samples and model outputs that a sampler may ask for at once
 
@@ -23,6 +33,7 @@ def contradictions(manifest: Manifest) -> Iterator[str]:
     yield from _in_defaults(manifest)
     yield from _in_tensors(manifest)
     yield from _in_cache(manifest)
+    yield from _in_profiles(manifest)
 
 
 def _in_names(manifest: Manifest) -> Iterator[str]:
@@ -166,6 +177,23 @@ def _in_cache(manifest: Manifest) -> Iterator[str]:
         needed = stream_bytes_per_row(block, manifest.streams, manifest.ranges)
         if manifest.cache_bytes_per_row[block.name] != needed:
             yield f"{block.name}: caches {needed} bytes a row, not {manifest.cache_bytes_per_row[block.name]}"
+
+
+def _in_profiles(manifest: Manifest) -> Iterator[str]:
+    """Which policies and settings there are is for the runtime to know."""
+    known = set()
+    for profile in manifest.profiles:
+        called = f"profile {profile.name} for {profile.steps} steps"
+        if (profile.name, profile.steps) in known:
+            yield f"it has {called} twice"
+        known.add((profile.name, profile.steps))
+        if not PLAIN_NAME.fullmatch(profile.name):
+            yield f"profile {profile.name[:40]!r} has no plain name"
+        if not 1 <= profile.steps <= manifest.sampler.max_steps:
+            yield f"{called} is not in 1 to {manifest.sampler.max_steps}"
+        held_out = profile.held_out
+        if held_out.pairs < 1 or not 0 <= held_out.share_skipped <= 1 or not held_out.speedup > 0:
+            yield f"{called} was measured on {held_out.pairs} pairs, with a share or a speed-up that cannot be"
 
 
 _Type = tuple[str, tuple[int | str, ...]]

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -22,6 +23,7 @@ from .manifest import FileRecord
 from .verify import CHUNK
 
 PARTIAL = ".partial"
+TEMPORARY = ".tmp"
 
 
 def file_record(path: Path, told: Callable[[int], object] = lambda count: None) -> FileRecord:
@@ -36,8 +38,10 @@ def file_record(path: Path, told: Callable[[int], object] = lambda count: None) 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that, whatever happens, it has either its old content or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
+    temporary = path.with_name(path.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)  # what was interrupted; or a link, through which nothing is written
+    with temporary.open("xb") as file:
+        file.write(content)
     os.replace(temporary, path)
 
 
@@ -46,9 +50,14 @@ def is_as_recorded(path: Path, record: FileRecord | None) -> bool:
     return record is not None and path.is_file() and file_record(path) == record
 
 
+def document_of(content: Any) -> bytes:
+    """JSON that people may read."""
+    return msgspec.json.format(msgspec.json.encode(content), indent=1)
+
+
 def write_document(path: Path, content: msgspec.Struct) -> None:
     """Write JSON that people may read, whole or not at all."""
-    write_atomically(path, msgspec.json.format(msgspec.json.encode(content), indent=1))
+    write_atomically(path, document_of(content))
 
 
 @contextmanager

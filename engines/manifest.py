@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -11,6 +12,7 @@ import msgspec
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "uint8": 1, "bool": 1}
 
 FRAME_MEANS = "frame_means"
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of a file, or of a profile
 
 Dtype = Literal["fp32", "fp16", "bf16", "int64", "uint8", "bool"]
 ModelDtype = Literal["fp32", "fp16", "bf16"]  # of weights, and of what is computed with them
@@ -156,6 +158,40 @@ class Defaults(_Record, frozen=True, kw_only=True):
     fps: int
 
 
+class HeldOut(_Record, frozen=True, kw_only=True):
+    """What was measured of a profile on `pairs` of a prompt and a seed that it was not chosen by, against no reuse.
+
+    PSNR is in dB: of the worst video, the mean over videos, and of the mean squared error of all of them; None where
+    all are identical. `share_skipped` is of the block calls, 0 to 1; `speedup` that of denoising, the median, on the
+    machine that it was tuned on.
+    """
+
+    pairs: int
+    worst_psnr_db: float | None
+    mean_psnr_db: float | None
+    psnr_db: float | None
+    share_skipped: float
+    speedup: float
+
+
+Setting = str | bool | int | float | tuple[int, ...] | None
+
+
+class PolicyProfile(_Record, frozen=True, kw_only=True):
+    """A policy under a name, for one number of steps; `settings` are the fields of the policy.
+
+    `goal` says in words what it was chosen for, `guidance` what it was measured with.
+    """
+
+    name: str
+    steps: int
+    policy: str
+    settings: dict[str, Setting]
+    goal: str
+    guidance: float
+    held_out: HeldOut
+
+
 class FileRecord(_Record, frozen=True, kw_only=True):
     """Size and hash of one file."""
 
@@ -163,14 +199,15 @@ class FileRecord(_Record, frozen=True, kw_only=True):
     sha256: str
 
 
-class Manifest(_Record, frozen=True, kw_only=True):
+class Manifest(_Record, frozen=True, kw_only=True, omit_defaults=True):
     """Everything a runtime has to know about a bundle.
 
     `ranges` gives the smallest and largest size of every named dimension; `batch` counts rows, and a prompt takes two
     with guidance. `streams` are the tensors that run through the blocks: a block reads `x` and `cached_x` and writes
     `new_x` for every stream `x`, and `distance`, the mean squared change per row. `blocks` are in execution order.
     `guidance_order` says which half of a guided batch comes first. `decoder` are the stages from latents to frames.
-    `cautions` are sentences on what the checkpoint was not trained for.
+    `cautions` are sentences on what the checkpoint was not trained for. `profiles` may be written later than all else,
+    and are no part of a bundle's id.
     """
 
     schema: int
@@ -196,6 +233,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     cache_bytes_per_row: dict[str, int]
     cautions: tuple[str, ...]
     files: dict[str, FileRecord]
+    profiles: tuple[PolicyProfile, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:

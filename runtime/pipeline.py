@@ -19,6 +19,7 @@ from .generate import Generation, Loaded
 from .lifecycle import Calls, Lifecycle
 from .memory import MemoryLimits, MemoryPlan
 from .policies import Policy, policy_settings
+from .profiles import check_profiles, profile_policy
 from .request import CheckedRequest, VideoRequest, check_count, check_policy, check_request
 from .residency import Residency
 from .sampler import load_table
@@ -116,8 +117,7 @@ class VideoPipeline:
         that was loaded. `cancel` is looked at before every phase, text and block, after every decoded chunk, and while
         the request waits for its turn; while a graph runs, every few milliseconds from another thread, and ONNX Runtime
         ends it then. A guidance of 1 runs without the negative half. With `to_host` False, frames and latents stay
-        arrays of the device, which others can
-        take over by DLPack; on the CPU they are numpy's in any case.
+        arrays of the device, which others can take over by DLPack; on the CPU they are numpy's in any case.
 
         Raises InvalidRequest before anything runs; Cancelled, OutOfMemory and EngineError, which also tells of results
         that are not finite, leave the pipeline usable, and hold none of the request's arrays.
@@ -143,9 +143,8 @@ class VideoPipeline:
         calls = Calls(self._life, on_step, cancel, on_progress)
         generation = Generation(self._loaded, checked, cached, calls, trace)
         frames, final = calls.run(generation.run)
-        fps = self.manifest.defaults.fps
         return [
-            Video(frames=f, latents=x, fps=fps, prompt=text, seed=s, trace=trace)
+            Video(frames=f, latents=x, fps=self.manifest.defaults.fps, prompt=text, seed=s, trace=trace)
             for f, x, text, s in zip(frames, final, checked.prompts, checked.seeds, strict=True)
         ]
 
@@ -158,6 +157,10 @@ class VideoPipeline:
         """What a request takes of the device's memory. Raises InvalidRequest where `cache_memory` is too small."""
         compiled = self.backend.compiled(self.bundle)
         return self.limits.plan(self.manifest, check_policy(policy), prompts, guided, compiled)
+
+    def profile(self, name: str, steps: int | None = None) -> Policy:
+        """The policy that the bundle has under a name for so many steps (None: its default). Raises InvalidRequest."""
+        return profile_policy(self.manifest, name, steps)
 
     def draws_noise(self, steps: int) -> bool:
         """Whether the sampler adds noise, drawn from a request's seeds, after the first. Raises InvalidRequest."""
@@ -259,6 +262,7 @@ def load(
     check_count("cache_memory", cache_memory)
     profile = None if cache_profile is None else Profile.from_trace(cache_profile)
     opened = open_bundle(bundle)
+    check_profiles(opened)
     verify_files(opened, *(() if on_progress is None else (on_progress,)))
     return VideoPipeline(
         opened,

@@ -23,7 +23,7 @@ from foresight.engines.compiled import Compiled
 from foresight.engines.errors import EngineError
 from foresight.engines.files import file_record
 from foresight.engines.interrupt import WATCH
-from foresight.engines.manifest import Part
+from foresight.engines.manifest import HeldOut, Part, PolicyProfile
 from foresight.engines.onnxruntime import OnnxRuntimeBackend
 from foresight.engines.reference import ReferenceBackend
 from foresight.engines.registry import COMPILERS
@@ -73,6 +73,20 @@ def edit_manifest(folder: Path, change: Callable[[Json], object]) -> Path:
     change(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return folder
+
+
+def profile_of(name: str, *, steps: int = 4, policy: str = "forecast", settings: Json | None = None) -> PolicyProfile:
+    """A profile that was never measured."""
+    held_out = HeldOut(pairs=2, worst_psnr_db=41.0, mean_psnr_db=43.5, psnr_db=42.25, share_skipped=0.5, speedup=1.75)
+    return PolicyProfile(
+        name=name,
+        steps=steps,
+        policy=policy,
+        settings={"tolerance": 0.25} if settings is None else settings,
+        goal="worst PSNR of 40 dB or more",
+        guidance=2.0,
+        held_out=held_out,
+    )
 
 
 def vouch_for(folder: Path, *names: str) -> Path:

@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
+
 from foresight.engines.bundle import open_bundle
+from foresight.engines.profiles import write_profiles
 from tests.commands.support import Cli, document
+from tests.support import copy_bundle, profile_of
 
 
 def test_inspect_shows_the_manifest(foresight_cli: Cli, bundle: Path) -> None:
@@ -21,6 +25,19 @@ def test_inspect_shows_the_manifest(foresight_cli: Cli, bundle: Path) -> None:
 def test_inspect_lists_every_part_for_people(foresight_cli: Cli, bundle: Path) -> None:
     outcome = foresight_cli("inspect", bundle)
     assert all(part.name in outcome.out for part in open_bundle(bundle).manifest.parts)
+
+
+def test_inspect_shows_profiles(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    assert "profiles: none" in foresight_cli("inspect", bundle).out.splitlines()
+    copied = copy_bundle(bundle, tmp_path / "copied")
+    profile = profile_of("fast", settings={"tolerance": 0.25, "warmup": None})
+    write_profiles(open_bundle(copied), [profile])
+    (shown,) = document(foresight_cli("inspect", copied, "--json"))["profiles"]
+    assert shown == msgspec.to_builtins(profile)
+    assert (
+        "profile fast, 4 steps: forecast:tolerance=0.25; 50.0 % skipped, PSNR 41.0 dB at worst, 42.2 dB pooled "
+        "(2 pairs held out)" in foresight_cli("inspect", copied).out.splitlines()
+    )
 
 
 def test_inspect_never_loads_an_engine(bundle: Path, tmp_path: Path) -> None:

@@ -121,3 +121,18 @@ def test_odd_flags_of_memory_and_device_are_refused(
 def test_a_gpu_backend_where_there_is_no_gpu_fails_in_one_line(foresight_cli: Cli, bundle: Path, backend: str) -> None:
     if shutil.which("nvidia-smi") is None:
         assert_refused(foresight_cli("run", "--bundle", bundle, "--backend", backend), 1, "device cuda")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--profile", "fast", "--policy", "static"], "profile: got --profile and --policy, expected one of them"),
+        (["--profile", "fast", "--gamma", "1", "--warmup", "2"], "got --profile and --warmup, --gamma, expected"),
+        (["--profile", "fast", "--steps", "4"], "profile: got 'fast' for 4 steps, and the bundle has none"),
+    ],
+)
+def test_a_profile_that_is_none_is_refused(
+    foresight_cli: Cli, bundle: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    assert_refused(foresight_cli("run", "--bundle", bundle, *flags), 2, re.escape(message))
+    assert not list(tmp_path.iterdir())

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from foresight.engines.bundle import open_bundle
-from tests.commands.support import Cli, document
+from foresight.engines.profiles import write_profiles
+from tests.commands.support import Cli, assert_refused, document
+from tests.support import copy_bundle, profile_of
 
 
 def test_verify_vouches_for_a_whole_bundle(foresight_cli: Cli, bundle: Path) -> None:
@@ -17,3 +19,11 @@ def test_verify_vouches_for_a_whole_bundle(foresight_cli: Cli, bundle: Path) -> 
         "engines": [],
         "intact": True,
     }
+
+
+def test_verify_refuses_profiles_of_policies_that_there_are_not(
+    foresight_cli: Cli, bundle: Path, tmp_path: Path
+) -> None:
+    copied = copy_bundle(bundle, tmp_path / "copied")
+    write_profiles(open_bundle(copied), [profile_of("fast", policy="magic")])
+    assert_refused(foresight_cli("verify", copied), 3, "profile fast for 4 steps is none of this version")
