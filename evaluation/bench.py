@@ -1,0 +1,381 @@
+"""Peers and this package's policies on the same requests, in turns: quality, speed, and what an abort leaves behind.
+
+Every contender makes every pair's video from the same noise. Each is held against a reference, its own implementation
+without any cache: its frames, and in the same round its times. Nothing here knows whose contenders they are.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from ..engines.arrays import HostArray
+from ..engines.errors import ForesightError, InvalidRequest, one_line
+from ..engines.progress import Counter, OnProgress, silent
+from .quality import psnr
+
+WARM_UP_STEPS = 2
+ABORTED_AT = 0.7  # of the steps, made odd: by then every cache is in use, and one that reuses every other step is out of step
+
+
+class Pair(NamedTuple):
+    """What a video is made of: the same for all contenders."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One video to be made. `latents` is the initial noise, (latent shape) fp32, which is only read."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    latents: HostArray
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Made:
+    """A video: frames (F, H, W, 3) uint8, final latents fp32, and what the denoising loop alone took.
+
+    `cpu_ms` is the processor time of the process, `wall_ms` that of the clock.
+    """
+
+    frames: HostArray
+    latents: HostArray
+    cpu_ms: float
+    wall_ms: float
+
+
+class Aborted(Exception):
+    """The request was aborted, as it was asked to be."""
+
+
+class Make(Protocol):
+    """Makes a video; with `stop_after`, the request is aborted after that many steps, which raises Aborted."""
+
+    def __call__(self, task: Task, stop_after: int | None = None) -> Made: ...
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What takes turns. While `switched` is entered it is on; then it makes videos, one after the other.
+
+    `reference` is the name of the contender that it is held against, its own for one without a cache. `own` are those
+    of this package, whose errors are raised; others are left out with theirs. `adapted` says what had to be done to it
+    or to its model for it to work, none of which its makers ship.
+    """
+
+    name: str
+    reference: str
+    switched: Callable[[], AbstractContextManager[Make]]
+    own: bool = False
+    adapted: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Whose it is, and whether it is as its makers ship it."""
+        return "this project" if self.own else "adapted" if self.adapted else "as shipped"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A contender's video of one pair against its reference's, made in the same round. Identical: `psnr_db` None."""
+
+    psnr_db: float | None
+    cpu_ms: float
+    wall_ms: float
+    reference_cpu_ms: float
+    reference_wall_ms: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A median over pairs, and the outermost."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Ratio:
+        """Of one value at least."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class AfterAbort:
+    """A request made before and after another one was aborted, with the cache on all the time.
+
+    `repeats` is whether it gave the same bytes as in its round before anything was aborted; `same` whether it did
+    afterwards, and `psnr_db` how far off it was, None where its frames are the same.
+    """
+
+    repeats: bool
+    same: bool
+    psnr_db: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender's results. PSNR is against its reference: of the mean squared error of all videos (`psnr_db`), the
+    mean and the worst of those that differ; None where all are identical. Times are medians of the loop alone."""
+
+    name: str
+    kind: str
+    adapted: str
+    reference: str
+    pairs: int
+    identical: int
+    psnr_db: float | None
+    mean_psnr_db: float | None
+    worst_psnr_db: float | None
+    cpu_ms: float
+    wall_ms: float
+    cpu_speedup: Ratio
+    wall_speedup: Ratio
+    after_abort: AfterAbort | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two references, which should make the same videos: the pooled and the worst PSNR of their frames (None:
+    identical), and the largest difference of their final latents."""
+
+    one: str
+    other: str
+    identical: int
+    psnr_db: float | None
+    worst_psnr_db: float | None
+    latents_max_abs: float
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """A contender that did not run, and why, in one line."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that was measured."""
+
+    rows: list[Row]
+    agreements: list[Agreement]
+    unavailable: list[Unavailable]
+
+
+@dataclass
+class _Results:
+    """What is known of a contender so far."""
+
+    samples: list[Sample] = field(default_factory=list)
+    first: HostArray | None = None  # final latents of its first video
+    after_abort: AfterAbort | None = None
+
+
+@dataclass
+class Bench:
+    """A job: all contenders on all pairs, each request of so many steps.
+
+    `noise` gives a seed's initial latents. A contender that is not `own` and raises is left out from then on, and those
+    that are held against it.
+    """
+
+    contenders: Sequence[Contender]
+    pairs: Sequence[Pair]
+    noise: Callable[[int], HostArray]
+    steps: int
+    guidance: float
+    negative_prompt: str = ""
+    aborts: bool = True
+    _unavailable: dict[str, str] = field(default_factory=dict, init=False)
+    _results: dict[str, _Results] = field(default_factory=dict, init=False)
+    _compared: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict, init=False)
+
+    def run(self, on_progress: OnProgress = silent) -> Outcome:
+        """Warm up, run the rounds, then the aborts. Raises InvalidRequest, and what an `own` contender raises."""
+        if not self.pairs:
+            raise InvalidRequest("pairs: got none, expected one at least")
+        self._results = {contender.name: _Results() for contender in self.contenders}
+        rounds = 1 + len(self.pairs) + self.aborts
+        made = Counter("comparing", rounds * len(self.contenders), "turns", on_progress)
+        for contender in self.contenders:
+            self._attempt(contender, self._warm_up)
+            made.advance(detail=f"{contender.name}: warming up")
+        for turn, pair in enumerate(self.pairs):
+            self._round(turn, pair, made)
+        for contender in self.contenders if self.aborts else ():
+            self._attempt(contender, self._abort)
+            made.advance(detail=f"{contender.name}: aborting")
+        return self._outcome()
+
+    @property
+    def _present(self) -> list[Contender]:
+        """Those that run, and whose references do."""
+        return [
+            contender
+            for contender in self.contenders
+            if contender.name not in self._unavailable and contender.reference not in self._unavailable
+        ]
+
+    def _task(self, pair: Pair) -> Task:
+        return Task(
+            pair.prompt, self.negative_prompt, pair.seed, self.noise(pair.seed), self.steps, self.guidance
+        )
+
+    def _attempt(self, contender: Contender, work: Callable[[Contender], object]) -> None:
+        """Do it, unless it is known not to run; what another's library raises is why it does not."""
+        if contender not in self._present:
+            return
+        try:
+            work(contender)
+        except Exception as error:  # noqa: BLE001 - of another's library, which may raise anything
+            if contender.own:
+                raise
+            told = one_line(error)
+            kind = "" if isinstance(error, ForesightError) and told else f"{type(error).__name__}: "
+            self._unavailable[contender.name] = f"{kind}{told}"
+
+    def _warm_up(self, contender: Contender) -> None:
+        with contender.switched() as make:
+            _abort(make, self._task(self.pairs[0]), min(WARM_UP_STEPS, self.steps))
+
+    def _round(self, turn: int, pair: Pair, made: Counter) -> None:
+        """One video of each, another one first in every round."""
+        task = self._task(pair)
+        videos: dict[str, Made] = {}
+        first = turn % len(self.contenders)
+        for contender in (*self.contenders[first:], *self.contenders[:first]):
+            self._attempt(contender, partial(_turn, task, videos))
+            made.advance(detail=f"{contender.name}, seed {pair.seed}")
+        for contender in self._present:
+            self._keep(contender, videos[contender.name], videos[contender.reference])
+        references = [contender.name for contender in self._present if contender.reference == contender.name]
+        for other in references[1:]:
+            found = _agreement(videos[references[0]], videos[other])
+            self._compared.setdefault((references[0], other), []).append(found)
+
+    def _keep(self, contender: Contender, video: Made, reference: Made) -> None:
+        results = self._results[contender.name]
+        if results.first is None:
+            results.first = video.latents
+        results.samples.append(
+            Sample(
+                psnr_db=_finite(psnr(video.frames, reference.frames)),
+                cpu_ms=video.cpu_ms,
+                wall_ms=video.wall_ms,
+                reference_cpu_ms=reference.cpu_ms,
+                reference_wall_ms=reference.wall_ms,
+            )
+        )
+
+    def _abort(self, contender: Contender) -> None:
+        """The first pair's video before and after another request was aborted."""
+        task = self._task(self.pairs[0])
+        pair = self.pairs[1] if len(self.pairs) > 1 else self.pairs[0]._replace(seed=self.pairs[0].seed + 1)
+        results = self._results[contender.name]
+        with contender.switched() as make:
+            before = make(task)
+            _abort(make, self._task(pair), round(ABORTED_AT * self.steps) | 1)
+            after = make(task)
+        results.after_abort = AfterAbort(
+            repeats=results.first is not None and _same(before.latents, results.first),
+            same=_same(after.latents, before.latents),
+            psnr_db=_finite(psnr(after.frames, before.frames)),
+        )
+
+    def _outcome(self) -> Outcome:
+        reasons = self._unavailable | {
+            contender.name: f"{contender.reference}, which it is compared with, does not run"
+            for contender in self.contenders
+            if contender.reference in self._unavailable and contender.name not in self._unavailable
+        }
+        return Outcome(
+            rows=[_row(contender, self._results[contender.name]) for contender in self._present],
+            agreements=[_agreed(*names, found) for names, found in self._compared.items()],
+            unavailable=[Unavailable(name, reason) for name, reason in reasons.items()],
+        )
+
+
+def pairs_of(prompts: Sequence[str], count: int) -> list[Pair]:
+    """That many pairs, going round the prompts; every pair has a seed of its own. Raises InvalidRequest."""
+    if count < 1:
+        raise InvalidRequest(f"pairs: got {count}, expected 1 or more")
+    return [Pair(prompts[index % len(prompts)], index) for index in range(count)]
+
+
+def pooled_psnr(values: Sequence[float | None]) -> float | None:
+    """The PSNR of the mean squared error of videos of one size, by their own; None is an identical one, or all."""
+    error = statistics.fmean(0.0 if value is None else 10 ** (-value / 10) for value in values)
+    return -10 * math.log10(error) if error else None
+
+
+def _turn(task: Task, videos: dict[str, Made], contender: Contender) -> None:
+    with contender.switched() as make:
+        videos[contender.name] = make(task)
+
+
+def _abort(make: Make, task: Task, steps: int) -> None:
+    """Have a request aborted; one that has no more steps may end before it is."""
+    with suppress(Aborted):
+        make(task, steps)
+
+
+def _same(one: HostArray, other: HostArray) -> bool:
+    return one.tobytes() == other.tobytes()
+
+
+def _agreement(one: Made, other: Made) -> tuple[float, float]:
+    return psnr(one.frames, other.frames), float(np.abs(one.latents - other.latents).max())
+
+
+def _agreed(one: str, other: str, found: Sequence[tuple[float, float]]) -> Agreement:
+    decibels = [_finite(decibel) for decibel, _ in found]
+    different = [decibel for decibel in decibels if decibel is not None]
+    return Agreement(
+        one=one,
+        other=other,
+        identical=decibels.count(None),
+        psnr_db=pooled_psnr(decibels),
+        worst_psnr_db=min(different, default=None),
+        latents_max_abs=max(difference for _, difference in found),
+    )
+
+
+def _row(contender: Contender, results: _Results) -> Row:
+    samples = results.samples
+    decibels = [sample.psnr_db for sample in samples]
+    different = [decibel for decibel in decibels if decibel is not None]
+    return Row(
+        name=contender.name,
+        kind=contender.kind,
+        adapted=contender.adapted,
+        reference=contender.reference,
+        pairs=len(samples),
+        identical=decibels.count(None),
+        psnr_db=pooled_psnr(decibels),
+        mean_psnr_db=statistics.fmean(different) if different else None,
+        worst_psnr_db=min(different, default=None),
+        cpu_ms=statistics.median(sample.cpu_ms for sample in samples),
+        wall_ms=statistics.median(sample.wall_ms for sample in samples),
+        cpu_speedup=Ratio.of([sample.reference_cpu_ms / sample.cpu_ms for sample in samples]),
+        wall_speedup=Ratio.of([sample.reference_wall_ms / sample.wall_ms for sample in samples]),
+        after_abort=results.after_abort,
+    )
+
+
+def _finite(decibels: float) -> float | None:
+    return decibels if math.isfinite(decibels) else None
