@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from foresight.evaluation import machine as machines
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "diffusers", "onnx", "onnxruntime", "numpy")
@@ -20,16 +18,7 @@ GPU_LIBRARIES = ("cupy-cuda13x", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory, library versions and commit."""
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": _versions(),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-    }
+    return machines.machine((*LIBRARIES, *GPU_LIBRARIES))
 
 
 def finish(name: str, result: dict[str, Any], save: bool, facts: Mapping[str, Any] | None = None) -> None:
@@ -60,20 +49,3 @@ def reason_of(error: BaseException) -> str:
     """An error in one line, as the reason why something could not be measured."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message if len(message) <= 400 else message[:400] + '…'}"
-
-
-def _versions() -> dict[str, str]:
-    installed = {distribution.metadata["Name"].replace("_", "-") for distribution in metadata.distributions()}
-    return {name: metadata.version(name) for name in (*LIBRARIES, *GPU_LIBRARIES) if name in installed}
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip()

@@ -53,14 +53,7 @@ class Targets:
             if places.count(path) > 1:
                 raise InvalidRequest(f"output: got {path.name} for two results, expected a name for each")
         for path in self._wanted():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=path.parent):
-                    pass
-            except OSError as error:
-                raise OutputError(
-                    f"output {path}: {error.strerror or error}; choose a place that is writable"
-                ) from error
+            check_writable(path)
 
     def numbered(self, index: int, count: int) -> Targets:
         """The targets of one of several videos: `name-000.mp4`; of a single one, the same."""
@@ -92,6 +85,17 @@ class Targets:
 
     def _wanted(self) -> list[Path]:
         return [path for field in fields(self) if (path := getattr(self, field.name)) is not None]
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a file, and refuse where nothing can be written. Raises InvalidRequest, OutputError."""
+    refuse_inside_bundle(path.absolute())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"output {path}: {error.strerror or error}; choose a place that is writable") from error
 
 
 def save_array(path: Path, array: HostArray) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ from ..engines.progress import Counter, OnProgress, silent
 from .quality import psnr
 
 WARM_UP_STEPS = 2
-ABORTED_AT = 0.7  # of the steps, made odd: by then every cache is in use, and one that reuses every other step is out of step
+ABORTED_AT = (
+    0.7  # of the steps, made odd: by then every cache is in use, and one that reuses every other step is out of step
+)
 
 
 class Pair(NamedTuple):
@@ -128,8 +131,11 @@ class AfterAbort:
 
 @dataclass(frozen=True)
 class Row:
-    """A contender's results. PSNR is against its reference: of the mean squared error of all videos (`psnr_db`), the
-    mean and the worst of those that differ; None where all are identical. Times are medians of the loop alone."""
+    """A contender's results.
+
+    PSNR is against its reference: of the mean squared error of all videos (`psnr_db`), the mean and the worst of those
+    that differ; None where all are identical. Times are medians of the loop alone.
+    """
 
     name: str
     kind: str
@@ -149,8 +155,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two references, which should make the same videos: the pooled and the worst PSNR of their frames (None:
-    identical), and the largest difference of their final latents."""
+    """Two references, which should make the same videos.
+
+    Of their frames the pooled and the worst PSNR, None where all are identical; of their final latents the largest
+    difference.
+    """
 
     one: str
     other: str
@@ -186,12 +195,12 @@ class _Results:
     after_abort: AfterAbort | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bench:
     """A job: all contenders on all pairs, each request of so many steps.
 
-    `noise` gives a seed's initial latents. A contender that is not `own` and raises is left out from then on, and those
-    that are held against it.
+    `noise` gives a seed's initial latents. A contender that is not `own` and raises is left out from then on, and so
+    are those that are held against it.
     """
 
     contenders: Sequence[Contender]
@@ -200,76 +209,83 @@ class Bench:
     steps: int
     guidance: float
     negative_prompt: str = ""
-    aborts: bool = True
-    _unavailable: dict[str, str] = field(default_factory=dict, init=False)
-    _results: dict[str, _Results] = field(default_factory=dict, init=False)
-    _compared: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict, init=False)
 
     def run(self, on_progress: OnProgress = silent) -> Outcome:
         """Warm up, run the rounds, then the aborts. Raises InvalidRequest, and what an `own` contender raises."""
         if not self.pairs:
             raise InvalidRequest("pairs: got none, expected one at least")
-        self._results = {contender.name: _Results() for contender in self.contenders}
-        rounds = 1 + len(self.pairs) + self.aborts
-        made = Counter("comparing", rounds * len(self.contenders), "turns", on_progress)
+        turns = (1 + len(self.pairs) + 1) * len(self.contenders)
+        run, made = _Run(self), Counter("comparing", turns, "turns", on_progress)
         for contender in self.contenders:
-            self._attempt(contender, self._warm_up)
-            made.advance(detail=f"{contender.name}: warming up")
+            made.tell(f"warming up {contender.name}")
+            run.attempt(contender, run.warm_up)
+            made.advance()
         for turn, pair in enumerate(self.pairs):
-            self._round(turn, pair, made)
-        for contender in self.contenders if self.aborts else ():
-            self._attempt(contender, self._abort)
-            made.advance(detail=f"{contender.name}: aborting")
-        return self._outcome()
+            run.round(turn, pair, made)
+        for contender in self.contenders:
+            made.tell(f"aborting {contender.name}")
+            run.attempt(contender, run.abort)
+            made.advance()
+        return run.outcome()
+
+    def task(self, pair: Pair) -> Task:
+        """What every contender is given for a pair."""
+        return Task(pair.prompt, self.negative_prompt, pair.seed, self.noise(pair.seed), self.steps, self.guidance)
+
+
+@dataclass
+class _Run:
+    """What is known so far."""
+
+    bench: Bench
+    unavailable: dict[str, str] = field(default_factory=dict)
+    results: dict[str, _Results] = field(default_factory=lambda: defaultdict(_Results))
+    compared: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
 
     @property
-    def _present(self) -> list[Contender]:
+    def present(self) -> list[Contender]:
         """Those that run, and whose references do."""
         return [
             contender
-            for contender in self.contenders
-            if contender.name not in self._unavailable and contender.reference not in self._unavailable
+            for contender in self.bench.contenders
+            if contender.name not in self.unavailable and contender.reference not in self.unavailable
         ]
 
-    def _task(self, pair: Pair) -> Task:
-        return Task(
-            pair.prompt, self.negative_prompt, pair.seed, self.noise(pair.seed), self.steps, self.guidance
-        )
-
-    def _attempt(self, contender: Contender, work: Callable[[Contender], object]) -> None:
+    def attempt(self, contender: Contender, work: Callable[[Contender], object]) -> None:
         """Do it, unless it is known not to run; what another's library raises is why it does not."""
-        if contender not in self._present:
+        if contender not in self.present:
             return
         try:
             work(contender)
-        except Exception as error:  # noqa: BLE001 - of another's library, which may raise anything
+        except Exception as error:  # of another's library: it may be any
             if contender.own:
                 raise
             told = one_line(error)
             kind = "" if isinstance(error, ForesightError) and told else f"{type(error).__name__}: "
-            self._unavailable[contender.name] = f"{kind}{told}"
+            self.unavailable[contender.name] = f"{kind}{told}"
 
-    def _warm_up(self, contender: Contender) -> None:
+    def warm_up(self, contender: Contender) -> None:
         with contender.switched() as make:
-            _abort(make, self._task(self.pairs[0]), min(WARM_UP_STEPS, self.steps))
+            _abort(make, self.bench.task(self.bench.pairs[0]), min(WARM_UP_STEPS, self.bench.steps))
 
-    def _round(self, turn: int, pair: Pair, made: Counter) -> None:
+    def round(self, turn: int, pair: Pair, made: Counter) -> None:
         """One video of each, another one first in every round."""
-        task = self._task(pair)
+        task = self.bench.task(pair)
         videos: dict[str, Made] = {}
-        first = turn % len(self.contenders)
-        for contender in (*self.contenders[first:], *self.contenders[:first]):
-            self._attempt(contender, partial(_turn, task, videos))
-            made.advance(detail=f"{contender.name}, seed {pair.seed}")
-        for contender in self._present:
+        first = turn % len(self.bench.contenders)
+        for contender in (*self.bench.contenders[first:], *self.bench.contenders[:first]):
+            made.tell(f"{contender.name}, seed {pair.seed}")
+            self.attempt(contender, partial(_turn, task, videos))
+            made.advance()
+        for contender in self.present:
             self._keep(contender, videos[contender.name], videos[contender.reference])
-        references = [contender.name for contender in self._present if contender.reference == contender.name]
+        references = [contender.name for contender in self.present if contender.reference == contender.name]
         for other in references[1:]:
             found = _agreement(videos[references[0]], videos[other])
-            self._compared.setdefault((references[0], other), []).append(found)
+            self.compared[references[0], other].append(found)
 
     def _keep(self, contender: Contender, video: Made, reference: Made) -> None:
-        results = self._results[contender.name]
+        results = self.results[contender.name]
         if results.first is None:
             results.first = video.latents
         results.samples.append(
@@ -282,14 +298,18 @@ class Bench:
             )
         )
 
-    def _abort(self, contender: Contender) -> None:
+    def abort(self, contender: Contender) -> None:
         """The first pair's video before and after another request was aborted."""
-        task = self._task(self.pairs[0])
-        pair = self.pairs[1] if len(self.pairs) > 1 else self.pairs[0]._replace(seed=self.pairs[0].seed + 1)
-        results = self._results[contender.name]
+        task = self.bench.task(self.bench.pairs[0])
+        pair = (
+            self.bench.pairs[1]
+            if len(self.bench.pairs) > 1
+            else self.bench.pairs[0]._replace(seed=self.bench.pairs[0].seed + 1)
+        )
+        results = self.results[contender.name]
         with contender.switched() as make:
             before = make(task)
-            _abort(make, self._task(pair), round(ABORTED_AT * self.steps) | 1)
+            _abort(make, self.bench.task(pair), round(ABORTED_AT * self.bench.steps) | 1)
             after = make(task)
         results.after_abort = AfterAbort(
             repeats=results.first is not None and _same(before.latents, results.first),
@@ -297,15 +317,15 @@ class Bench:
             psnr_db=_finite(psnr(after.frames, before.frames)),
         )
 
-    def _outcome(self) -> Outcome:
-        reasons = self._unavailable | {
+    def outcome(self) -> Outcome:
+        reasons = self.unavailable | {
             contender.name: f"{contender.reference}, which it is compared with, does not run"
-            for contender in self.contenders
-            if contender.reference in self._unavailable and contender.name not in self._unavailable
+            for contender in self.bench.contenders
+            if contender.reference in self.unavailable and contender.name not in self.unavailable
         }
         return Outcome(
-            rows=[_row(contender, self._results[contender.name]) for contender in self._present],
-            agreements=[_agreed(*names, found) for names, found in self._compared.items()],
+            rows=[_row(contender, self.results[contender.name]) for contender in self.present],
+            agreements=[_agreed(*names, found) for names, found in self.compared.items()],
             unavailable=[Unavailable(name, reason) for name, reason in reasons.items()],
         )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from ..engines.errors import InvalidRequest
-from ..engines.manifest import Defaults
+from ..engines.manifest import Defaults, Manifest
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -122,3 +122,15 @@ def find_model(name: str) -> Model:
             f"package, expected one of {', '.join(here)}"
         )
     raise InvalidRequest(f"model: got {name!r}, expected one of {', '.join(here)}")
+
+
+def checkpoint_of(manifest: Manifest) -> str | None:
+    """The checkpoint that a bundle was exported from: a folder, or a hub id.
+
+    None where it cannot be told: a manifest holds a folder's name and not where it lies. Those of a clone are known.
+    """
+    model, source = REGISTRY.get(manifest.model), manifest.source.checkpoint
+    known = model.checkpoint if model is not None and model.is_here else None
+    if isinstance(known, str) and source in (known, Path(known).name):
+        return known
+    return source if manifest.source.revision is not None else None

@@ -72,9 +72,7 @@ def contenders_of(peers: Sequence[Peer], loaded: Loaded) -> tuple[list[Contender
             continue
         told = "; ".join(adapter.told for adapter in peer.adapters if adapter.needed(loaded.pipeline))
         found += [
-            Contender(
-                _name(peer, settings), REFERENCE.name, partial(_switched, peer, settings, loaded), adapted=told
-            )
+            Contender(_name(peer, settings), REFERENCE.name, partial(_switched, peer, settings, loaded), adapted=told)
             for settings in peer.variants
         ]
     return found, missing

@@ -75,4 +75,6 @@ def around_calls(
 
 IN_CONTEXT = Adapter("its calls are put into a cache context", _lacks_context, _in_context)
 IN_ONE_LIST = Adapter("its blocks are put into one list, two at a time", _has_two_lists, _in_one_list)
-WITH_STEPS = Adapter("it is told latents, step and noise level of every call", lambda pipeline: True, lambda pipeline: nullcontext())
+WITH_STEPS = Adapter(
+    "it is told latents, step and noise level of every call", lambda pipeline: True, lambda pipeline: nullcontext()
+)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 
 class PairedBlock(nn.Module):
-    """A spatial block and the temporal one after it. Hidden states are (videos x frames, patches, width) before and
-    after; in between they are (videos x patches, frames, width), and the first pair adds the frames' positions there.
+    """A spatial block and the temporal one after it.
+
+    Hidden states are (videos x frames, patches, width) before and after; in between they are (videos x patches, frames,
+    width), and the first pair adds the frames' positions there.
     """
 
     def __init__(self, spatial: nn.Module, temporal: nn.Module, frames: int, positions: Tensor | None) -> None:
@@ -55,5 +57,3 @@ def paired(spatial: nn.ModuleList, temporal: nn.ModuleList, frames: int, positio
         PairedBlock(one, other, frames, positions if index == 0 and frames > 1 else None)
         for index, (one, other) in enumerate(zip(spatial, temporal, strict=True))
     )
-
-

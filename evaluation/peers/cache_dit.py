@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +14,9 @@ from .diffusers_caches import warm_up
 @contextmanager
 def dbcache(loaded: Loaded, settings: Settings) -> Iterator[None]:
     """It changes the pipeline's class, so the pipeline has one of its own meanwhile."""
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
     import cache_dit
 
-    logging.getLogger("cache_dit").setLevel(logging.ERROR)
     pipeline = loaded.pipeline.pipeline
     original = type(pipeline)
     pipeline.__class__ = type(original.__name__, (original,), {"__module__": original.__module__})
@@ -56,5 +56,3 @@ def _target(loaded: Loaded) -> Any:
         forward_pattern=cache_dit.ForwardPattern.Pattern_2,
         check_forward_pattern=False,
     )
-
-

@@ -6,6 +6,7 @@ import ast
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from .base import Loaded, Settings
 
 WARM_UP_SHARE = 0.16  # of the steps, which is 8 of 50
 RATIOS = "mag_ratios"
+COMPILED = "compiled"
 
 
 @contextmanager
@@ -24,13 +26,13 @@ def uncached(loaded: Loaded, settings: Settings) -> Iterator[None]:
 
 @contextmanager
 def compiled(loaded: Loaded, settings: Settings) -> Iterator[None]:
-    """The transformer, compiled by torch.compile when it is first called and kept."""
+    """A copy of the transformer, compiled when it is first called, as what is hooked meanwhile is compiled anew."""
     import torch
 
     pipeline, eager = loaded.pipeline.pipeline, loaded.pipeline.transformer
-    if "compiled" not in loaded.kept:
-        loaded.kept["compiled"] = torch.compile(eager)
-    pipeline.transformer = loaded.kept["compiled"]
+    if COMPILED not in loaded.kept:
+        loaded.kept[COMPILED] = torch.compile(deepcopy(eager))
+    pipeline.transformer = loaded.kept[COMPILED]
     try:
         yield
     finally:

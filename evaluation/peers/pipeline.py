@@ -48,7 +48,8 @@ class DiffusersPipeline:
         """A video by the pipeline's own call; an abort is an exception of its callback."""
         import torch
 
-        loop, final = _Loop(), []
+        loop = _Loop()
+        final: list[Any] = []
 
         def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if step + 1 == stop_after:
@@ -146,7 +147,7 @@ def _load(checkpoint: str, threads: int, revision: str | None) -> Any:
         library.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(checkpoint, revision=revision, torch_dtype=torch.float32)
+        return diffusers.DiffusionPipeline.from_pretrained(checkpoint, revision=revision).to(torch.float32)
     except (OSError, ValueError, AttributeError, RuntimeError) as error:
         raise EngineError(f"diffusers cannot load {checkpoint}: {one_line(error)}") from error
 

@@ -1,0 +1,66 @@
+"""The policies and other people's caches on a demo model: what `foresight bench` does, on the recorded pairs.
+
+Trained and held-out combinations of demo/records/MODEL/scores.json alternate. Needs `foresight-engines[peers]`.
+
+    python -m benchmarks.bench --model cogvideox --save
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, finish, table
+from benchmarks.reuse_quality import MODELS, RECORDS
+from foresight.evaluation.bench import Pair
+from foresight.evaluation.lineup import BenchRequest, run_bench
+from foresight.evaluation.plot import plot
+from foresight.exporter.registry import checkpoint_of
+from foresight.runtime.pipeline import load
+
+APART = 6  # of the recorded pairs one in so many, the next one every other time
+
+
+def recorded_pairs(model: str, count: int) -> list[Pair]:
+    """Of the pairs that the demo model was judged on, trained and held-out combinations in turns."""
+    rows = json.loads((RECORDS / model / "scores.json").read_text(encoding="utf-8"))["rows"]
+    chosen = [rows[APART * index + index % 2] for index in range(count)]
+    return [Pair(row["prompt"], row["seed"]) for row in chosen]
+
+
+def told(row: dict[str, Any]) -> tuple[object, ...]:
+    """A row in short, while it is looked at."""
+    return row["name"], row["kind"], row["psnr_db"], row["worst_psnr_db"], row["cpu_speedup"]["median"]
+
+
+def main() -> None:
+    """Measure, print a table, and end in one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="cogvideox")
+    parser.add_argument("--bundle", type=Path, help="[default: bundles/cogvideox-demo and so on]")
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--steps", type=int, help="[default: the bundle's]")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save", action="store_true", help="write results/bench_MODEL.json and .svg")
+    options = parser.parse_args()
+    name = f"bench_{options.model}"
+    bundle = options.bundle or Path("bundles") / MODELS[options.model]
+    pipeline = load(bundle, backend="onnxruntime", device="cpu", threads=options.threads)
+    request = BenchRequest(
+        pairs=recorded_pairs(options.model, options.pairs),
+        checkpoint=checkpoint_of(pipeline.manifest),
+        steps=options.steps,
+        optional=True,
+    )
+    document = run_bench(pipeline, request)
+    rows = document["rows"]
+    print(table(map(told, rows), ("contender", "kind", "PSNR, dB", "worst, dB", "speed-up")))
+    if options.save:
+        (RESULTS / f"{name}.svg").write_text(plot(rows) + "\n", encoding="utf-8")
+    finish(name, document, options.save, document["machine"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Who takes part in a benchmark of a bundle, and the document that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from typing import Any
+
+from ..engines.arrays import HostArray
+from ..engines.errors import EngineError, InvalidRequest
+from ..engines.onnxruntime import available_cores
+from ..engines.progress import OnProgress, silent
+from ..runtime.pipeline import VideoPipeline
+from ..runtime.policies import Forecast, Foresight, NoReuse, Policy, Static
+from ..runtime.sampler import Noise
+from .bench import Bench, Contender, Pair, Task, Unavailable
+from .machine import machine
+from .own import policies_as_contenders
+from .peers import PEERS, REFERENCE, Loaded, Peer, contenders_of, without_pipeline
+from .peers.pipeline import DiffusersPipeline
+
+POLICIES: tuple[Policy, ...] = (
+    NoReuse(),
+    Static(),
+    Static(2, 3),
+    Foresight(gamma=0.25),
+    Foresight(),
+    Foresight(2, 3),
+    Forecast(),
+    Forecast(tolerance=0.01),
+)
+LIBRARIES = ("foresight-engines", "onnxruntime", "numpy", "torch", "diffusers", "transformers", "cache-dit")
+OTHERS = 2  # requests of no pair, for what peers measure before
+FIRST_OTHER = 1 << 20  # their seeds
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What is asked of a benchmark; None is the bundle's default.
+
+    `checkpoint` is what the bundle was exported from, a folder or a hub id with its revision; None has the peers left
+    out. `only` names peers and policies, () all of them but those that are optional, which `optional` adds.
+    """
+
+    pairs: Sequence[Pair]
+    checkpoint: str | None
+    revision: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    only: tuple[str, ...] = ()
+    optional: bool = False
+
+
+def run_bench(pipeline: VideoPipeline, request: BenchRequest, on_progress: OnProgress = silent) -> dict[str, Any]:
+    """Peers and policies on all pairs, as a document of plain values. Raises InvalidRequest, EngineError."""
+    manifest, defaults = pipeline.manifest, pipeline.manifest.defaults
+    if manifest.dtype != "fp32" or pipeline.backend.arrays.device != "cpu":
+        raise InvalidRequest(
+            f"bundle: got {manifest.dtype} on {pipeline.backend.arrays.device}, expected fp32 on cpu, as the peers run"
+        )
+    steps = defaults.steps if request.steps is None else request.steps
+    guidance = defaults.guidance if request.guidance is None else request.guidance
+    peers, policies = _chosen(request)
+    threads = threads_of(pipeline)
+    contenders, unavailable = _peers(pipeline, request, peers, threads, steps, guidance)
+    bench = Bench(
+        contenders=[*policies_as_contenders(pipeline, policies, policy_name), *contenders],
+        pairs=request.pairs,
+        noise=lambda seed: noise_of(pipeline, seed),
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=defaults.negative_prompt,
+    )
+    outcome = bench.run(on_progress)
+    return {
+        "model": manifest.model,
+        "bundle": pipeline.bundle.id,
+        "steps": steps,
+        "guidance": guidance,
+        "threads": threads,
+        "pairs": [list(pair) for pair in request.pairs],
+        "draws_noise": pipeline.draws_noise(steps),
+        "rows": [asdict(row) for row in outcome.rows],
+        "agreements": [asdict(agreement) for agreement in outcome.agreements],
+        "unavailable": [asdict(missing) for missing in (*unavailable, *outcome.unavailable)],
+        "machine": machine(LIBRARIES),
+    }
+
+
+def names() -> list[str]:
+    """Those that `only` may have: of peers and policies."""
+    return [*PEERS, *dict.fromkeys(policy.name for policy in POLICIES)]
+
+
+def policy_name(policy: Policy) -> str:
+    """The name, and what is not the default."""
+    known: tuple[Field[Any], ...] = fields(policy) if is_dataclass(policy) else ()
+    chosen = {item.name: value for item in known if (value := getattr(policy, item.name)) != _default(item)}
+    settings = ",".join(f"{name}={value:g}" for name, value in chosen.items())
+    return f"{policy.name}:{settings}" if settings else policy.name
+
+
+def noise_of(pipeline: VideoPipeline, seed: int) -> HostArray:
+    """The initial noise of a request with that seed, (latent shape) fp32."""
+    arrays = pipeline.backend.arrays
+    drawn: HostArray = arrays.to_host(Noise((seed,), pipeline.manifest.shape.latents, arrays).draw())[0]
+    return drawn
+
+
+def threads_of(pipeline: VideoPipeline) -> int:
+    """Those of the pipeline's engines, or the cores where they share a pool of the process."""
+    told = pipeline.backend.describe().get("threads", "")
+    return int(told) if told.isdigit() else available_cores()
+
+
+def _chosen(request: BenchRequest) -> tuple[list[Peer], list[Policy]]:
+    """Peers, their reference among them, and policies."""
+    for name in request.only:
+        if name not in names():
+            raise InvalidRequest(f"only: got {name!r}, expected some of {', '.join(names())}")
+    if not request.only:
+        return [peer for peer in PEERS.values() if request.optional or not peer.optional], list(POLICIES)
+    peers = [peer for peer in PEERS.values() if peer.name in request.only]
+    if peers and REFERENCE not in peers:
+        peers.insert(0, REFERENCE)
+    return peers, [policy for policy in POLICIES if policy.name in request.only]
+
+
+def _peers(
+    pipeline: VideoPipeline,
+    request: BenchRequest,
+    peers: Sequence[Peer],
+    threads: int,
+    steps: int,
+    guidance: float,
+) -> tuple[list[Contender], Iterable[Unavailable]]:
+    """Those that can run this model, and why the others cannot."""
+    if not peers:
+        return [], []
+    if request.checkpoint is None:
+        source = pipeline.manifest.source.checkpoint
+        return [], without_pipeline(peers, f"checkpoint: only its name is known, {source}; name where it lies")
+    try:
+        loaded = DiffusersPipeline(request.checkpoint, pipeline.manifest, threads, request.revision)
+    except EngineError as error:
+        return [], without_pipeline(peers, str(error))
+    defaults = pipeline.manifest.defaults
+    others = [
+        Task(defaults.prompt, defaults.negative_prompt, seed, noise_of(pipeline, seed), steps, guidance)
+        for seed in range(FIRST_OTHER, FIRST_OTHER + OTHERS)
+    ]
+    return contenders_of(peers, Loaded(loaded, steps, others))
+
+
+def _default(setting: Field[Any]) -> Any:
+    return None if setting.default is MISSING else setting.default
