@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib import metadata
 
 from ..bench import Contender, Make, Unavailable
+from ..machine import version_of
 from .adapters import IN_CONTEXT, IN_ONE_LIST, WITH_STEPS
 from .base import Loaded, Peer, Settings
 from .cache_dit import dbcache
@@ -66,7 +66,7 @@ def contenders_of(peers: Sequence[Peer], loaded: Loaded) -> tuple[list[Contender
     """Every variant of these peers, held against the pipeline without a cache; and those that are not installed."""
     found, missing = [], []
     for peer in peers:
-        lacking = [name for name in peer.needs if not _installed(name)]
+        lacking = [name for name in peer.needs if version_of(name) is None]
         if lacking:
             missing.append(Unavailable(peer.name, _not_installed(lacking)))
             continue
@@ -96,14 +96,6 @@ def _switched(peer: Peer, settings: Settings, loaded: Loaded) -> Iterator[Make]:
 def _name(peer: Peer, settings: Settings) -> str:
     """As policies are written: the name, and what was set."""
     return f"{peer.name}:{','.join(f'{name}={value:g}' for name, value in settings.items())}" if settings else peer.name
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _not_installed(distributions: Sequence[str]) -> str:
