@@ -7,7 +7,6 @@ without any cache: its frames, and in the same round its times. Nothing here kno
 from __future__ import annotations
 
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -20,6 +19,7 @@ import numpy as np
 from ..engines.arrays import HostArray
 from ..engines.errors import ForesightError, InvalidRequest, one_line
 from ..engines.progress import Counter, OnProgress, silent
+from .outcome import AfterAbort, Agreement, Outcome, Row, Sample, Unavailable
 from .quality import psnr
 
 WARM_UP_STEPS = 2
@@ -91,101 +91,6 @@ class Contender:
         return "this project" if self.own else "adapted" if self.adapted else "as shipped"
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A contender's video of one pair against its reference's, made in the same round. Identical: `psnr_db` None."""
-
-    psnr_db: float | None
-    cpu_ms: float
-    wall_ms: float
-    reference_cpu_ms: float
-    reference_wall_ms: float
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A median over pairs, and the outermost."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Ratio:
-        """Of one value at least."""
-        return cls(statistics.median(values), min(values), max(values))
-
-
-@dataclass(frozen=True)
-class AfterAbort:
-    """A request made before and after another one was aborted, with the cache on all the time.
-
-    `repeats` is whether it gave the same bytes as in its round before anything was aborted; `same` whether it did
-    afterwards, and `psnr_db` how far off it was, None where its frames are the same.
-    """
-
-    repeats: bool
-    same: bool
-    psnr_db: float | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """A contender's results.
-
-    PSNR is against its reference: of the mean squared error of all videos (`psnr_db`), the mean and the worst of those
-    that differ; None where all are identical. Times are medians of the loop alone.
-    """
-
-    name: str
-    kind: str
-    adapted: str
-    reference: str
-    pairs: int
-    identical: int
-    psnr_db: float | None
-    mean_psnr_db: float | None
-    worst_psnr_db: float | None
-    cpu_ms: float
-    wall_ms: float
-    cpu_speedup: Ratio
-    wall_speedup: Ratio
-    after_abort: AfterAbort | None
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Two references, which should make the same videos.
-
-    Of their frames the pooled and the worst PSNR, None where all are identical; of their final latents the largest
-    difference.
-    """
-
-    one: str
-    other: str
-    identical: int
-    psnr_db: float | None
-    worst_psnr_db: float | None
-    latents_max_abs: float
-
-
-@dataclass(frozen=True)
-class Unavailable:
-    """A contender that did not run, and why, in one line."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Everything that was measured."""
-
-    rows: list[Row]
-    agreements: list[Agreement]
-    unavailable: list[Unavailable]
-
-
 @dataclass
 class _Results:
     """What is known of a contender so far."""
@@ -240,7 +145,7 @@ class _Run:
     bench: Bench
     unavailable: dict[str, str] = field(default_factory=dict)
     results: dict[str, _Results] = field(default_factory=lambda: defaultdict(_Results))
-    compared: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    compared: dict[tuple[str, str], list[tuple[float | None, float]]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def present(self) -> list[Contender]:
@@ -324,8 +229,11 @@ class _Run:
             if contender.reference in self.unavailable and contender.name not in self.unavailable
         }
         return Outcome(
-            rows=[_row(contender, self.results[contender.name]) for contender in self.present],
-            agreements=[_agreed(*names, found) for names, found in self.compared.items()],
+            rows=[
+                Row.of(contender, self.results[contender.name].samples, self.results[contender.name].after_abort)
+                for contender in self.present
+            ],
+            agreements=[Agreement.of(*names, found) for names, found in self.compared.items()],
             unavailable=[Unavailable(name, reason) for name, reason in reasons.items()],
         )
 
@@ -335,12 +243,6 @@ def pairs_of(prompts: Sequence[str], count: int) -> list[Pair]:
     if count < 1:
         raise InvalidRequest(f"pairs: got {count}, expected 1 or more")
     return [Pair(prompts[index % len(prompts)], index) for index in range(count)]
-
-
-def pooled_psnr(values: Sequence[float | None]) -> float | None:
-    """The PSNR of the mean squared error of videos of one size, by their own; None is an identical one, or all."""
-    error = statistics.fmean(0.0 if value is None else 10 ** (-value / 10) for value in values)
-    return -10 * math.log10(error) if error else None
 
 
 def _turn(task: Task, videos: dict[str, Made], contender: Contender) -> None:
@@ -358,43 +260,8 @@ def _same(one: HostArray, other: HostArray) -> bool:
     return one.tobytes() == other.tobytes()
 
 
-def _agreement(one: Made, other: Made) -> tuple[float, float]:
-    return psnr(one.frames, other.frames), float(np.abs(one.latents - other.latents).max())
-
-
-def _agreed(one: str, other: str, found: Sequence[tuple[float, float]]) -> Agreement:
-    decibels = [_finite(decibel) for decibel, _ in found]
-    different = [decibel for decibel in decibels if decibel is not None]
-    return Agreement(
-        one=one,
-        other=other,
-        identical=decibels.count(None),
-        psnr_db=pooled_psnr(decibels),
-        worst_psnr_db=min(different, default=None),
-        latents_max_abs=max(difference for _, difference in found),
-    )
-
-
-def _row(contender: Contender, results: _Results) -> Row:
-    samples = results.samples
-    decibels = [sample.psnr_db for sample in samples]
-    different = [decibel for decibel in decibels if decibel is not None]
-    return Row(
-        name=contender.name,
-        kind=contender.kind,
-        adapted=contender.adapted,
-        reference=contender.reference,
-        pairs=len(samples),
-        identical=decibels.count(None),
-        psnr_db=pooled_psnr(decibels),
-        mean_psnr_db=statistics.fmean(different) if different else None,
-        worst_psnr_db=min(different, default=None),
-        cpu_ms=statistics.median(sample.cpu_ms for sample in samples),
-        wall_ms=statistics.median(sample.wall_ms for sample in samples),
-        cpu_speedup=Ratio.of([sample.reference_cpu_ms / sample.cpu_ms for sample in samples]),
-        wall_speedup=Ratio.of([sample.reference_wall_ms / sample.wall_ms for sample in samples]),
-        after_abort=results.after_abort,
-    )
+def _agreement(one: Made, other: Made) -> tuple[float | None, float]:
+    return _finite(psnr(one.frames, other.frames)), float(np.abs(one.latents - other.latents).max())
 
 
 def _finite(decibels: float) -> float | None:

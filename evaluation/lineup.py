@@ -13,8 +13,9 @@ from ..engines.progress import OnProgress, silent
 from ..runtime.pipeline import VideoPipeline
 from ..runtime.policies import Forecast, Foresight, NoReuse, Policy, Static
 from ..runtime.sampler import Noise
-from .bench import Bench, Contender, Pair, Task, Unavailable
+from .bench import Bench, Contender, Pair, Task
 from .machine import machine
+from .outcome import Unavailable
 from .own import policies_as_contenders
 from .peers import PEERS, REFERENCE, Loaded, Peer, contenders_of, without_pipeline
 from .peers.pipeline import DiffusersPipeline

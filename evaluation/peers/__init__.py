@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
-from ..bench import Contender, Make, Unavailable
+from ..bench import Contender, Make
 from ..machine import version_of
+from ..outcome import Unavailable
 from .adapters import IN_CONTEXT, IN_ONE_LIST, WITH_STEPS
 from .base import Loaded, Peer, Settings
 from .cache_dit import dbcache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
@@ -13,7 +14,7 @@ from typing import Any
 from .adapters import around_calls
 from .base import Loaded, Settings
 
-WARM_UP_SHARE = 0.16  # of the steps, which is 8 of 50
+WARM_UP_SHARE = 0.2  # of the steps; with fewer, some videos become others, see docs/bench.md
 RATIOS = "mag_ratios"
 COMPILED = "compiled"
 
@@ -149,7 +150,7 @@ def enabled(loaded: Loaded, config: Any) -> Iterator[None]:
 
 def warm_up(loaded: Loaded) -> int:
     """Steps before any reuse, for those that are told a number."""
-    return max(1, round(WARM_UP_SHARE * loaded.steps))
+    return math.ceil(WARM_UP_SHARE * loaded.steps)
 
 
 def _calibrated(loaded: Loaded) -> list[float]:

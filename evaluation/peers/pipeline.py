@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,20 @@ class DiffusersPipeline:
             return {}
 
         self.pipeline.progress_bar = loop
-        made = self.pipeline(
-            prompt=None,
-            **self._encode(task),
-            **self._sizes(),
-            **self.options,
-            num_inference_steps=task.steps,
-            guidance_scale=task.guidance,
-            latents=torch.from_numpy(task.latents.copy())[None],
-            generator=torch.Generator().manual_seed(task.seed),
-            callback_on_step_end=on_step_end,
-            output_type="np",
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = self.pipeline(
+                prompt=None,
+                **self._encode(task),
+                **self._sizes(),
+                **self.options,
+                num_inference_steps=task.steps,
+                guidance_scale=task.guidance,
+                latents=torch.from_numpy(task.latents.copy())[None],
+                generator=torch.Generator().manual_seed(task.seed),
+                callback_on_step_end=on_step_end,
+                output_type="np",
+            )
         latents: HostArray = final[0][0].numpy().copy()
         return Made(_grey_levels(made.frames[0]), latents, loop.watch.cpu_ms, loop.watch.wall_ms)
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from foresight.engines.errors import InvalidRequest
-from foresight.evaluation.bench import Aborted, Bench, Contender, Made, Make, Outcome, Pair, Row, Task, pairs_of
+from foresight.evaluation.bench import Aborted, Bench, Contender, Made, Make, Pair, Task, pairs_of
+from foresight.evaluation.outcome import Outcome, Row
 
 PAIRS = [Pair("a dog", 3), Pair("a cat", 4), Pair("a dog", 5)]
 GREY = 100

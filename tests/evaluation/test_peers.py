@@ -9,7 +9,8 @@ import pytest
 
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import EngineError
-from foresight.evaluation.bench import Bench, Row, Task, pairs_of
+from foresight.evaluation.bench import Bench, Task, pairs_of
+from foresight.evaluation.outcome import Row
 from foresight.evaluation.peers import PEERS, Loaded, contenders_of, without_pipeline
 from foresight.evaluation.peers.adapters import IN_CONTEXT, IN_ONE_LIST
 from foresight.evaluation.peers.base import Adapter

@@ -1,0 +1,80 @@
+"""Who takes part in a benchmark, and why others do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foresight.engines.errors import InvalidRequest
+from foresight.evaluation.bench import Pair
+from foresight.evaluation.lineup import POLICIES, BenchRequest, names, noise_of, policy_name, run_bench
+from foresight.evaluation.peers import PEERS
+from foresight.runtime.pipeline import VideoPipeline
+from foresight.runtime.policies import Forecast, Foresight, NoReuse, Static
+from tests.support import load_pipeline
+
+PAIRS = [Pair("a dog", 0)]
+
+
+def document_of(pipeline: VideoPipeline, checkpoint: Path | None, *only: str) -> dict[str, Any]:
+    place = None if checkpoint is None else str(checkpoint)
+    return run_bench(pipeline, BenchRequest(PAIRS, place, steps=3, only=only))
+
+
+def test_policies_are_named_by_what_is_not_the_default() -> None:
+    listed = [NoReuse(), Static(2, 3), Foresight(gamma=1.0), Forecast(tolerance=0.01)]
+    assert list(map(policy_name, listed)) == [
+        "none",
+        "static:reuse_steps=2,interval=3",
+        "foresight:gamma=1",
+        "forecast:tolerance=0.01",
+    ]
+    assert len({policy_name(policy) for policy in POLICIES}) == len(POLICIES)
+
+
+def test_a_policy_alone_is_held_against_no_reuse_and_needs_no_peers(pipeline: VideoPipeline) -> None:
+    document = document_of(pipeline, None, Static.name)
+    assert document["rows"][0]["name"] == NoReuse.name
+    assert {row["reference"] for row in document["rows"]} == {NoReuse.name}
+    assert document["unavailable"] == [] and document["agreements"] == []
+    assert document["threads"] == int(pipeline.backend.describe()["threads"])
+
+
+def test_a_peer_brings_its_reference_along(pipeline: VideoPipeline, checkpoint: Path) -> None:
+    document = document_of(pipeline, checkpoint, "pab")
+    assert [row["name"] for row in document["rows"]] == ["none", "diffusers", "pab:skip=2"]
+    (agreement,) = document["agreements"]
+    assert agreement["worst_psnr_db"] is None or agreement["worst_psnr_db"] > 50
+    assert {"torch", "diffusers"} <= document["machine"]["versions"].keys()
+
+
+def test_what_takes_long_is_asked_for(pipeline: VideoPipeline) -> None:
+    optional = {peer.name for peer in PEERS.values() if peer.optional}
+    run = {row["name"] for row in run_bench(pipeline, BenchRequest(PAIRS, None, steps=2))["unavailable"]}
+    assert optional and run == set(PEERS) - optional
+
+
+def test_without_a_checkpoint_every_peer_is_listed_with_the_reason(pipeline: VideoPipeline) -> None:
+    document = document_of(pipeline, None, Static.name, "pab")
+    reasons = {row["name"]: row["reason"] for row in document["unavailable"]}
+    told = f"checkpoint: only its name is known, {pipeline.manifest.source.checkpoint}; name where it lies"
+    assert reasons == {"diffusers": told, "pab": told}
+
+
+def test_names_that_are_not_known_are_refused_with_those_that_are(pipeline: VideoPipeline) -> None:
+    with pytest.raises(InvalidRequest, match=r"only: got 'x', expected some of diffusers, .*, static, foresight"):
+        document_of(pipeline, None, "x")
+    assert {"pab", "none", "forecast"} <= set(names())
+
+
+def test_a_bundle_that_peers_do_not_compute_like_is_refused(half_bundle: Path) -> None:
+    with pytest.raises(InvalidRequest, match="bundle: got fp16 on cpu, expected fp32 on cpu"):
+        document_of(load_pipeline(half_bundle), None)
+
+
+def test_noise_is_that_of_a_request_with_the_seed(pipeline: VideoPipeline) -> None:
+    given = pipeline("a dog", steps=2, latents=noise_of(pipeline, 5), policy=NoReuse())
+    drawn = pipeline("a dog", steps=2, seed=5, policy=NoReuse())
+    assert given.latents.tobytes() == drawn.latents.tobytes()
