@@ -59,7 +59,7 @@ FORBIDDEN = {
     "exporter": {"cli", "commands", "evaluation", "runtime"},
     "runtime": {"cli", "commands", "evaluation", "exporter"},
 }
-# What only the exporter may import: the world of torch.
+# What only the exporter and the peers of benchmarks may import: the world of torch.
 TORCH = {
     "accelerate",
     "diffusers",
@@ -71,6 +71,7 @@ TORCH = {
     "torch",
     "transformers",
 }
+PEERS = "foresight.evaluation.peers"
 # Except for the backend that is onnx's own, and for metrics that are networks.
 ALLOWED = {
     ("foresight.engines.reference", "onnx"),
@@ -79,11 +80,12 @@ ALLOWED = {
     ("foresight.evaluation.metrics.fvd", "torch"),
     ("foresight.evaluation.metrics.lpips", "torch"),
 }
-# Of the exporter, what runs without all of that.
+# Of the exporter, what runs without all of that; and of the peers, what does not.
 WITHOUT_TORCH = {"foresight.exporter.registry"}
+WITH_TORCH = {f"{PEERS}.blocks"}
 # Modules of the extras, by the names they are imported by.
 EXTRAS = {*TORCH, "PIL", "av", "cupy", "jinja2", "polygraphy", "psutil", "sentencepiece", "skimage", "tensorrt"}
-EXTRAS |= {"cdfvd", "lpips", "torchmetrics"}
+EXTRAS |= {"cache_dit", "cdfvd", "lpips", "torchmetrics"}
 
 
 def project() -> dict[str, Any]:
@@ -123,7 +125,8 @@ def test_importing_foresight_loads_nothing_heavy() -> None:
 
 
 def test_engines_runtime_and_command_line_import_with_the_base_dependencies_alone() -> None:
-    modules = [name for name in source_files() if not name.startswith("foresight.exporter.") or name in WITHOUT_TORCH]
+    exporter = {name for name in source_files() if name.startswith("foresight.exporter.")}
+    modules = source_files().keys() - (exporter - WITHOUT_TORCH) - WITH_TORCH
     code = """
 import sys
 extras, modules = (argument.split(",") for argument in sys.argv[1:])
@@ -152,11 +155,11 @@ def test_imports_flow_one_way(part: str) -> None:
     assert not wrong
 
 
-def test_only_the_exporter_imports_torch_and_its_world() -> None:
+def test_only_the_exporter_and_peers_import_torch_and_its_world() -> None:
     wrong = [
         f"{module} imports {imported}"
         for module, path in source_files().items()
-        if not module.startswith("foresight.exporter")
+        if not module.startswith(("foresight.exporter", PEERS))
         for imported in imported_modules(module, path)
         if imported.partition(".")[0] in TORCH and (module, imported.partition(".")[0]) not in ALLOWED
     ]
