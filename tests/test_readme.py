@@ -30,6 +30,7 @@ FOLLOWED = (
     "docs/tensorrt",
     "docs/embedding",
     "docs/reuse",
+    "docs/bench",
     "docs/evaluate",
 )
 LINKED = sorted(
