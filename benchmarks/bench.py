@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, finish, table
 from benchmarks.reuse_quality import MODELS, RECORDS
-from foresight.evaluation.bench import Pair
+from foresight.evaluation.evaluate import Pair
 from foresight.evaluation.lineup import BenchRequest, run_bench
 from foresight.evaluation.plot import plot
 from foresight.exporter.registry import checkpoint_of

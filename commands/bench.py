@@ -54,7 +54,7 @@ def bench(
 ) -> None:
     """Hold the policies against diffusers and the caches made for it, on CPUs, in turns: quality, speed, aborts."""
     from ..engines.bundle import newest_bundle
-    from ..evaluation.bench import pairs_of
+    from ..evaluation.bench import pairs_around
     from ..evaluation.lineup import BenchRequest, run_bench
     from ..exporter.registry import checkpoint_of
     from ..runtime.pipeline import load
@@ -69,7 +69,7 @@ def bench(
     manifest = pipeline.manifest
     prompts = [manifest.defaults.prompt] if asked.prompts is None else read_prompts(asked.prompts)
     request = BenchRequest(
-        pairs=pairs_of(prompts, asked.pairs),
+        pairs=pairs_around(prompts, asked.pairs),
         checkpoint=checkpoint or checkpoint_of(manifest),
         revision=None if checkpoint else manifest.source.revision,
         steps=asked.steps,
@@ -108,7 +108,8 @@ def _describe(document: dict[str, Any], written: list[Path]) -> list[str]:
     told = {row["name"].partition(":")[0]: row["adapted"] for row in document["rows"] if row["adapted"]}
     lines += ["", *(f"{name} is adapted: {how}" for name, how in told.items())] if told else []
     lines += [f"{missing['name']} did not run: {missing['reason']}" for missing in document["unavailable"]]
-    return lines + [f"wrote {path}" for path in written]
+    lines += [f"note: {note}" for note in document["notes"]]
+    return [*lines, *map(str, written)]
 
 
 def _line(row: dict[str, Any], width: int) -> str:

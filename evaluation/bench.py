@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from ..engines.arrays import HostArray
 from ..engines.errors import ForesightError, InvalidRequest, one_line
 from ..engines.progress import Counter, OnProgress, silent
+from .evaluate import Pair
 from .outcome import AfterAbort, Agreement, Outcome, Row, Sample, Unavailable
 from .quality import psnr
 
@@ -26,13 +27,6 @@ WARM_UP_STEPS = 2
 ABORTED_AT = (
     0.7  # of the steps, made odd: by then every cache is in use, and one that reuses every other step is out of step
 )
-
-
-class Pair(NamedTuple):
-    """What a video is made of: the same for all contenders."""
-
-    prompt: str
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -238,7 +232,7 @@ class _Run:
         )
 
 
-def pairs_of(prompts: Sequence[str], count: int) -> list[Pair]:
+def pairs_around(prompts: Sequence[str], count: int) -> list[Pair]:
     """That many pairs, going round the prompts; every pair has a seed of its own. Raises InvalidRequest."""
     if count < 1:
         raise InvalidRequest(f"pairs: got {count}, expected 1 or more")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..engines.arrays import HostArray
@@ -11,25 +11,18 @@ from ..engines.errors import EngineError, InvalidRequest
 from ..engines.onnxruntime import available_cores
 from ..engines.progress import OnProgress, silent
 from ..runtime.pipeline import VideoPipeline
-from ..runtime.policies import Forecast, Foresight, NoReuse, Policy, Static
+from ..runtime.policies import POLICIES, Policy
+from ..runtime.policies.notation import text_of
+from ..runtime.request import VideoRequest
 from ..runtime.sampler import Noise
-from .bench import Bench, Contender, Pair, Task
+from .bench import Bench, Contender, Task
+from .evaluate import Pair, ladder
 from .machine import machine
 from .outcome import Unavailable
 from .own import policies_as_contenders
 from .peers import PEERS, REFERENCE, Loaded, Peer, contenders_of, without_pipeline
 from .peers.pipeline import DiffusersPipeline
 
-POLICIES: tuple[Policy, ...] = (
-    NoReuse(),
-    Static(),
-    Static(2, 3),
-    Foresight(gamma=0.25),
-    Foresight(),
-    Foresight(2, 3),
-    Forecast(),
-    Forecast(tolerance=0.01),
-)
 LIBRARIES = ("foresight-engines", "onnxruntime", "numpy", "torch", "diffusers", "transformers", "cache-dit")
 OTHERS = 2  # requests of no pair, for what peers measure before
 FIRST_OTHER = 1 << 20  # their seeds
@@ -61,11 +54,11 @@ def run_bench(pipeline: VideoPipeline, request: BenchRequest, on_progress: OnPro
         )
     steps = defaults.steps if request.steps is None else request.steps
     guidance = defaults.guidance if request.guidance is None else request.guidance
-    peers, policies = _chosen(request)
+    peers, policies, notes = _chosen(pipeline, request)
     threads = threads_of(pipeline)
     contenders, unavailable = _peers(pipeline, request, peers, threads, steps, guidance)
     bench = Bench(
-        contenders=[*policies_as_contenders(pipeline, policies, policy_name), *contenders],
+        contenders=[*policies_as_contenders(pipeline, policies, text_of), *contenders],
         pairs=request.pairs,
         noise=lambda seed: noise_of(pipeline, seed),
         steps=steps,
@@ -84,21 +77,14 @@ def run_bench(pipeline: VideoPipeline, request: BenchRequest, on_progress: OnPro
         "rows": [asdict(row) for row in outcome.rows],
         "agreements": [asdict(agreement) for agreement in outcome.agreements],
         "unavailable": [asdict(missing) for missing in (*unavailable, *outcome.unavailable)],
+        "notes": notes,
         "machine": machine(LIBRARIES),
     }
 
 
 def names() -> list[str]:
     """Those that `only` may have: of peers and policies."""
-    return [*PEERS, *dict.fromkeys(policy.name for policy in POLICIES)]
-
-
-def policy_name(policy: Policy) -> str:
-    """The name, and what is not the default."""
-    known: tuple[Field[Any], ...] = fields(policy) if is_dataclass(policy) else ()
-    chosen = {item.name: value for item in known if (value := getattr(policy, item.name)) != _default(item)}
-    settings = ",".join(f"{name}={value:g}" for name, value in chosen.items())
-    return f"{policy.name}:{settings}" if settings else policy.name
+    return [*PEERS, *POLICIES]
 
 
 def noise_of(pipeline: VideoPipeline, seed: int) -> HostArray:
@@ -114,17 +100,19 @@ def threads_of(pipeline: VideoPipeline) -> int:
     return int(told) if told.isdigit() else available_cores()
 
 
-def _chosen(request: BenchRequest) -> tuple[list[Peer], list[Policy]]:
-    """Peers, their reference among them, and policies."""
+def _chosen(pipeline: VideoPipeline, request: BenchRequest) -> tuple[list[Peer], list[Policy], list[str]]:
+    """Peers, their reference among them; the policies' settings that an evaluation tries; and what it leaves out."""
     for name in request.only:
         if name not in names():
             raise InvalidRequest(f"only: got {name!r}, expected some of {', '.join(names())}")
+    asked = VideoRequest(request.pairs[0].prompt, steps=request.steps, guidance=request.guidance)
+    policies, notes = ladder(pipeline, asked)
     if not request.only:
-        return [peer for peer in PEERS.values() if request.optional or not peer.optional], list(POLICIES)
+        return [peer for peer in PEERS.values() if request.optional or not peer.optional], policies, notes
     peers = [peer for peer in PEERS.values() if peer.name in request.only]
     if peers and REFERENCE not in peers:
         peers.insert(0, REFERENCE)
-    return peers, [policy for policy in POLICIES if policy.name in request.only]
+    return peers, [policy for policy in policies if policy.name in request.only], notes
 
 
 def _peers(
@@ -151,7 +139,3 @@ def _peers(
         for seed in range(FIRST_OTHER, FIRST_OTHER + OTHERS)
     ]
     return contenders_of(peers, Loaded(loaded, steps, others))
-
-
-def _default(setting: Field[Any]) -> Any:
-    return None if setting.default is MISSING else setting.default

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from foresight.engines.errors import InvalidRequest
-from foresight.evaluation.bench import Aborted, Bench, Contender, Made, Make, Pair, Task, pairs_of
+from foresight.evaluation.bench import Aborted, Bench, Contender, Made, Make, Task, pairs_around
+from foresight.evaluation.evaluate import Pair
 from foresight.evaluation.outcome import Outcome, Row
 
 PAIRS = [Pair("a dog", 3), Pair("a cat", 4), Pair("a dog", 5)]
@@ -180,8 +181,8 @@ def test_whose_a_contender_is_and_whether_it_was_changed_is_told(log: list[str])
 
 
 def test_pairs_go_round_the_prompts_and_each_has_a_seed_of_its_own() -> None:
-    assert pairs_of(["x", "y"], 3) == [("x", 0), ("y", 1), ("x", 2)]
+    assert pairs_around(["x", "y"], 3) == [("x", 0), ("y", 1), ("x", 2)]
     with pytest.raises(InvalidRequest, match="pairs: got 0"):
-        pairs_of(["x"], 0)
+        pairs_around(["x"], 0)
     with pytest.raises(InvalidRequest, match="pairs: got none"):
         run(pairs=[])

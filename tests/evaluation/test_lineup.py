@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from foresight.engines.errors import InvalidRequest
-from foresight.evaluation.bench import Pair
-from foresight.evaluation.lineup import POLICIES, BenchRequest, names, noise_of, policy_name, run_bench
+from foresight.evaluation.evaluate import Pair, ladder
+from foresight.evaluation.lineup import BenchRequest, names, noise_of, run_bench
 from foresight.evaluation.peers import PEERS
 from foresight.runtime.pipeline import VideoPipeline
-from foresight.runtime.policies import Forecast, Foresight, NoReuse, Static
+from foresight.runtime.policies import POLICIES, NoReuse, Static
+from foresight.runtime.policies.notation import text_of
+from foresight.runtime.request import VideoRequest
 from tests.support import load_pipeline
 
 PAIRS = [Pair("a dog", 0)]
@@ -23,15 +25,11 @@ def document_of(pipeline: VideoPipeline, checkpoint: Path | None, *only: str) ->
     return run_bench(pipeline, BenchRequest(PAIRS, place, steps=3, only=only))
 
 
-def test_policies_are_named_by_what_is_not_the_default() -> None:
-    listed = [NoReuse(), Static(2, 3), Foresight(gamma=1.0), Forecast(tolerance=0.01)]
-    assert list(map(policy_name, listed)) == [
-        "none",
-        "static:reuse_steps=2,interval=3",
-        "foresight:gamma=1",
-        "forecast:tolerance=0.01",
-    ]
-    assert len({policy_name(policy) for policy in POLICIES}) == len(POLICIES)
+def test_policies_take_part_in_the_settings_that_an_evaluation_tries(pipeline: VideoPipeline) -> None:
+    document = document_of(pipeline, None, *POLICIES)
+    tried, notes = ladder(pipeline, VideoRequest("a dog", steps=3))
+    assert [row["name"] for row in document["rows"]] == [NoReuse.name, *map(text_of, tried)]
+    assert document["notes"] == notes
 
 
 def test_a_policy_alone_is_held_against_no_reuse_and_needs_no_peers(pipeline: VideoPipeline) -> None:
@@ -64,7 +62,7 @@ def test_without_a_checkpoint_every_peer_is_listed_with_the_reason(pipeline: Vid
 
 
 def test_names_that_are_not_known_are_refused_with_those_that_are(pipeline: VideoPipeline) -> None:
-    with pytest.raises(InvalidRequest, match=r"only: got 'x', expected some of diffusers, .*, static, foresight"):
+    with pytest.raises(InvalidRequest, match=r"only: got 'x', expected some of diffusers, .*, foresight, forecast"):
         document_of(pipeline, None, "x")
     assert {"pab", "none", "forecast"} <= set(names())
 

@@ -9,7 +9,7 @@ import pytest
 
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import EngineError
-from foresight.evaluation.bench import Bench, Task, pairs_of
+from foresight.evaluation.bench import Bench, Task, pairs_around
 from foresight.evaluation.outcome import Row
 from foresight.evaluation.peers import PEERS, Loaded, contenders_of, without_pipeline
 from foresight.evaluation.peers.adapters import IN_CONTEXT, IN_ONE_LIST
@@ -52,7 +52,7 @@ def rows_of(loaded: Loaded, *names: str) -> dict[str, Row]:
     contenders, missing = contenders_of([PEERS[name] for name in ("diffusers", *names)], loaded)
     assert missing == []
     shape = loaded.others[0].latents.shape
-    bench = Bench(contenders, pairs_of([PROMPT], 2), lambda seed: noise(shape, seed), STEPS, 2.0)
+    bench = Bench(contenders, pairs_around([PROMPT], 2), lambda seed: noise(shape, seed), STEPS, 2.0)
     outcome = bench.run()
     assert outcome.unavailable == []
     return {row.name: row for row in outcome.rows}
