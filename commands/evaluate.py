@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ..runtime.policies import POLICIES
+from .asked import Asked, asked_options
 from .completion import names
 from .console import current_session, print_result, progress
 from .loading import Engines, engine_options
-from .options import PATH, bundle_argument, common, group
+from .options import PATH, bundle_argument, common
 
 if TYPE_CHECKING:
     from ..evaluation.metrics import Metric
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
 
 EVALUATIONS = Path("evaluations")
 DOCUMENT, PAGE = "evaluation.json", "evaluation.html"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is made with every policy; None is the bundle's default."""
-
-    prompts: Path | None
-    seeds: int
-    negative_prompt: str | None
-    steps: int | None
-    guidance: float | None
 
 
 @click.command()
@@ -45,15 +35,7 @@ class Asked:
     shell_complete=names(POLICIES),
     help="Such as foresight:gamma=1,cache=residual; may be repeated.  [default: a few settings of every policy]",
 )
-@group(
-    "asked",
-    Asked,
-    click.option("--prompts", type=PATH, help="A file with one prompt a line.  [default: the bundle's sample prompt]"),
-    click.option("--seeds", type=int, default=1, show_default=True, help="Videos of each prompt."),
-    click.option("--negative-prompt", help="[default: the bundle's]"),
-    click.option("--steps", type=int, help="Denoising steps, 1 to 100.  [default: the bundle's]"),
-    click.option("--guidance", type=float, help="1 switches it off.  [default: the bundle's]"),
-)
+@asked_options
 @click.option(
     "--metrics",
     default="psnr,ssim",

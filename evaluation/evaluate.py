@@ -173,7 +173,8 @@ class Evaluation:
     """A job: every candidate on every pair.
 
     `request` is what all videos have in common; its prompt, seed and policy are not looked at. `videos` is filled with
-    the frames of all candidates and of the reference, which are kept nowhere else.
+    the frames of all candidates and of the reference, which are kept nowhere else. With `keeps_references` a pair that
+    lacks a candidate is not begun anew: where candidates come one after the other, and times are the lesser matter.
     """
 
     pipeline: VideoPipeline
@@ -182,6 +183,7 @@ class Evaluation:
     pairs: Sequence[Pair]
     metrics: Sequence[LoadedMetric]
     videos: Videos
+    keeps_references: bool = False
 
     def check(self) -> None:
         """Raises InvalidRequest for what the pipeline would refuse later."""
@@ -208,9 +210,9 @@ class Evaluation:
     ) -> Iterator[Row]:
         """Yields every row that is not `known`, and those that are but lack a metric.
 
-        A pair that lacks a candidate is begun anew with its request without reuse: times of another day do not compare.
-        The first request is a warm-up, of one step. `on_progress` is told the videos that are done. Raises what a
-        request raises: Cancelled, EngineError, OutOfMemory, IntegrityError.
+        A pair that lacks a candidate is begun anew with its request without reuse: times of another day do not compare,
+        but see `keeps_references`. The first request is a warm-up, of one step. `on_progress` is told the videos that
+        are done. Raises what a request raises: Cancelled, EngineError, OutOfMemory, IntegrityError.
         """
         known = list(known)
         rounds = self.missing(known)
@@ -220,17 +222,20 @@ class Evaluation:
         for row in known:
             if row.key in wanted and self._unmeasured(row):
                 yield self._measured(row)
-        told = _Videos(sum(1 + len(those) for those in rounds.values()), on_progress)
+        reference_ms = self._kept_references(known)
+        told = _Videos(sum((pair not in reference_ms) + len(rounds[pair]) for pair in rounds), on_progress)
         for turn, (pair, those) in enumerate(rounds.items()):
             if turn == 0:
                 warm_up = replace(self._request(self._all[0], pair), steps=1)
                 self.pipeline.generate(warm_up, on_progress=told.of("warming up"), cancel=cancel)
-            reference = self._make(self._all[0], pair, told, cancel)
-            yield self._measured(_row(REFERENCE, pair, reference, reference))
+            if pair not in reference_ms:
+                reference = self._make(self._all[0], pair, told, cancel)
+                reference_ms[pair] = reference.denoise_ms
+                yield self._measured(_row(REFERENCE, pair, reference, reference_ms[pair]))
             first = turn % len(those)
             for candidate in (*those[first:], *those[:first]):
                 trace = self._make(candidate, pair, told, cancel)
-                yield self._measured(_row(candidate.name, pair, trace, reference))
+                yield self._measured(_row(candidate.name, pair, trace, reference_ms[pair]))
 
     def of_sets(self, candidate: Candidate) -> dict[str, float | None]:
         """The metrics that judge all videos of a candidate together; None where one is not finite."""
@@ -248,6 +253,11 @@ class Evaluation:
     @property
     def _all(self) -> list[Candidate]:
         return [Candidate(REFERENCE, NoReuse()), *self.candidates]
+
+    def _kept_references(self, known: Iterable[Row]) -> dict[Pair, float]:
+        """How long the requests without reuse took that are not made again."""
+        references = [row for row in known if row.candidate == REFERENCE and row.key in self.videos]
+        return {row.key.pair: row.denoise_ms for row in references} if self.keeps_references else {}
 
     def _request(self, candidate: Candidate, pair: Pair) -> VideoRequest:
         return replace(self.request, prompt=pair.prompt, seed=pair.seed, policy=candidate.policy)
@@ -306,7 +316,7 @@ class _Videos:
         return show
 
 
-def _row(candidate: str, pair: Pair, trace: Trace, reference: Trace) -> Row:
+def _row(candidate: str, pair: Pair, trace: Trace, reference_ms: float) -> Row:
     ran = [Decision.COMPUTE.value in step.decisions for step in trace.steps]
     return Row(
         candidate=candidate,
@@ -317,7 +327,7 @@ def _row(candidate: str, pair: Pair, trace: Trace, reference: Trace) -> Row:
         steps=len(ran),
         steps_skipped=ran.count(False),
         denoise_ms=trace.denoise_ms,
-        reference_ms=reference.denoise_ms,
+        reference_ms=reference_ms,
         truncated=bool(trace.truncated_prompts),
     )
 

@@ -85,7 +85,7 @@ WITHOUT_TORCH = {"foresight.exporter.registry"}
 WITH_TORCH = {f"{PEERS}.blocks"}
 # Modules of the extras, by the names they are imported by.
 EXTRAS = {*TORCH, "PIL", "av", "cupy", "jinja2", "polygraphy", "psutil", "sentencepiece", "skimage", "tensorrt"}
-EXTRAS |= {"cache_dit", "cdfvd", "lpips", "torchmetrics"}
+EXTRAS |= {"cache_dit", "cdfvd", "lpips", "optuna", "torchmetrics"}
 
 
 def project() -> dict[str, Any]:
@@ -220,8 +220,8 @@ def test_every_dependency_has_one_pin_within_its_bounds(python: str) -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    everything = (".*", "__pycache__", "build", "bundles", "dist", "evaluations", "latte", "out", "work", "*.egg-info")
-    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*everything))
+    everything = (".*", "__pycache__", "build", "bundles", "dist", "evaluations", "latte", "out", "tunings", "work")
+    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*everything, "*.egg-info"))
     build = (
         "import os, sys; from setuptools import build_meta; os.chdir(sys.argv[1]); build_meta.build_wheel(sys.argv[2])"
     )

@@ -32,6 +32,7 @@ FOLLOWED = (
     "docs/reuse",
     "docs/bench",
     "docs/evaluate",
+    "docs/tune",
 )
 LINKED = sorted(
     path.relative_to(REPOSITORY).as_posix()

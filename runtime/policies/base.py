@@ -91,11 +91,23 @@ def cache_setting() -> Any:
     return field(default=next(iter(CACHE_MODES)), metadata=told)
 
 
+@dataclass(frozen=True)
+class SearchRange:
+    """Between which values a setting is looked for, both included; whole numbers where these are.
+
+    `log`: by their ratios, not by their differences.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+
 class Policy:
     """An immutable setting; policies are frozen dataclasses, whose fields are what a user may set.
 
-    Each field's metadata has its `help`, as `default` words for a default that is None, and as `values` the names that
-    it may be, where it is one of a few. `outputs` is how many of
+    Each field's metadata has its `help`, as `default` words for a default that is None, as `values` the names that it
+    may be, where it is one of a few, and as `search` a SearchRange, where tuning looks for it. `outputs` is how many of
     the last computed model outputs a forecast is made of: that many arrays of the latents' size are kept. `ladder` has
     the settings, the most exact first, that an evaluation tries where it is not told which.
     """

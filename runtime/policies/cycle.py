@@ -11,7 +11,7 @@ from ...engines.errors import InvalidRequest, quoted
 from ...engines.wording import plural
 from ..caches import find_mode
 from ..decisions import Decision
-from .base import Context, Decider, Policy, cache_setting
+from .base import Context, Decider, Policy, SearchRange, cache_setting
 
 WARMUP_SHARE = 0.15  # of all steps (arXiv 2506.00329, section 4: 8 of 50)
 
@@ -20,8 +20,10 @@ WARMUP_SHARE = 0.15  # of all steps (arXiv 2506.00329, section 4: 8 of 50)
 class Cycle(Policy):
     """When reuse is allowed: after `warmup` steps (None: 15 % of all) the first `reuse_steps` of every `interval`."""
 
-    reuse_steps: int = field(default=1, metadata={"help": "Steps of a cycle that may reuse."})
-    interval: int = field(default=2, metadata={"help": "Steps of a cycle."})
+    reuse_steps: int = field(
+        default=1, metadata={"help": "Steps of a cycle that may reuse.", "search": SearchRange(1, 3)}
+    )
+    interval: int = field(default=2, metadata={"help": "Steps of a cycle.", "search": SearchRange(2, 4)})
     warmup: int | None = field(
         default=None, metadata={"help": "Steps before any reuse.", "default": f"{100 * WARMUP_SHARE:.0f} % of all"}
     )

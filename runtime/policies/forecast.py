@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ...engines.errors import InvalidRequest, quoted
 from ...engines.wording import plural
 from ..decisions import Distance, Measure
-from .base import Context, Decider, Policy
+from .base import Context, Decider, Policy, SearchRange
 
 WARMUP_SHARE = 0.2  # of all steps
 CURVE = 0.5  # of the second-order term: all of it overshoots
@@ -33,7 +33,9 @@ class Forecast(Policy):
     name: ClassVar[str] = "forecast"
     outputs: ClassVar[int] = 3
     ladder: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"tolerance": 0.01}, {"tolerance": 0.02})
-    tolerance: float = field(default=0.005, metadata={"help": "More is faster and less exact."})
+    tolerance: float = field(
+        default=0.005, metadata={"help": "More is faster and less exact.", "search": SearchRange(0.0005, 0.1, log=True)}
+    )
     warmup: int | None = field(
         default=None, metadata={"help": "Steps before any reuse.", "default": f"{100 * WARMUP_SHARE:.0f} % of all"}
     )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ...engines.errors import InvalidRequest, quoted
 from ..decisions import Decision, Distance, Measure
-from .base import Context, Decider, cache_setting
+from .base import Context, Decider, SearchRange, cache_setting
 from .cycle import Cycle
 
 LAMBDA_WEIGHTS = (1.0, 0.1, 0.01)  # of the last three warm-up changes, newest first
@@ -27,7 +27,10 @@ class Foresight(Cycle):
 
     name: ClassVar[str] = "foresight"
     ladder: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"reuse_steps": 2, "interval": 3})
-    gamma: float = field(default=0.5, metadata={"help": "More is faster and less exact, up to 2."})
+    gamma: float = field(
+        default=0.5,
+        metadata={"help": "More is faster and less exact, up to 2.", "search": SearchRange(0.05, 2.0, log=True)},
+    )
     cache: str = cache_setting()
 
     def __post_init__(self) -> None:

@@ -1,0 +1,124 @@
+"""The search for a setting, on policies whose effect is known."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+
+from foresight.engines.errors import InvalidRequest
+from foresight.evaluation.goals import Quality, Speedup
+from foresight.evaluation.search import Search, check_optuna, searched
+from foresight.evaluation.summary import Summary
+from foresight.runtime.policies import POLICIES, Cycle, Forecast, Foresight, NoReuse, Policy, Static
+from foresight.runtime.policies.base import SearchRange
+from tests.evaluation.summaries import summary
+
+pytest.importorskip("optuna")
+
+
+@dataclass(frozen=True)
+class Dial(Policy):
+    """A policy with one number that costs quality, and one that does nothing."""
+
+    name: ClassVar[str] = "dial"
+    dial: float = field(default=1.0, metadata={"help": "", "search": SearchRange(0.1, 100.0, log=True)})
+    colour: str = "red"
+
+
+class Measured:
+    """What a dial does, and how often that was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Policy] = []
+
+    def __call__(self, policy: Policy) -> Summary:
+        self.asked.append(policy)
+        assert isinstance(policy, Dial)
+        return summary(worst=60 - policy.dial, skipped=policy.dial / 100, speedup=1 + policy.dial / 100)
+
+
+def best(search: Search, goal: Quality | Speedup) -> float:
+    keeping = {policy: done for policy, done in search.tried.items() if goal.margin(done) >= 0}
+    policy = max(keeping, key=lambda policy: goal.gain(keeping[policy]))
+    assert isinstance(policy, Dial)
+    return policy.dial
+
+
+def test_it_comes_close_to_the_best_setting() -> None:
+    search = Search(Dial(), Measured())
+    search.run(Quality(40), 25)
+    assert 15 < best(search, Quality(40)) <= 20
+    fast = Search(Dial(), Measured())
+    fast.run(Speedup(1.5), 25)
+    assert 50 <= best(fast, Speedup(1.5)) < 65
+
+
+def test_the_same_search_tries_the_same_settings() -> None:
+    one, other = Measured(), Measured()
+    for measured in (one, other):
+        Search(Dial(), measured).run(Quality(40), 8)
+    assert one.asked == other.asked and len(one.asked) == 8
+
+
+def test_what_was_given_is_tried_first_and_other_settings_stay() -> None:
+    measured = Measured()
+    Search(Dial(dial=7.0, colour="blue"), measured).run(Quality(40), 5)
+    assert measured.asked[0] == Dial(dial=7.0, colour="blue")
+    assert {policy.colour for policy in measured.asked if isinstance(policy, Dial)} == {"blue"}
+
+
+def test_a_second_goal_knows_what_was_tried_for_the_first() -> None:
+    measured = Measured()
+    search = Search(Dial(), measured)
+    search.run(Quality(40), 12)
+    search.run(Quality(50), 6)
+    assert len(measured.asked) == len(set(measured.asked)) <= 18
+    assert set(measured.asked) == search.tried.keys()
+    assert 5 < best(search, Quality(50)) <= 10
+
+
+def test_settings_are_short_numbers_within_their_range() -> None:
+    measured = Measured()
+    Search(Dial(), measured).run(Quality(40), 20)
+    for policy in measured.asked:
+        assert isinstance(policy, Dial)
+        assert 0.1 <= policy.dial <= 100 and policy.dial == float(f"{policy.dial:.3g}")
+
+
+def test_settings_that_no_policy_can_have_are_passed_over() -> None:
+    tried: list[Cycle] = []
+
+    def measure(policy: Policy) -> Summary:
+        assert isinstance(policy, Cycle)
+        tried.append(policy)
+        return summary(worst=50 - policy.reuse_steps, skipped=policy.reuse_steps / policy.interval)
+
+    Search(Static(cache="residual"), measure).run(Quality(30), 20)
+    assert len(tried) == len(set(tried)) > 2
+    assert all(policy.reuse_steps < policy.interval and policy.cache == "residual" for policy in tried)
+
+
+@pytest.mark.parametrize("kind", POLICIES.values(), ids=list(POLICIES))
+def test_what_policies_recommend_lies_in_what_is_searched(kind: type[Policy]) -> None:
+    if kind is NoReuse:
+        with pytest.raises(InvalidRequest, match="policy: got none, which has nothing to tune"):
+            searched(kind())
+        return
+    for settings in ({}, *kind.ladder):
+        policy = kind(**settings)
+        for name, wanted in searched(policy).items():
+            assert wanted.low <= getattr(policy, name) <= wanted.high
+
+
+def test_what_is_searched_is_said_by_the_policy() -> None:
+    assert searched(Forecast()).keys() == {"tolerance"}
+    assert searched(Foresight()).keys() == {"gamma", "reuse_steps", "interval"}
+
+
+def test_without_optuna_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(InvalidRequest, match=r"needs optuna, .*pip install .foresight-engines\[tune\]"):
+        check_optuna()
