@@ -14,6 +14,7 @@ from ..engines.progress import Progress
 from ..engines.registry import COMPILERS, check_compiler
 from ..engines.wording import MEBI
 from ..exporter.registry import REGISTRY as MODELS
+from ..exporter.registry import find_model
 from .build import check_target, compile_engines
 from .completion import names
 from .console import print_result, progress
@@ -107,6 +108,7 @@ def _preset(name: str) -> str:
 @common
 def export(job: Job, sizes: Sizes, opset: int, backend: str | None, dry_run: bool, as_json: bool) -> None:
     """Take a checkpoint apart and write it as a bundle: one graph per block."""
+    find_model(job.model)  # before torch, which takes its time
     with progress() as show:
         show(Progress("loading torch", 0, 0, ""))
         try:

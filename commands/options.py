@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 import click
 from click.core import ParameterSource
 
-from ..runtime.policies import POLICIES, Foresight, policy_from_settings
+from ..runtime.policies import POLICIES, policy_from_settings
 from .completion import bundle_folders, names
 from .console import log
 
@@ -79,17 +79,19 @@ def policy_options(command: Command) -> Command:
     chosen = click.option(
         "--policy",
         "policy_name",
-        default=Foresight.name,
-        show_default=True,
         shell_complete=names(POLICIES),
-        help=f"{alternatives(POLICIES)}.",
+        help=f"{alternatives(POLICIES)}.  [default: the first that has the settings given]",
     )
     settings = _policy_settings()
     shown = [name for name in SHOWN if name in settings]
     shown += [name for name in settings if name not in SHOWN]
 
-    def policy(policy_name: str, **values: Any) -> Any:
-        return policy_from_settings(policy_name, **values)
+    def policy(policy_name: str | None, **values: Any) -> Any:
+        chosen = {name for name, value in values.items() if value is not None}
+        having = (name for name, row in POLICIES.items() if chosen <= {setting.name for setting in fields(row)})
+        if policy_name is None and not chosen:
+            return None  # the pipeline's default
+        return policy_from_settings(policy_name or next(having, next(iter(POLICIES))), **values)
 
     return group("policy", policy, chosen, *(settings[name] for name in shown))(command)
 

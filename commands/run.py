@@ -91,7 +91,7 @@ class Outputs:
 def run(
     bundle: Path | None,
     asked: Asked,
-    policy: Policy,
+    policy: Policy | None,
     profile: str | None,
     latents: Path | None,
     outputs: Outputs,

@@ -171,7 +171,7 @@ class Generation:
         if bool(self.loaded.backend.arrays.xp.isfinite(latents).all()):
             return
         first = self.trace.first_not_finite()
-        seen = "" if first is None else f", first seen in step {first[0] + 1}, {self.trace.blocks[first[1]]}"
+        seen = "" if first is None else f", first seen in {first}"
         raise EngineError(
             f"latents: got values that are not finite after {len(self.trace.steps)} steps{seen}; lower the guidance, "
             "or export with dtype bf16 or fp32"

@@ -15,10 +15,10 @@ def notes_on(trace: Trace, given: Collection[str], *, draws_noise: bool = False)
     `cache_profile`, `compare`. `draws_noise` says that the sampler adds noise from the seed in later steps.
     """
     notes = []
-    cycle, steps = cycle_of(trace), trace.steps_requested
-    if cycle is not None and not any(cycle.allows(step, steps) for step in range(steps)):
+    policy, steps = policy_of_settings(trace.policy), trace.steps_requested
+    if policy is not None and not isinstance(policy, NoReuse) and not policy.may_reuse(steps):
         notes.append(
-            f"warmup: ends after step {cycle.warmup_steps(steps)}, and the last of the {steps} is always computed, so "
+            f"warmup: ends after step {policy.warmup_steps(steps)}, and the last of the {steps} is always computed, so "
             "nothing could be reused; choose a shorter one, or more steps"
         )
     if trace.guidance == 1 and "negative_prompt" in given:

@@ -109,7 +109,7 @@ class VideoPipeline:
     ) -> Video | list[Video]:
         """Make a video of a prompt, or of each prompt of a list in one batch.
 
-        What is None is the bundle's default; `policy` is then `Foresight()`. `seed` is one number, to which a batch
+        What is None is the bundle's default; `policy` is then `Forecast()`. `seed` is one number, to which a batch
         adds the prompt's position, or one per prompt. `latents` is the initial noise instead: (prompts, *latent
         shape) or, for one prompt, the latent shape; fp32; a numpy array, or one that speaks DLPack. `on_step` is
         called after every step with the steps done, their number and the trace so far; `on_progress`, with a Progress,
@@ -139,7 +139,7 @@ class VideoPipeline:
         check_callbacks(on_step, cancel, on_progress)
         checked = check_request(request, self.manifest, self._table, self.backend.arrays)
         cached = self.limits.cached(self.manifest, checked.policy, checked.rows)
-        trace = self._trace(checked, cached)
+        trace = _trace_of(checked, cached, self.bundle, self.backend)
         calls = Calls(self._life, on_step, cancel, on_progress)
         generation = Generation(self._loaded, checked, cached, calls, trace)
         frames, final = calls.run(generation.run)
@@ -156,7 +156,8 @@ class VideoPipeline:
     def memory(self, prompts: int = 1, guided: bool = True, policy: Policy | None = None) -> MemoryPlan:
         """What a request takes of the device's memory. Raises InvalidRequest where `cache_memory` is too small."""
         compiled = self.backend.compiled(self.bundle)
-        return self.limits.plan(self.manifest, check_policy(policy), prompts, guided, compiled)
+        policy = check_policy(policy, self._table.schedule(self.manifest.defaults.steps))
+        return self.limits.plan(self.manifest, policy, prompts, guided, compiled)
 
     def profile(self, name: str, steps: int | None = None) -> Policy:
         """The policy that the bundle has under a name for so many steps (None: its default). Raises InvalidRequest."""
@@ -207,28 +208,6 @@ class VideoPipeline:
         residency.load(calls, calls.on_progress)
         return tokenizer
 
-    def _trace(self, request: CheckedRequest, cached: Sequence[bool]) -> Trace:
-        """The record of a request, to be filled."""
-        blocks = self.manifest.blocks
-        reusable = request.policy.reusable([block.kind for block in blocks])
-        return Trace(
-            model=self.manifest.model,
-            bundle=self.bundle.id,
-            blocks=tuple(block.name for block in blocks),
-            kinds=tuple(block.kind for block in blocks),
-            policy=policy_settings(request.policy),
-            backend=self.backend.describe(),
-            prompts=request.prompts,
-            negative_prompt=request.negative_prompt,
-            steps_requested=request.schedule.steps,
-            guidance=request.guidance,
-            seeds=request.seeds,
-            latents_given=request.latents is not None,
-            uncached=tuple(
-                block.name for block, wanted, kept in zip(blocks, reusable, cached, strict=True) if wanted and not kept
-            ),
-        )
-
 
 def load(
     bundle: str | os.PathLike[str],
@@ -269,4 +248,27 @@ def load(
         create_backend(backend or choose_backend(opened, device), device, threads, cuda_graphs, shared_weights),
         MemoryLimits(low_memory, cache_memory, profile, fixed_slots=cuda_graphs),
         on_progress=on_progress,
+    )
+
+
+def _trace_of(request: CheckedRequest, cached: Sequence[bool], bundle: Bundle, backend: Backend) -> Trace:
+    """The record of a request, to be filled."""
+    blocks = bundle.manifest.blocks
+    reusable = request.policy.reusable([block.kind for block in blocks])
+    return Trace(
+        model=bundle.manifest.model,
+        bundle=bundle.id,
+        blocks=tuple(block.name for block in blocks),
+        kinds=tuple(block.kind for block in blocks),
+        policy=policy_settings(request.policy),
+        backend=backend.describe(),
+        prompts=request.prompts,
+        negative_prompt=request.negative_prompt,
+        steps_requested=request.schedule.steps,
+        guidance=request.guidance,
+        seeds=request.seeds,
+        latents_given=request.latents is not None,
+        uncached=tuple(
+            block.name for block, wanted, kept in zip(blocks, reusable, cached, strict=True) if wanted and not kept
+        ),
     )

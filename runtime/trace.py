@@ -101,12 +101,14 @@ class Trace:
         """Add how far from its forecast a recorded step was, of the batch's worst prompt."""
         self.steps[step] = replace(self.steps[step], error=error)
 
-    def first_not_finite(self) -> tuple[int, int] | None:
-        """The first step, and block in it, whose measured change is no finite number; None where there is none."""
-        for step, record in enumerate(self.steps):
-            for block, distance in enumerate(record.distances):
+    def first_not_finite(self) -> str | None:
+        """Where a measured change first was no finite number: the step, and the block if its change was measured."""
+        for step, record in enumerate(self.steps, 1):
+            for block, distance in zip(self.blocks, record.distances, strict=True):
                 if distance is not None and not math.isfinite(distance):
-                    return step, block
+                    return f"step {step}, {block}"
+            if record.error is not None and not math.isfinite(record.error):
+                return f"step {step}"
         return None
 
     def count(self, decision: Decision) -> int:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from ...runtime.caches import CACHE_MODES, find_mode
 from ...runtime.decisions import Decision
 from ...runtime.notes import cycle_of
+from ...runtime.policies import policy_of_settings
 from ...runtime.trace import StepTrace, Trace
 from .wording import duration
 
@@ -33,7 +34,7 @@ def step_ticks(steps: int) -> list[Tick]:
 
 def block_map(trace: Trace) -> dict[str, Any]:
     """Blocks by steps: what was computed, reused and dead."""
-    cycle, steps = cycle_of(trace), len(trace.steps)
+    cycle, policy, steps = cycle_of(trace), policy_of_settings(trace.policy), len(trace.steps)
     allowed = [step for step in range(steps) if cycle and cycle.allows(step, trace.steps_requested)]
     legend = {"computed": "run", "reused": "reused", "dead": "dead", "forecast": "forecast", "allowed": "reuse allowed"}
     used = {value for step in trace.steps for value in step.decisions} | ({"allowed"} if allowed else set())
@@ -44,7 +45,7 @@ def block_map(trace: Trace) -> dict[str, Any]:
         "reused": _cells(trace, Decision.REUSE, 0.0),
         "dead": _cells(trace, Decision.DEAD, 0.34),  # a thinner mark, to be told apart without colour
         "forecast": _cells(trace, Decision.FORECAST, 0.2),
-        "warmup": min(steps, cycle.warmup_steps(trace.steps_requested)) if cycle else 0,
+        "warmup": min(steps, policy.warmup_steps(trace.steps_requested)) if policy else 0,
         "allowed": "".join(f"M{step + 0.1:g} 0h.8v1h-.8z" for step in allowed),
         "legend": [(mark, words) for mark, words in legend.items() if mark in used],
     }

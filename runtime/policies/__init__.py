@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...engines.errors import InvalidRequest, quoted
 from ..decisions import Decision, Distance, Measure
@@ -13,6 +13,9 @@ from .cycle import Cycle, Static
 from .forecast import Forecast
 from .foresight import Foresight
 from .none import NoReuse
+
+if TYPE_CHECKING:
+    from ..sampler import Schedule
 
 __all__ = [
     "POLICIES",
@@ -27,12 +30,13 @@ __all__ = [
     "NoReuse",
     "Policy",
     "Static",
+    "default_policy",
     "policy_from_settings",
     "policy_of_settings",
     "policy_settings",
 ]
 
-_ROWS: tuple[type[Any], ...] = (Foresight, Forecast, Static, NoReuse)
+_ROWS: tuple[type[Any], ...] = (Forecast, Foresight, Static, NoReuse)  # the first that serves a request is the default
 POLICIES: dict[str, type[Any]] = {policy.name: policy for policy in _ROWS}
 
 
@@ -53,6 +57,12 @@ def policy_of_settings(settings: Mapping[str, Any]) -> Policy | None:
     others = dict(settings)
     name = others.pop("name")
     return policy_from_settings(name, **others) if name in POLICIES else None
+
+
+def default_policy(schedule: Schedule) -> Policy:
+    """The first registered policy, as it comes, that serves a request of that schedule."""
+    policies: Iterator[Policy] = (row() for row in _ROWS)
+    return next(policy for policy in policies if policy.serves(schedule))
 
 
 def policy_settings(policy: Policy) -> dict[str, Any]:

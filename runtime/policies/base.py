@@ -125,8 +125,20 @@ class Policy:
         """Per block whether it is ever reused, or its change wanted; others get no room in the cache."""
         return (True,) * len(kinds)
 
+    def warmup_steps(self, steps: int) -> int:
+        """How many steps of a request run whole before any that may not."""
+        return 0
+
+    def may_reuse(self, steps: int) -> bool:
+        """Whether a request of that many steps has one that may reuse anything."""
+        return self.warmup_steps(steps) < steps - 1
+
+    def serves(self, schedule: Schedule) -> bool:
+        """Whether requests of that schedule can be decided on."""
+        return True
+
     def begin(self, context: Context) -> Decider:
-        """The decider of a request."""
+        """The decider of a request. Raises InvalidRequest where the policy does not serve it."""
         raise NotImplementedError
 
     def describe(self, steps: int) -> str:

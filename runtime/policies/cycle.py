@@ -47,8 +47,12 @@ class Cycle(Policy):
             raise InvalidRequest(f"warmup: got {quoted(self.warmup)}, expected 2 or more: a change needs two steps")
 
     def warmup_steps(self, steps: int) -> int:
-        """The number of warm-up steps of a request."""
+        """See Policy.warmup_steps."""
         return self.warmup if self.warmup is not None else max(2, math.ceil(WARMUP_SHARE * steps))
+
+    def may_reuse(self, steps: int) -> bool:
+        """See Policy.may_reuse."""
+        return any(self.allows(step, steps) for step in range(steps))
 
     def allows(self, step: int, steps: int) -> bool:
         """Whether blocks may be reused in `step`; the last step is always computed."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...engines.errors import InvalidRequest, quoted
 from ...engines.wording import plural
 from ..decisions import Distance, Measure
 from .base import Context, Decider, Policy, SearchRange
+
+if TYPE_CHECKING:
+    from ..sampler import Schedule
 
 WARMUP_SHARE = 0.2  # of all steps
 CURVE = 0.5  # of the second-order term: all of it overshoots
@@ -51,11 +54,20 @@ class Forecast(Policy):
         return (False,) * len(kinds)
 
     def warmup_steps(self, steps: int) -> int:
-        """The number of steps before the first that may be forecast."""
+        """See Policy.warmup_steps."""
         return self.warmup if self.warmup is not None else math.ceil(WARMUP_SHARE * steps)
 
+    def serves(self, schedule: Schedule) -> bool:
+        """See Policy.serves: not where the sampler does not tell how much signal its samples hold."""
+        return all(map(math.isfinite, schedule.signal_scales))
+
     def begin(self, context: Context) -> Decider:
-        """See Policy.begin. Raises InvalidRequest for a bundle whose sampler tells no signal scales."""
+        """See Policy.begin."""
+        if not self.serves(context.schedule):
+            raise InvalidRequest(
+                f"policy: got {self.name} for a sampler that does not tell how much signal its samples hold, expected "
+                "another; choose one that reuses blocks"
+            )
         return _Forecaster(self, context)
 
     def describe(self, steps: int) -> str:
@@ -72,11 +84,6 @@ class _Forecaster(Decider):
         self._policy = policy
         self._times = [float(time) for time in context.schedule.timesteps]
         self._sensitivities = [float(number) for number in context.schedule.sensitivities()]
-        if not all(map(math.isfinite, self._sensitivities)):
-            raise InvalidRequest(
-                "policy: got forecast for a sampler that does not tell how much signal a sample holds, expected "
-                "foresight, static or none"
-            )
         self._computed: list[int] = []  # the last three steps, newest first
         self._error = math.inf  # r over H
         self._spent = 0.0  # E

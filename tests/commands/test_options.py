@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from foresight.commands.options import alternatives, given, group, policy_options
-from foresight.runtime.policies import POLICIES, Foresight, NoReuse, Static
+from foresight.runtime.policies import POLICIES, Forecast, Foresight, NoReuse, Static
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Forecast(NoReuse):
+class Guess(NoReuse):
     """A policy of somebody else."""
 
-    name: ClassVar[str] = "forecast"
+    name: ClassVar[str] = "guess"
     order: int = field(default=2, metadata={"help": "Of the polynomial."})
     base: str = field(default="power", metadata={"help": "Its kind.", "values": ("power", "hermite")})
     horizon: float | None = field(default=None, metadata={"help": "In steps.", "default": "all"})
@@ -70,7 +70,10 @@ def test_every_setting_of_every_policy_is_a_flag_of_its_type() -> None:
 @pytest.mark.parametrize(
     ("flags", "policy"),
     [
-        ([], Foresight()),
+        ([], None),
+        (["--tolerance", "0.01"], Forecast(tolerance=0.01)),
+        (["--warmup", "9"], Forecast(warmup=9)),
+        (["--warmup", "9", "--interval", "4"], Foresight(warmup=9, interval=4)),
         (["--gamma", "1", "--warmup", "4"], Foresight(gamma=1.0, warmup=4)),
         (["--policy", "static", "--reuse-steps", "2", "--interval", "3"], Static(reuse_steps=2, interval=3)),
         (["--policy", "none", "--cache", "residual"], NoReuse(cache="residual")),
@@ -82,19 +85,19 @@ def test_flags_make_the_policy(flags: list[str], policy: Any) -> None:
 
 
 def test_a_new_policy_brings_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(POLICIES, "forecast", Forecast)
+    monkeypatch.setitem(POLICIES, "guess", Guess)
 
     @click.command()
     @policy_options
     def command(policy: Any) -> None:
         click.echo(repr(policy))
 
-    flags = ["--policy", "forecast", "--order", "3", "--base", "hermite"]
-    assert CliRunner().invoke(command, flags).output == f"{Forecast(order=3, base='hermite')!r}\n"
+    flags = ["--policy", "guess", "--order", "3", "--base", "hermite"]
+    assert CliRunner().invoke(command, flags).output == f"{Guess(order=3, base='hermite')!r}\n"
     told = " ".join(CliRunner().invoke(command, ["--help"], terminal_width=110).output.split())
-    assert "--policy TEXT foresight, static, none or forecast." in told
-    assert "--order INTEGER forecast: of the polynomial. [default: 2]" in told
-    assert "--horizon FLOAT forecast: in steps. [default: all]" in told
+    assert "--policy TEXT forecast, foresight, static, none or guess." in told
+    assert "--order INTEGER guess: of the polynomial. [default: 2]" in told
+    assert "--horizon FLOAT guess: in steps. [default: all]" in told
     assert "--cache TEXT What is cached: output or residual. [default: output]" in told
 
 

@@ -275,7 +275,7 @@ def test_a_trace_chooses_what_is_cached(foresight_cli: Cli, bundle: Path, tmp_pa
 
 def test_what_had_no_room_is_said(foresight_cli: Cli, bundle: Path) -> None:
     megabytes = 2 * open_bundle(bundle).manifest.cache_bytes(2) / 4 / 2**20
-    outcome = foresight_cli("run", "--bundle", bundle, "--steps", 2, "--cache-memory", megabytes)
+    outcome = foresight_cli("run", "--bundle", bundle, "--policy", "static", "--steps", 2, "--cache-memory", megabytes)
     assert "no room to cache, so always run: block.000, block.001, block.002, block.003" in outcome.out
 
 

@@ -45,7 +45,7 @@ def test_what_is_left_out_is_the_bundles_default(pipeline: VideoPipeline) -> Non
     trace = pipeline("a dog").trace
     defaults = pipeline.manifest.defaults
     assert (trace.steps_requested, trace.guidance) == (defaults.steps, defaults.guidance)
-    assert trace.policy["name"] == "foresight"
+    assert trace.policy == {"name": "forecast", "tolerance": 0.005, "warmup": None}
 
 
 def test_the_seed_decides_the_noise(pipeline: VideoPipeline) -> None:
@@ -176,7 +176,9 @@ def test_a_result_that_is_not_finite_is_an_error_that_says_where_it_began(bundle
     weights.write_bytes(b"\xff" * weights.stat().st_size)  # NaN
     pipeline = foresight.load(vouch_for(copied, weights.name))
     with pytest.raises(EngineError, match=r"not finite after 4 steps, first seen in step 2, block\.000; lower the"):
-        pipeline("a dog", steps=4)
+        pipeline("a dog", steps=4, policy=foresight.NoReuse())
+    with pytest.raises(EngineError, match=r"not finite after 8 steps, first seen in step 4; lower the guidance"):
+        pipeline("a dog", steps=8)
 
 
 def test_a_seed_may_be_a_numpy_integer(pipeline: VideoPipeline) -> None:
@@ -190,7 +192,7 @@ def test_over_long_prompts_are_listed(pipeline: VideoPipeline) -> None:
 
 
 def test_the_cache_of_a_request_is_the_manifests_and_two_buffers(pipeline: VideoPipeline) -> None:
-    trace = pipeline("a dog", steps=1, guidance=4).trace
+    trace = pipeline("a dog", steps=1, guidance=4, policy=foresight.NoReuse()).trace
     blocks = len(pipeline.manifest.blocks)
     assert trace.cache_bytes == pipeline.manifest.cache_bytes(2) * (blocks + 2) // blocks
 
