@@ -194,6 +194,50 @@ def _decibels(psnr_db: float | None) -> str:
     return "identical" if psnr_db is None else f"{psnr_db:.1f}"
 
 
+def bench(result: dict[str, Any]) -> str:
+    """Peers and policies on one demo model."""
+    rows = [
+        (
+            f"`{row['name']}`",
+            row["kind"],
+            *_held_against(row),
+            f"{row['cpu_ms'] / 1e3:.2f} s",
+            "{median:.2f}x ({low:.2f} to {high:.2f})".format(**row["cpu_speedup"]),
+            f"{row['wall_speedup']['median']:.2f}x",
+            _after_abort(row["after_abort"]),
+        )
+        for row in result["rows"]
+    ]
+    header = ("", "", "PSNR, dB", "mean", "worst", "CPU", "speed-up, CPU", "wall", "after an abort")
+    threads = "one thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    asked = f"{len(result['pairs'])} pairs, {result['steps']} steps, guidance {result['guidance']:g}, {threads}; "
+    return f"{asked}{_machine(result, 'torch', 'diffusers', 'cache-dit', 'onnxruntime')}{table(rows, header)}"
+
+
+def bench_agreement(*results: dict[str, Any]) -> str:
+    """Whether this package and diffusers make the same videos without a cache, in a sentence."""
+    told = []
+    for result in results:
+        (found,) = result["agreements"]
+        worst = "" if found["worst_psnr_db"] is None else f" (the worst of the others: {found['worst_psnr_db']:.1f} dB)"
+        told.append(f"{found['identical']} of {len(result['pairs'])} videos of `{result['model']}`{worst}")
+    return "Without a cache this package and diffusers make the same frames, byte by byte, in\n{}.".format(
+        " and in\n".join(told)
+    )
+
+
+def _held_against(row: dict[str, Any]) -> tuple[str, ...]:
+    if row["name"] == row["reference"]:
+        return "reference", "", ""
+    if row["psnr_db"] is None:
+        return "identical", "", ""
+    return tuple(f"{row[key]:.1f}" for key in ("psnr_db", "mean_psnr_db", "worst_psnr_db"))
+
+
+def _after_abort(found: dict[str, Any]) -> str:
+    return "same bytes" if found["same"] else f"{found['psnr_db']:.1f} dB"
+
+
 def startup(result: dict[str, Any]) -> str:
     """What embedding costs."""
     row = (f"{result['import_ms']:.0f} ms", f"{result['ready_ms'] / 1e3:.2f} s", f"{result['peak_mib']:.0f} MiB")
@@ -261,6 +305,8 @@ SUMMARY_GAMMA = 0.5
 SUMMARY_CYCLES = ("N1R2", "N2R3")
 RESULTS = "benchmarks/results"
 _FORECAST = tuple(f"{RESULTS}/forecast_quality_{model}.json" for model in TITLES)
+BENCHED = ("cogvideox", "latte")
+_BENCH = {model: f"{RESULTS}/bench_{model}.json" for model in BENCHED}
 _REUSE = {model: f"{RESULTS}/reuse_quality_{model}.json" for model in TITLES}
 # page -> section -> how to draw it, and from what
 PAGES: dict[str, dict[str, tuple[Draw, tuple[str, ...]]]] = {
@@ -274,6 +320,8 @@ PAGES: dict[str, dict[str, tuple[Draw, tuple[str, ...]]]] = {
         "forecast quality": (forecast_quality, _FORECAST),
         "reuse summary": (reuse_summary, tuple(_REUSE.values())),
         **{f"reuse quality {model}": (reuse_quality, (file,)) for model, file in _REUSE.items()},
+        "bench agreement": (bench_agreement, tuple(_BENCH.values())),
+        **{f"bench {model}": (bench, (file,)) for model, file in _BENCH.items()},
         "cache budget": (cache_budget, (f"{RESULTS}/cache_budget.json",)),
         "startup": (startup, (f"{RESULTS}/startup.json",)),
         "shared weights": (shared_weights, (f"{RESULTS}/shared_weights.json",)),

@@ -9,7 +9,19 @@ from html import escape
 from typing import Any
 
 WIDTH, HEIGHT, MARGIN, LEGEND = 860, 440, 52, 190
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f4f24", "#5a189a", "#000000")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7f4f24",
+    "#5a189a",
+    "#000000",
+    "#6b8e23",
+    "#8b0000",
+)
 DASHES = {"this project": "none", "as shipped": "6 3", "adapted": "2 3"}
 FASTER, DECIBELS = 0.25, 5  # from one tick to the next
 

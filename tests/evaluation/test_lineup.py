@@ -62,7 +62,7 @@ def test_without_a_checkpoint_every_peer_is_listed_with_the_reason(pipeline: Vid
 
 
 def test_names_that_are_not_known_are_refused_with_those_that_are(pipeline: VideoPipeline) -> None:
-    with pytest.raises(InvalidRequest, match=r"only: got 'x', expected some of diffusers, .*, foresight, forecast"):
+    with pytest.raises(InvalidRequest, match=r"only: got 'x', expected some of diffusers, .*, static"):
         document_of(pipeline, None, "x")
     assert {"pab", "none", "forecast"} <= set(names())
 
