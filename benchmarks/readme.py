@@ -181,6 +181,33 @@ def forecast_headline(*results: dict[str, Any]) -> str:
     )
 
 
+def tuned(*results: dict[str, Any]) -> str:
+    """The profiles of the demo models, and the goals that were missed."""
+    rows = []
+    for title, result in zip(TITLES.values(), results, strict=True):
+        for goal in result["goals"]:
+            held_out = goal["held_out"] or dict.fromkeys(HELD_OUT)
+            share, speedup = held_out["share_skipped"], held_out["speedup"]
+            rows.append(
+                (
+                    title,
+                    f"`{goal['name']}`{'' if goal['written'] else ', not written'}",
+                    ", ".join(
+                        f"{name} {value}" for name, value in (goal["policy"] or {}).items() if value is not None
+                    ).removeprefix("name "),
+                    goal["rejected"],
+                    "—" if share is None else f"{100 * share:.1f} %",
+                    *("—" if goal["held_out"] is None else _decibels(held_out[name]) for name in HELD_OUT[:3]),
+                    "—" if speedup is None else f"{speedup:.2f}x",
+                )
+            )
+    pairs, header = results[0]["pairs"], ("demo model", "profile", "policy", "rejected", "calls skipped")
+    counted = ", ".join(f"{count} {part.replace('_', ' ')}" for part, count in pairs.items() if count is not False)
+    return f"Pairs: {counted}; {_machine(results[0])}" + table(
+        rows, (*header, "worst PSNR, dB", "mean", "pooled", "speed-up")
+    )
+
+
 def _reuse(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         f"{row['skipped_percent']:.1f} %",
@@ -301,6 +328,7 @@ TITLES = {name: family.title for name, family in FAMILIES.items()}
 # Libraries whose distributions have other names.
 LIBRARIES = {"tensorrt-rtx-cu13-bindings": "TensorRT-RTX"}
 DEFAULT = f"forecast {Forecast().tolerance}"
+HELD_OUT = ("worst_psnr_db", "mean_psnr_db", "psnr_db", "share_skipped", "speedup")
 SUMMARY_GAMMA = 0.5
 SUMMARY_CYCLES = ("N1R2", "N2R3")
 RESULTS = "benchmarks/results"
@@ -322,6 +350,7 @@ PAGES: dict[str, dict[str, tuple[Draw, tuple[str, ...]]]] = {
         **{f"reuse quality {model}": (reuse_quality, (file,)) for model, file in _REUSE.items()},
         "bench agreement": (bench_agreement, tuple(_BENCH.values())),
         **{f"bench {model}": (bench, (file,)) for model, file in _BENCH.items()},
+        "tuned": (tuned, tuple(f"{RESULTS}/tuned_{model}.json" for model in TITLES)),
         "cache budget": (cache_budget, (f"{RESULTS}/cache_budget.json",)),
         "startup": (startup, (f"{RESULTS}/startup.json",)),
         "shared weights": (shared_weights, (f"{RESULTS}/shared_weights.json",)),

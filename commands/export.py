@@ -19,11 +19,14 @@ from .build import check_target, compile_engines
 from .completion import names
 from .console import print_result, progress
 from .options import PATH, alternatives, common, group
-from .rows import caution, compiled_row, describe_compiled, describe_source
+from .rows import caution, compiled_row, describe_compiled, describe_profiles, describe_source
 
 if TYPE_CHECKING:
     from ..engines.bundle import Bundle
     from ..exporter.plan import ExportPlan
+
+
+NO_PROFILES = "profiles: none tuned for this model and these sizes; foresight tune makes some"
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ def _row(bundle: Bundle, plan: ExportPlan, was_up_to_date: bool) -> dict[str, An
         "bytes": sum(record.bytes for record in manifest.files.values()),
         "blocks": len(manifest.blocks),
         "cache_bytes": plan.cache_bytes,
+        "profiles": [profile.name for profile in manifest.profiles],
         "largest_difference": {"part": worst.name, "value": worst.max_difference},
         "cautions": list(manifest.cautions),
     }
@@ -159,6 +163,7 @@ def _describe(bundle: Bundle, plan: ExportPlan, row: dict[str, Any]) -> list[str
         f"{row['bundle']}: {found}{row['blocks']} blocks, {row['bytes'] / MEBI:.1f} MiB, {bundle.manifest.dtype}",
         f"largest difference from eager: {worst['value']:.2g} ({worst['part']})",
         f"cache for one guided prompt: {plan.cache_bytes / MEBI:.1f} MiB",
+        *(describe_profiles(bundle.manifest.profiles) or [NO_PROFILES]),
         *map(caution, plan.cautions),
     ]
 

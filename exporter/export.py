@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from ..engines.manifest import (
     FileRecord,
     Manifest,
     Part,
+    PolicyProfile,
     SamplerSettings,
     Source,
     Stage,
@@ -90,6 +91,7 @@ class Export:
         self.row = find_model(model)
         self.request = request or ExportRequest()
         self.was_up_to_date = False
+        self._is_own = checkpoint in (None, self.row.checkpoint)
         self.opset = opset
         self.output = output or Path("bundles") / model
         if self.output.name in ("", ".."):
@@ -140,6 +142,12 @@ class Export:
         """Refuse a checkpoint whose weights are not those that the export reads. Raises CheckpointError."""
         check_coverage(self.split, self.checkpoint)
         self.split.check()
+
+    @property
+    def profiles(self) -> tuple[PolicyProfile, ...]:
+        """Those that were tuned for the model, for its own checkpoint and sizes in fp32; for others there are none."""
+        own = replace(ExportRequest(), max_batch=self.request.max_batch)
+        return self.row.profiles() if self.request == own and self._is_own else ()
 
     @property
     def source(self) -> Source:
@@ -256,6 +264,7 @@ def manifest_from_export(
         cache_bytes_per_row={block.name: stream_bytes_per_row(block, split.streams, split.ranges) for block in blocks},
         cautions=split.cautions,
         files=files,
+        profiles=export.profiles,
     )
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import msgspec
 
 from ..engines.errors import InvalidRequest
-from ..engines.manifest import Defaults, Manifest
+from ..engines.manifest import Defaults, Manifest, PolicyProfile
 
 REPOSITORY = Path(__file__).parents[1]
+TUNED = REPOSITORY / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,15 @@ class Model:
     """A name users type: its family's module, the checkpoint exported unless another is given, a request's defaults.
 
     The checkpoint is a folder, a hub id, or where each of its components is published, see find_checkpoint. `presets`
-    tells users of the fields of an ExportRequest that name rows of the family's tables of sizes, if it has any.
+    tells users of the fields of an ExportRequest that name rows of the family's tables of sizes, if it has any. `tuned`
+    is the file in a clone that has the profiles which were tuned for the checkpoint at its own sizes.
     """
 
     family: str
     checkpoint: str | Mapping[str, str]
     defaults: Defaults
     presets: Mapping[str, str] = field(default_factory=dict)
+    tuned: Path | None = None
 
     @property
     def comes_with_a_clone(self) -> bool:
@@ -36,6 +39,18 @@ class Model:
     def is_here(self) -> bool:
         """Whether the checkpoint can be had."""
         return not self.comes_with_a_clone or Path(str(self.checkpoint)).is_dir()
+
+    def profiles(self) -> tuple[PolicyProfile, ...]:
+        """Those that were tuned for it, if any were."""
+        if self.tuned is None or not self.tuned.is_file():
+            return ()
+        return msgspec.json.decode(self.tuned.read_bytes(), type=_Tuned).profiles
+
+
+class _Tuned(msgspec.Struct):
+    """Of what benchmarks/tuned.py records."""
+
+    profiles: tuple[PolicyProfile, ...]
 
 
 COGVIDEOX = Defaults(
@@ -96,17 +111,20 @@ REGISTRY = {
         family="latte",
         checkpoint=str(REPOSITORY / "demo" / "latte"),
         defaults=DEMO,
+        tuned=TUNED / "tuned_latte.json",
     ),
     "cogvideox-demo": Model(
         family="cogvideox",
         checkpoint=str(REPOSITORY / "demo" / "cogvideox"),
         defaults=DEMO,
+        tuned=TUNED / "tuned_cogvideox.json",
     ),
     "open-sora-demo": Model(
         family="open_sora",
         checkpoint=str(REPOSITORY / "demo" / "open_sora"),
         defaults=msgspec.structs.replace(DEMO, steps=30, fps=24),
         presets=OPEN_SORA_PRESETS,
+        tuned=TUNED / "tuned_open_sora.json",
     ),
 }
 

@@ -73,6 +73,13 @@ def test_exporting_again_finds_the_bundle_up_to_date(foresight_cli: Cli, checkpo
     assert (summary["id"], summary["blocks"]) == (open_bundle(bundle).id, 4)
 
 
+def test_an_export_tells_of_its_profiles(foresight_cli: Cli, checkpoint: Path, bundle: Path, demo_bundle: Path) -> None:
+    published = foresight_cli("export", "--model", "latte", "--checkpoint", checkpoint, "--output", bundle)
+    assert "profiles: none tuned for this model and these sizes; foresight tune makes some" in published.out
+    demo = foresight_cli("export", "--model", "latte-demo", "--output", demo_bundle)
+    assert "profile balanced, 50 steps: forecast:tolerance=" in demo.out
+
+
 INVALID_EXPORTS: dict[str, tuple[list[str], int, str]] = {
     "unknown model": (["--model", "sora"], 2, "model: got 'sora', expected one of"),
     "no model": ([], 2, "--model"),

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from foresight.engines.errors import InvalidRequest, OutputError
 from foresight.exporter import export as export_module
 from foresight.exporter.export import Export, ExportRequest
 from foresight.exporter.registry import REGISTRY
+from foresight.runtime.profiles import policy_of
 from tests.support import copy_bundle, edit_manifest, snapshot
 
 PARTS = [
@@ -381,3 +382,36 @@ def test_every_exported_bundle_is_intact(name: str, request: pytest.FixtureReque
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidRequest, match=f"model: got 'sora', expected one of {', '.join(REGISTRY)}"):
         Export("sora")
+
+
+# Profiles
+
+DEMOS = [name for name, row in REGISTRY.items() if row.comes_with_a_clone]
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_demo_model_has_the_profiles_that_were_tuned_for_it(name: str) -> None:
+    row = REGISTRY[name]
+    profiles = Export(name).profiles
+    assert profiles and profiles == row.profiles()
+    for profile in profiles:
+        assert profile.steps == row.defaults.steps and profile.guidance == row.defaults.guidance
+        assert policy_of(profile).name == profile.policy
+
+
+def test_the_profiles_of_a_demo_model_stand_in_its_bundle(demo_bundle: Path) -> None:
+    opened = open_bundle(demo_bundle)
+    assert opened.manifest.profiles == REGISTRY[opened.manifest.model].profiles() != ()
+
+
+def test_other_sizes_types_and_checkpoints_have_no_profiles(checkpoint: Path) -> None:
+    name = DEMOS[0]
+    assert Export(name, ExportRequest(max_batch=2)).profiles
+    assert not Export(name, ExportRequest(dtype="fp16")).profiles
+    assert not Export(name, ExportRequest(width=16)).profiles
+    assert not Export(name, checkpoint=str(checkpoint)).profiles
+
+
+def test_none_are_known_for_published_models_or_where_the_record_is_not(tmp_path: Path) -> None:
+    assert not any(row.profiles() for name, row in REGISTRY.items() if name not in DEMOS)
+    assert replace(REGISTRY[DEMOS[0]], tuned=tmp_path / "nowhere.json").profiles() == ()
