@@ -54,12 +54,12 @@ def check(folder: Path) -> None:
         b'{"schema": true}',
         b'{"schema": 1e400}',
         b'{"schema": 1' + b"0" * 5000 + b"}",
-        b'{"schema": 3}',
-        b'{"schema": 3, "model": "\xff"}',
-        b'{"schema": 3, "mod\xffel": "latte"}',
-        b'{"schema": 3, "model": "\\ud800"}',
-        b'{"schema": 3, "model": ' + b"[" * 100_000,
-        b'{"schema": 3, "nested": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"schema": 4}',
+        b'{"schema": 4, "model": "\xff"}',
+        b'{"schema": 4, "mod\xffel": "latte"}',
+        b'{"schema": 4, "model": "\\ud800"}',
+        b'{"schema": 4, "model": ' + b"[" * 100_000,
+        b'{"schema": 4, "nested": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b"\x80\x04N.",
     ],
     ids=lambda raw: repr(raw[:30]),
@@ -152,7 +152,7 @@ def test_a_value_of_the_wrong_type_is_named(copied: Path, key: str, change: Call
         open_bundle(copied)
 
 
-@pytest.mark.parametrize("key", Manifest.__struct_fields__)
+@pytest.mark.parametrize("key", sorted({*Manifest.__struct_fields__} - {"profiles"}))
 def test_a_missing_key_is_refused(copied: Path, key: str) -> None:
     edit_manifest(copied, lambda manifest: manifest.pop(key))
     with pytest.raises(IntegrityError, match=key):

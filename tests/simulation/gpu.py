@@ -24,7 +24,7 @@ TOTAL_BYTES = 2 << 30
 ALIGNMENT = 512  # of CuPy's pool
 GARBAGE = 0xFF  # NaN in every floating-point type
 # Functions of numpy that CuPy has under the same name, as far as they are used.
-FUNCTIONS = frozenset({"add", "concatenate", "isfinite", "subtract"})
+FUNCTIONS = frozenset({"add", "concatenate", "isfinite", "sqrt", "subtract"})
 
 
 class CUDARuntimeError(RuntimeError):
@@ -315,6 +315,10 @@ class ndarray(NDArrayOperatorsMixin):
     def reshape(self, *shape: int) -> ndarray:
         """A view, where it can be one."""
         return ndarray(self._memory, self._values.reshape(*shape))
+
+    def mean(self, axis: int | None = None) -> ndarray:
+        """Along an axis, or of all."""
+        return _made(np.asarray(self.use().mean(axis=axis)))
 
     def all(self) -> ndarray:
         """Whether all are true: an array of one."""
