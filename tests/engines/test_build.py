@@ -117,7 +117,8 @@ def test_a_command_that_is_ended_leaves_no_process(
 ) -> None:
     bundle, compiled = copy
     shutil.rmtree(compiled.folder)
-    command = [sys.executable, "-m", "foresight.cli", "build", str(bundle.path), "--backend", RTX, "--jobs", "2"]
+    command = [sys.executable, "-m", "foresight.cli", "build", str(bundle.path), "--backend", RTX]
+    command += ["--jobs", "2", "--level", "5"]  # which takes long enough to be seen at work
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as build:
         workers: list[psutil.Process] = []
         while not any(seconds_of(worker) > 0.5 for worker in workers):  # one is at work
