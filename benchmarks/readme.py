@@ -351,6 +351,7 @@ PAGES: dict[str, dict[str, tuple[Draw, tuple[str, ...]]]] = {
         "bench agreement": (bench_agreement, tuple(_BENCH.values())),
         **{f"bench {model}": (bench, (file,)) for model, file in _BENCH.items()},
         "tuned": (tuned, tuple(f"{RESULTS}/tuned_{model}.json" for model in TITLES)),
+        "tuned schedules": (tuned, tuple(f"{RESULTS}/tuned_{model}_schedule.json" for model in TITLES)),
         "cache budget": (cache_budget, (f"{RESULTS}/cache_budget.json",)),
         "startup": (startup, (f"{RESULTS}/startup.json",)),
         "shared weights": (shared_weights, (f"{RESULTS}/shared_weights.json",)),

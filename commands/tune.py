@@ -94,7 +94,7 @@ def tune(
     from ..engines.profiles import write_profiles
     from ..evaluation.evaluate import pairs_of, settings_of
     from ..evaluation.folder import opened
-    from ..evaluation.search import check_optuna, searched
+    from ..evaluation.search import check_optuna, check_tunable
     from ..evaluation.tune import InMemory, Tuning, parts_of
     from ..evaluation.tuned import profiles_of, tuning_document
     from ..runtime.policies.notation import policy_from_text
@@ -103,7 +103,7 @@ def tune(
 
     check_optuna()
     policy, goals = policy_from_text(policy_text), wanted.goals()
-    searched(policy)
+    check_tunable(policy)
     prompts = read_prompts(asked.prompts) if asked.prompts else []
     parts_of(pairs_of(prompts or ["the bundle's"], asked.seeds))
     pipeline = engines.load(bundle)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from ..engines.errors import InvalidRequest, one_line
 from ..runtime.policies import Policy
@@ -14,7 +14,9 @@ from .summary import Summary
 
 SEED = 0
 RANDOM = 4  # settings that are tried before the first that is chosen by those before it
+ASKED = 10  # times as many settings are asked for as are to be tried, since some come again
 DIGITS = 3  # of a number that is tried
+FIRST_SHARES = (0.6, 0.5, 0.4, 0.3, 0.7, 0.2)  # of the steps that run
 
 
 def check_optuna() -> None:
@@ -27,42 +29,105 @@ def check_optuna() -> None:
         ) from error
 
 
-def searched(policy: Policy) -> dict[str, SearchRange]:
-    """The settings of a policy that are looked for. Raises InvalidRequest where it has none."""
-    own: tuple[Field[Any], ...] = fields(policy) if is_dataclass(policy) else ()
-    found = {setting.name: setting.metadata["search"] for setting in own if "search" in setting.metadata}
-    if not found:
+def check_tunable(policy: Policy) -> None:
+    """Raises InvalidRequest where there is nothing to look for."""
+    if not policy.calibrates and not searched(policy):
         raise InvalidRequest(f"policy: got {policy.name}, which has nothing to tune, expected another one")
-    return found
+
+
+def searched(policy: Policy) -> dict[str, SearchRange]:
+    """The settings of a policy that are looked for."""
+    own: tuple[Field[Any], ...] = fields(policy) if is_dataclass(policy) else ()
+    return {setting.name: setting.metadata["search"] for setting in own if "search" in setting.metadata}
+
+
+class Space(Protocol):
+    """Policies that are tried, each by some numbers; `first` are those of the ones to begin with."""
+
+    @property
+    def ranges(self) -> Mapping[str, SearchRange]: ...
+
+    @property
+    def first(self) -> Sequence[Mapping[str, float]]: ...
+
+    def policy(self, numbers: Mapping[str, float]) -> Policy | None:
+        """The policy of these numbers, which are within the ranges; None where there is none."""
+        ...
+
+    def numbers(self, policy: Policy) -> dict[str, float]:
+        """Those of a policy that was made of some."""
+        ...
+
+
+class Settings:
+    """The settings of one policy; those that are not looked for stay."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.ranges = searched(policy)
+        policies = [policy, *(replace(policy, **rung) for rung in policy.ladder)]  # type: ignore[type-var]
+        found = [self.numbers(one) for one in policies]
+        self.first = [one for place, one in enumerate(found) if one not in found[:place]]
+
+    def policy(self, numbers: Mapping[str, float]) -> Policy | None:
+        """See Space."""
+        try:
+            changed = {name: _rounded(value) for name, value in numbers.items()}
+            made: Policy = replace(self._policy, **changed)  # type: ignore[type-var]
+        except InvalidRequest:
+            return None
+        return made
+
+    def numbers(self, policy: Policy) -> dict[str, float]:
+        """See Space."""
+        return {name: getattr(policy, name) for name in self.ranges}
+
+
+class Calibrated:
+    """Policies by how many steps run."""
+
+    def __init__(self, policies: Mapping[int, Policy]) -> None:
+        self._policies = policies
+        self._counts = {policy: count for count, policy in policies.items()}
+        self.ranges = {"steps": SearchRange(min(policies), max(policies))}
+        wanted = [round(share * max(policies)) for share in FIRST_SHARES]
+        self.first = [{"steps": count} for count in dict.fromkeys(wanted) if count in policies]
+
+    def policy(self, numbers: Mapping[str, float]) -> Policy | None:
+        """See Space."""
+        return self._policies.get(int(numbers["steps"]))
+
+    def numbers(self, policy: Policy) -> dict[str, float]:
+        """See Space."""
+        return {"steps": self._counts[policy]}
 
 
 @dataclass
 class Search:
-    """Settings of one policy, and what `measure` said of each; several goals share what was tried.
+    """Policies of a space, and what `measure` said of each that was tried; several goals share that."""
 
-    Settings that are not looked for are those of `policy`. `measure` may raise InvalidRequest for a policy that the
-    request cannot have.
-    """
-
-    policy: Policy
+    space: Space
     measure: Callable[[Policy], Summary]
     tried: dict[Policy, Summary] = field(default_factory=dict)
 
     def run(self, goal: Goal, trials: int) -> None:
-        """Try that many settings for a goal; what was tried before is known, and tried again takes no time."""
+        """Try that many settings for a goal, fewer where there are not as many; what was tried before is known."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        spaces = {name: _distribution(optuna, wanted) for name, wanted in searched(self.policy).items()}
+        spaces = {name: _distribution(optuna, wanted) for name, wanted in self.space.ranges.items()}
         sampler = optuna.samplers.TPESampler(seed=SEED, n_startup_trials=RANDOM)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         for policy, summary in self.tried.items():
-            parameters = {name: getattr(policy, name) for name in spaces}
+            parameters = self.space.numbers(policy)
             known = optuna.trial.create_trial(params=parameters, distributions=spaces, value=score(goal, summary))
             study.add_trial(known)
-        for settings in () if self.tried else self._beginning(spaces):
-            study.enqueue_trial(settings)
-        for _ in range(trials):
+        for settings in () if self.tried else self.space.first:
+            study.enqueue_trial(dict(settings))
+        wanted = len(self.tried) + trials
+        for _ in range(trials * ASKED):
+            if len(self.tried) >= wanted:
+                break
             trial = study.ask(spaces)
             done = self._try(trial.params)
             if done is None:
@@ -70,22 +135,12 @@ class Search:
             else:
                 study.tell(trial, score(goal, done))
 
-    def _beginning(self, names: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What is tried first: the settings as they were given, then those that the policy recommends."""
-        policies = [self.policy, *(replace(self.policy, **rung) for rung in self.policy.ladder)]  # type: ignore[type-var]
-        settings = [{name: getattr(policy, name) for name in names} for policy in policies]
-        return [one for place, one in enumerate(settings) if one not in settings[:place]]
-
-    def _try(self, settings: Mapping[str, Any]) -> Summary | None:
-        """What a setting does; None where there is no such policy."""
-        numbers = {name: _rounded(value) for name, value in settings.items()}
-        try:
-            policy = replace(self.policy, **numbers)  # type: ignore[type-var]
-        except InvalidRequest:
-            return None
-        if policy not in self.tried:
+    def _try(self, numbers: Mapping[str, float]) -> Summary | None:
+        """What a policy does; None where there is no such one."""
+        policy = self.space.policy(numbers)
+        if policy is not None and policy not in self.tried:
             self.tried[policy] = self.measure(policy)
-        return self.tried[policy]
+        return None if policy is None else self.tried[policy]
 
 
 def _rounded(value: float) -> float:

@@ -19,10 +19,11 @@ from ..runtime.admission import CancelToken
 from ..runtime.pipeline import VideoPipeline
 from ..runtime.policies import Policy
 from ..runtime.request import VideoRequest
+from .calibration import calibration_of
 from .evaluate import REFERENCE, Evaluation, Pair, Row, VideoKey, Videos, candidates_of
 from .goals import Goal, Quality
 from .metrics import PSNR, load_metrics
-from .search import Search
+from .search import Calibrated, Search, Settings, Space, check_tunable
 from .summary import Summary, summarise
 
 LEAST_PAIRS = 4
@@ -132,6 +133,7 @@ class Tuning:
         """Raises InvalidRequest for what would be refused later."""
         if self.trials < 1:
             raise InvalidRequest(f"trials: got {self.trials}, expected 1 or more")
+        check_tunable(self.policy)
         self._evaluation([self.policy], self.parts.pairs, keeps_references=True).check()
 
     @property
@@ -149,11 +151,17 @@ class Tuning:
             (summary,) = self._measure([policy], part, on_progress, cancel, keeps_references=True)
             return summary
 
-        search = Search(self.policy, measure)
+        search = Search(self._space(on_progress, cancel), measure)
         for goal in self.goals.values():
             search.run(goal, self.trials)
         chosen = [self._choose(name, search.tried, measure) for name in self.goals]
         return self._held_out(chosen, on_progress, cancel), search.tried
+
+    def _space(self, on_progress: OnProgress, cancel: CancelToken | None) -> Space:
+        if not self.policy.calibrates:
+            return Settings(self.policy)
+        recorded = calibration_of(self.pipeline, self.request, self.parts.tuning, on_progress, cancel)
+        return Calibrated(self.policy.calibrate(recorded))
 
     def _choose(self, name: str, tried: Mapping[Policy, Summary], measure: Callable[..., Summary]) -> Tuned:
         """The best setting that keeps a goal on the second part too."""

@@ -140,6 +140,7 @@ def _run_step(model: Transformer, state: DenoiseState, step: int) -> tuple[list[
     state.measuring = step, measured, state.arrays.start_download(state.distances)
     _run(model.epilogue, state, cache.stream)
     output = guide(state.tensors["model_output"], state.guidance, state.halves, model.guidance_order)
+    state.decider.see(step, output)
     expected = state.decider.expected(step)
     if expected is not None:
         state.erring = step, state.arrays.start_download(_rms(output - state.outputs.weigh(expected), state.arrays))

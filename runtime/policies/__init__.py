@@ -13,6 +13,7 @@ from .cycle import Cycle, Static
 from .forecast import Forecast
 from .foresight import Foresight
 from .none import NoReuse
+from .schedule import FixedSchedule
 
 if TYPE_CHECKING:
     from ..sampler import Schedule
@@ -24,6 +25,7 @@ __all__ = [
     "Decider",
     "Decision",
     "Distance",
+    "FixedSchedule",
     "Forecast",
     "Foresight",
     "Measure",
@@ -36,7 +38,13 @@ __all__ = [
     "policy_settings",
 ]
 
-_ROWS: tuple[type[Any], ...] = (Forecast, Foresight, Static, NoReuse)  # the first that serves a request is the default
+_ROWS: tuple[type[Any], ...] = (
+    Forecast,
+    Foresight,
+    Static,
+    FixedSchedule,
+    NoReuse,
+)  # the first that serves a request is the default
 POLICIES: dict[str, type[Any]] = {policy.name: policy for policy in _ROWS}
 
 

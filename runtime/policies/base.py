@@ -15,6 +15,7 @@ from ..caches import CACHE_MODES
 from ..decisions import Decision, Distance, Measure
 
 if TYPE_CHECKING:
+    from ...engines.arrays import Array, HostArray
     from ..sampler import Schedule
 
 
@@ -69,6 +70,9 @@ class Decider:
         """
         return None
 
+    def see(self, step: int, output: Array) -> None:
+        """The guided output of a step that ran, (prompts, …) on the device; it is only read, and not changed later."""
+
     def observe_output(self, step: int, errors: Distance) -> None:
         """How far what was expected of `step` was from the output: the root mean square, per prompt."""
 
@@ -103,18 +107,32 @@ class SearchRange:
     log: bool = False
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What requests without reuse put out, one after the other.
+
+    `products` are the inner products of the guided outputs of all steps, divided by how many numbers an output has:
+    (requests, steps, steps) fp64.
+    """
+
+    schedule: Schedule
+    products: HostArray
+
+
 class Policy:
     """An immutable setting; policies are frozen dataclasses, whose fields are what a user may set.
 
     Each field's metadata has its `help`, as `default` words for a default that is None, as `values` the names that it
     may be, where it is one of a few, and as `search` a SearchRange, where tuning looks for it. `outputs` is how many of
     the last computed model outputs a forecast is made of: that many arrays of the latents' size are kept. `ladder` has
-    the settings, the most exact first, that an evaluation tries where it is not told which.
+    the settings, the most exact first, that an evaluation tries where it is not told which. One that `calibrates` is
+    not searched by its settings, but among those that it makes of what requests without reuse put out.
     """
 
     name: ClassVar[str]
     outputs: ClassVar[int] = 0
     ladder: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    calibrates: ClassVar[bool] = False
 
     @property
     def cache(self) -> str:
@@ -139,6 +157,10 @@ class Policy:
 
     def begin(self, context: Context) -> Decider:
         """The decider of a request. Raises InvalidRequest where the policy does not serve it."""
+        raise NotImplementedError
+
+    def calibrate(self, calibration: Calibration) -> Mapping[int, Policy]:
+        """By how many steps run, settings that fit best what was recorded. Raises InvalidRequest."""
         raise NotImplementedError
 
     def describe(self, steps: int) -> str:

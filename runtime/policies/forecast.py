@@ -11,12 +11,12 @@ from ...engines.errors import InvalidRequest, quoted
 from ...engines.wording import plural
 from ..decisions import Distance, Measure
 from .base import Context, Decider, Policy, SearchRange
+from .extrapolation import KEPT, extrapolation
 
 if TYPE_CHECKING:
     from ..sampler import Schedule
 
 WARMUP_SHARE = 0.2  # of all steps
-CURVE = 0.5  # of the second-order term: all of it overshoots
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Forecast(Policy):
     """
 
     name: ClassVar[str] = "forecast"
-    outputs: ClassVar[int] = 3
+    outputs: ClassVar[int] = KEPT
     ladder: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"tolerance": 0.01}, {"tolerance": 0.02})
     tolerance: float = field(
         default=0.005, metadata={"help": "More is faster and less exact.", "search": SearchRange(0.0005, 0.1, log=True)}
@@ -119,11 +119,4 @@ class _Forecaster(Decider):
 
     def _weights(self, step: int) -> tuple[float, ...] | None:
         """Of the last three computed outputs, newest first; None where there are fewer, or two at one timestep."""
-        times = [self._times[computed] for computed in self._computed]
-        if len(times) < self._policy.outputs or len({*times, self._times[step]}) < len(times) + 1:
-            return None
-        (u0, u1, u2), u = times, self._times[step]
-        line, curve = u - u0, CURVE * (u - u0) * (u - u1) / (u0 - u2)
-        newest = 1 + line / (u0 - u1) + curve / (u0 - u1)
-        middle = -line / (u0 - u1) - curve / (u0 - u1) - curve / (u1 - u2)
-        return newest, middle, curve / (u1 - u2)
+        return extrapolation([self._times[computed] for computed in self._computed], self._times[step])

@@ -10,7 +10,7 @@ import pytest
 
 from foresight.engines.errors import InvalidRequest
 from foresight.evaluation.goals import Quality, Speedup
-from foresight.evaluation.search import Search, check_optuna, searched
+from foresight.evaluation.search import Calibrated, Search, Settings, check_optuna, check_tunable, searched
 from foresight.evaluation.summary import Summary
 from foresight.runtime.policies import POLICIES, Cycle, Forecast, Foresight, NoReuse, Policy, Static
 from foresight.runtime.policies.base import SearchRange
@@ -48,10 +48,10 @@ def best(search: Search, goal: Quality | Speedup) -> float:
 
 
 def test_it_comes_close_to_the_best_setting() -> None:
-    search = Search(Dial(), Measured())
+    search = Search(Settings(Dial()), Measured())
     search.run(Quality(40), 25)
     assert 15 < best(search, Quality(40)) <= 20
-    fast = Search(Dial(), Measured())
+    fast = Search(Settings(Dial()), Measured())
     fast.run(Speedup(1.5), 25)
     assert 50 <= best(fast, Speedup(1.5)) < 65
 
@@ -59,20 +59,20 @@ def test_it_comes_close_to_the_best_setting() -> None:
 def test_the_same_search_tries_the_same_settings() -> None:
     one, other = Measured(), Measured()
     for measured in (one, other):
-        Search(Dial(), measured).run(Quality(40), 8)
+        Search(Settings(Dial()), measured).run(Quality(40), 8)
     assert one.asked == other.asked and len(one.asked) == 8
 
 
 def test_what_was_given_is_tried_first_and_other_settings_stay() -> None:
     measured = Measured()
-    Search(Dial(dial=7.0, colour="blue"), measured).run(Quality(40), 5)
+    Search(Settings(Dial(dial=7.0, colour="blue")), measured).run(Quality(40), 5)
     assert measured.asked[0] == Dial(dial=7.0, colour="blue")
     assert {policy.colour for policy in measured.asked if isinstance(policy, Dial)} == {"blue"}
 
 
 def test_a_second_goal_knows_what_was_tried_for_the_first() -> None:
     measured = Measured()
-    search = Search(Dial(), measured)
+    search = Search(Settings(Dial()), measured)
     search.run(Quality(40), 12)
     search.run(Quality(50), 6)
     assert len(measured.asked) == len(set(measured.asked)) <= 18
@@ -82,7 +82,7 @@ def test_a_second_goal_knows_what_was_tried_for_the_first() -> None:
 
 def test_settings_are_short_numbers_within_their_range() -> None:
     measured = Measured()
-    Search(Dial(), measured).run(Quality(40), 20)
+    Search(Settings(Dial()), measured).run(Quality(40), 20)
     for policy in measured.asked:
         assert isinstance(policy, Dial)
         assert 0.1 <= policy.dial <= 100 and policy.dial == float(f"{policy.dial:.3g}")
@@ -96,7 +96,7 @@ def test_settings_that_no_policy_can_have_are_passed_over() -> None:
         tried.append(policy)
         return summary(worst=50 - policy.reuse_steps, skipped=policy.reuse_steps / policy.interval)
 
-    Search(Static(cache="residual"), measure).run(Quality(30), 20)
+    Search(Settings(Static(cache="residual")), measure).run(Quality(30), 20)
     assert len(tried) == len(set(tried)) > 2
     assert all(policy.reuse_steps < policy.interval and policy.cache == "residual" for policy in tried)
 
@@ -105,8 +105,9 @@ def test_settings_that_no_policy_can_have_are_passed_over() -> None:
 def test_what_policies_recommend_lies_in_what_is_searched(kind: type[Policy]) -> None:
     if kind is NoReuse:
         with pytest.raises(InvalidRequest, match="policy: got none, which has nothing to tune"):
-            searched(kind())
+            check_tunable(kind())
         return
+    check_tunable(kind())
     for settings in ({}, *kind.ladder):
         policy = kind(**settings)
         for name, wanted in searched(policy).items():
@@ -116,6 +117,16 @@ def test_what_policies_recommend_lies_in_what_is_searched(kind: type[Policy]) ->
 def test_what_is_searched_is_said_by_the_policy() -> None:
     assert searched(Forecast()).keys() == {"tolerance"}
     assert searched(Foresight()).keys() == {"gamma", "reuse_steps", "interval"}
+
+
+def test_policies_that_were_calibrated_are_searched_by_how_many_steps_run() -> None:
+    policies: dict[int, Policy] = {count: Dial(dial=float(53 - count)) for count in range(3, 51)}
+    measured = Measured()
+    search = Search(Calibrated(policies), measured)
+    search.run(Quality(40), 20)
+    assert [policy.dial for policy in measured.asked[:3] if isinstance(policy, Dial)] == [23.0, 28.0, 33.0]
+    assert len(set(measured.asked)) == 20 and set(measured.asked) <= set(policies.values())
+    assert 17 <= best(search, Quality(40)) <= 20
 
 
 def test_without_optuna_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

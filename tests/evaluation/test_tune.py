@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from foresight.evaluation.summary import Summary
 from foresight.evaluation.tune import GOALS, InMemory, Parts, Tuned, Tuning, parts_of, strictening
 from foresight.evaluation.tuned import profiles_of, tuning_document
 from foresight.runtime.pipeline import VideoPipeline
-from foresight.runtime.policies import Forecast, Policy, Static
+from foresight.runtime.policies import FixedSchedule, Forecast, Policy, Static
 from foresight.runtime.profiles import policy_of
 from foresight.runtime.request import VideoRequest
 from tests.evaluation.summaries import summary
@@ -169,6 +170,16 @@ def test_a_goal_that_nothing_keeps_is_told(pipeline: VideoPipeline) -> None:
     assert not profiles_of(job, tuned) and len(tried) == 2
     (note,) = (note for note in tuning_document(job, tuned, tried)["notes"] if note.startswith("wild"))
     assert note.startswith("wild: not written, as no setting that was tried kept the goal")
+
+
+def test_a_policy_that_calibrates_is_made_of_requests_without_reuse(pipeline: VideoPipeline) -> None:
+    job = replace(tuning(pipeline, {"some": Quality(5)}, trials=3), policy=FixedSchedule())
+    job.check()
+    (one,), tried = job.run()
+    assert one.kept and isinstance(one.policy, FixedSchedule) and one.policy.computed.endswith(str(STEPS))
+    assert len(tried) == len({policy for policy in tried if policy.name == one.policy.name}) > 1
+    (profile,) = profiles_of(job, [one])
+    assert policy_of(profile) == one.policy
 
 
 def test_without_a_third_part_the_report_says_so(pipeline: VideoPipeline) -> None:
