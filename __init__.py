@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         OutputError,
     )
     from .runtime.pipeline import VideoPipeline, load
-    from .runtime.policies import Forecast, Foresight, NoReuse, Static
+    from .runtime.policies import FixedSchedule, Forecast, Foresight, NoReuse, Static
     from .runtime.trace import StepTrace, Trace
     from .runtime.video import Video
 
@@ -47,7 +47,7 @@ _HOMES = {
         "OutputError",
     ),
     "runtime.pipeline": ("VideoPipeline", "load"),
-    "runtime.policies": ("Forecast", "Foresight", "NoReuse", "Static"),
+    "runtime.policies": ("FixedSchedule", "Forecast", "Foresight", "NoReuse", "Static"),
     "runtime.trace": ("StepTrace", "Trace"),
     "runtime.video": ("Video",),
 }
@@ -59,6 +59,7 @@ __all__ = [
     "CheckpointError",
     "EngineError",
     "ExportError",
+    "FixedSchedule",
     "Forecast",
     "Foresight",
     "ForesightError",

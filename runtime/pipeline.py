@@ -109,7 +109,7 @@ class VideoPipeline:
     ) -> Video | list[Video]:
         """Make a video of a prompt, or of each prompt of a list in one batch.
 
-        What is None is the bundle's default; `policy` is then `Forecast()`. `seed` is one number, to which a batch
+        What is None is the bundle's default; `policy` is then `Foresight()`. `seed` is one number, to which a batch
         adds the prompt's position, or one per prompt. `latents` is the initial noise instead: (prompts, *latent
         shape) or, for one prompt, the latent shape; fp32; a numpy array, or one that speaks DLPack. `on_step` is
         called after every step with the steps done, their number and the trace so far; `on_progress`, with a Progress,
@@ -156,7 +156,7 @@ class VideoPipeline:
     def memory(self, prompts: int = 1, guided: bool = True, policy: Policy | None = None) -> MemoryPlan:
         """What a request takes of the device's memory. Raises InvalidRequest where `cache_memory` is too small."""
         compiled = self.backend.compiled(self.bundle)
-        policy = check_policy(policy, self._table.schedule(self.manifest.defaults.steps))
+        policy = check_policy(policy)
         return self.limits.plan(self.manifest, policy, prompts, guided, compiled)
 
     def profile(self, name: str, steps: int | None = None) -> Policy:

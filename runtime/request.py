@@ -25,7 +25,7 @@ MAX_CHARACTERS = 4000  # of a prompt; no model reads more than 300 tokens, which
 class VideoRequest:
     """What a caller asks of a pipeline; what is None is the bundle's default.
 
-    `policy` is then `Forecast()`, or `Foresight()` for a sampler that the other does not serve.
+    `policy` is then `Foresight()`.
     `prompt` is a text, or a list of them, which become one batch. `seed` is one number, to which a batch adds the
     prompt's position, or one per prompt. `latents` is the initial noise instead: (prompts, *latent shape) or, for one
     prompt, the latent shape; fp32; a numpy array, or one that speaks DLPack; it is only read. A guidance of 1 runs
@@ -71,7 +71,7 @@ def check_request(request: VideoRequest, manifest: Manifest, table: SamplerTable
     defaults = manifest.defaults
     prompts = check_prompts(request.prompt, manifest.shape.max_batch)
     schedule = table.schedule(defaults.steps if request.steps is None else request.steps)
-    policy = check_policy(request.policy, schedule)
+    policy = check_policy(request.policy)
     seeds = check_seeds(request.seed, len(prompts))
     negative = _check_negative(request.negative_prompt, manifest)
     guidance = check_guidance(defaults.guidance if request.guidance is None else request.guidance)
@@ -132,13 +132,13 @@ def check_seeds(seed: int | Sequence[int], prompts: int) -> tuple[int, ...]:
     return seeds
 
 
-def check_policy(policy: Policy | None, schedule: Schedule) -> Policy:
+def check_policy(policy: Policy | None) -> Policy:
     """The policy itself, or for None the default."""
     if policy is None:
-        return default_policy(schedule)
+        return default_policy()
     if not isinstance(policy, Policy):
         raise InvalidRequest(
-            f"policy: got {quoted(policy)}, expected Forecast(…), Foresight(…), Static(…) or NoReuse()"
+            f"policy: got {quoted(policy)}, expected one such as Foresight(…), Forecast(…), Static(…) or NoReuse()"
         )
     find_mode(policy.cache)
     return policy

@@ -34,6 +34,7 @@ PUBLIC_API = [
     "CheckpointError",
     "EngineError",
     "ExportError",
+    "FixedSchedule",
     "Forecast",
     "Foresight",
     "ForesightError",

@@ -144,7 +144,7 @@ def parse(arguments: list[str]) -> None:
     """Raises click.UsageError for a command or an option that there is not."""
     command = cli.get_command(click.Context(cli), arguments[0])
     assert command is not None, arguments[0]
-    command.make_context(arguments[0], arguments[1:])
+    command.make_context(arguments[0], arguments[1:], parent=click.Context(cli, **cli.context_settings))
 
 
 def test_the_readme_lists_every_command() -> None:

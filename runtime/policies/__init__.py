@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...engines.errors import InvalidRequest, quoted
 from ..decisions import Decision, Distance, Measure
@@ -14,9 +14,6 @@ from .forecast import Forecast
 from .foresight import Foresight
 from .none import NoReuse
 from .schedule import FixedSchedule
-
-if TYPE_CHECKING:
-    from ..sampler import Schedule
 
 __all__ = [
     "POLICIES",
@@ -39,12 +36,12 @@ __all__ = [
 ]
 
 _ROWS: tuple[type[Any], ...] = (
-    Forecast,
     Foresight,
-    Static,
+    Forecast,
     FixedSchedule,
+    Static,
     NoReuse,
-)  # the first that serves a request is the default
+)  # the first is the default
 POLICIES: dict[str, type[Any]] = {policy.name: policy for policy in _ROWS}
 
 
@@ -67,10 +64,10 @@ def policy_of_settings(settings: Mapping[str, Any]) -> Policy | None:
     return policy_from_settings(name, **others) if name in POLICIES else None
 
 
-def default_policy(schedule: Schedule) -> Policy:
-    """The first registered policy, as it comes, that serves a request of that schedule."""
-    policies: Iterator[Policy] = (row() for row in _ROWS)
-    return next(policy for policy in policies if policy.serves(schedule))
+def default_policy() -> Policy:
+    """The first registered policy, as it comes."""
+    policy: Policy = _ROWS[0]()
+    return policy
 
 
 def policy_settings(policy: Policy) -> dict[str, Any]:

@@ -151,10 +151,6 @@ class Policy:
         """Whether a request of that many steps has one that may reuse anything."""
         return self.warmup_steps(steps) < steps - 1
 
-    def serves(self, schedule: Schedule) -> bool:
-        """Whether requests of that schedule can be decided on."""
-        return True
-
     def begin(self, context: Context) -> Decider:
         """The decider of a request. Raises InvalidRequest where the policy does not serve it."""
         raise NotImplementedError

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ...engines.errors import InvalidRequest, quoted
 from ...engines.wording import plural
 from ..decisions import Distance, Measure
 from .base import Context, Decider, Policy, SearchRange
 from .extrapolation import KEPT, extrapolation
-
-if TYPE_CHECKING:
-    from ..sampler import Schedule
 
 WARMUP_SHARE = 0.2  # of all steps
 
@@ -57,13 +54,9 @@ class Forecast(Policy):
         """See Policy.warmup_steps."""
         return self.warmup if self.warmup is not None else math.ceil(WARMUP_SHARE * steps)
 
-    def serves(self, schedule: Schedule) -> bool:
-        """See Policy.serves: not where the sampler does not tell how much signal its samples hold."""
-        return all(map(math.isfinite, schedule.signal_scales))
-
     def begin(self, context: Context) -> Decider:
-        """See Policy.begin."""
-        if not self.serves(context.schedule):
+        """See Policy.begin. Raises InvalidRequest where a sampler does not tell how much signal its samples hold."""
+        if not all(map(math.isfinite, context.schedule.signal_scales)):
             raise InvalidRequest(
                 f"policy: got {self.name} for a sampler that does not tell how much signal its samples hold, expected "
                 "another; choose one that reuses blocks"

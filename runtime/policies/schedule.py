@@ -11,7 +11,6 @@ from ...engines.errors import InvalidRequest, quoted
 from ...engines.wording import plural
 from .base import Calibration, Context, Decider, Policy
 from .extrapolation import KEPT, extrapolation
-from .shortest import shortest_paths
 
 RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 
@@ -69,6 +68,8 @@ class FixedSchedule(Policy):
 
     def calibrate(self, calibration: Calibration) -> dict[int, Policy]:
         """For every number of steps that run, the ones that lead to the least error; see shortest.py."""
+        from .shortest import shortest_paths  # needs numpy, which command lines do without
+
         paths = shortest_paths(calibration)
         return {len(path): FixedSchedule(_text_of(step + 1 for step in path)) for path in paths}
 

@@ -72,7 +72,7 @@ def test_every_setting_of_every_policy_is_a_flag_of_its_type() -> None:
     [
         ([], None),
         (["--tolerance", "0.01"], Forecast(tolerance=0.01)),
-        (["--warmup", "9"], Forecast(warmup=9)),
+        (["--warmup", "9"], Foresight(warmup=9)),
         (["--warmup", "9", "--interval", "4"], Foresight(warmup=9, interval=4)),
         (["--gamma", "1", "--warmup", "4"], Foresight(gamma=1.0, warmup=4)),
         (["--policy", "static", "--reuse-steps", "2", "--interval", "3"], Static(reuse_steps=2, interval=3)),
@@ -95,7 +95,7 @@ def test_a_new_policy_brings_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--policy", "guess", "--order", "3", "--base", "hermite"]
     assert CliRunner().invoke(command, flags).output == f"{Guess(order=3, base='hermite')!r}\n"
     told = " ".join(CliRunner().invoke(command, ["--help"], terminal_width=110).output.split())
-    assert "--policy TEXT forecast, foresight, static, schedule, none or guess." in told
+    assert "--policy TEXT foresight, forecast, schedule, static, none or guess." in told
     assert "--order INTEGER guess: of the polynomial. [default: 2]" in told
     assert "--horizon FLOAT guess: in steps. [default: all]" in told
     assert "--cache TEXT What is cached: output or residual. [default: output]" in told

@@ -45,7 +45,7 @@ def test_what_is_left_out_is_the_bundles_default(pipeline: VideoPipeline) -> Non
     trace = pipeline("a dog").trace
     defaults = pipeline.manifest.defaults
     assert (trace.steps_requested, trace.guidance) == (defaults.steps, defaults.guidance)
-    assert trace.policy == {"name": "forecast", "tolerance": 0.005, "warmup": None}
+    assert trace.policy["name"] == "foresight"
 
 
 def test_the_seed_decides_the_noise(pipeline: VideoPipeline) -> None:
@@ -178,7 +178,7 @@ def test_a_result_that_is_not_finite_is_an_error_that_says_where_it_began(bundle
     with pytest.raises(EngineError, match=r"not finite after 4 steps, first seen in step 2, block\.000; lower the"):
         pipeline("a dog", steps=4, policy=foresight.NoReuse())
     with pytest.raises(EngineError, match=r"not finite after 8 steps, first seen in step 4; lower the guidance"):
-        pipeline("a dog", steps=8)
+        pipeline("a dog", steps=8, policy=foresight.Forecast())
 
 
 def test_a_seed_may_be_a_numpy_integer(pipeline: VideoPipeline) -> None:

@@ -348,7 +348,7 @@ def test_eliminating_dead_blocks_twice_changes_nothing_more(plan: list[Decision]
         ("none", {"gamma": 0.5}, "gamma: policy none has no such setting"),
         ("none", {"warmup": 3}, "warmup: policy none has no such setting"),
         ("foresight", {"speed": 2}, "speed: policy foresight has no such setting"),
-        ("teacache", {}, "policy: got 'teacache', expected one of forecast, foresight, static, none"),
+        ("teacache", {}, "policy: got 'teacache', expected one of foresight, forecast, schedule, static, none"),
         ("", {}, "policy: got ''"),
     ],
 )
