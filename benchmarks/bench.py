@@ -1,6 +1,7 @@
 """The policies and other people's caches on a demo model: what `foresight bench` does, on the recorded pairs.
 
-Trained and held-out combinations of demo/records/MODEL/scores.json alternate. Needs `foresight-engines[peers]`.
+Trained and held-out combinations of demo/records/MODEL/scores.json alternate. Schedules take part, too, which are found
+on others of these pairs. Needs `foresight-engines[peers]`.
 
     python -m benchmarks.bench --model cogvideox --save
 """
@@ -9,17 +10,24 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, finish, table
+from benchmarks.halves import tuning_pairs
 from benchmarks.reuse_quality import MODELS, RECORDS
+from foresight.engines.progress import silent
+from foresight.evaluation.calibration import calibration_of
 from foresight.evaluation.evaluate import Pair
 from foresight.evaluation.lineup import BenchRequest, run_bench
 from foresight.evaluation.plot import plot
 from foresight.exporter.registry import checkpoint_of
-from foresight.runtime.pipeline import load
+from foresight.runtime.pipeline import VideoPipeline, load
+from foresight.runtime.policies import FixedSchedule, Policy
+from foresight.runtime.request import VideoRequest
 
+SCHEDULED = (0.4, 0.5, 0.58, 0.66)  # of the steps, that schedules skip
 APART = 6  # of the recorded pairs one in so many, the next one every other time
 
 
@@ -28,6 +36,13 @@ def recorded_pairs(model: str, count: int) -> list[Pair]:
     rows = json.loads((RECORDS / model / "scores.json").read_text(encoding="utf-8"))["rows"]
     chosen = [rows[APART * index + index % 2] for index in range(count)]
     return [Pair(row["prompt"], row["seed"]) for row in chosen]
+
+
+def schedules(pipeline: VideoPipeline, model: str, steps: int, bench: Sequence[Pair]) -> tuple[Policy, ...]:
+    """Found on pairs that constants are chosen on, less those of the benchmark."""
+    pairs = [pair for pair in tuning_pairs(model) if pair not in bench]
+    found = FixedSchedule().calibrate(calibration_of(pipeline, VideoRequest("", steps=steps), pairs, silent))
+    return tuple(found[steps - round(share * steps)] for share in SCHEDULED)
 
 
 def told(row: dict[str, Any]) -> tuple[object, ...]:
@@ -48,11 +63,13 @@ def main() -> None:
     name = f"bench_{options.model}"
     bundle = options.bundle or Path("bundles") / MODELS[options.model]
     pipeline = load(bundle, backend="onnxruntime", device="cpu", threads=options.threads)
+    steps, pairs = options.steps or pipeline.manifest.defaults.steps, recorded_pairs(options.model, options.pairs)
     request = BenchRequest(
-        pairs=recorded_pairs(options.model, options.pairs),
+        pairs=pairs,
         checkpoint=checkpoint_of(pipeline.manifest),
-        steps=options.steps,
+        steps=steps,
         optional=True,
+        own=schedules(pipeline, options.model, steps, pairs),
     )
     document = run_bench(pipeline, request)
     rows = document["rows"]

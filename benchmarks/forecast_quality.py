@@ -1,12 +1,8 @@
-"""What `forecast` skips on a demo model, and what that costs, beside `foresight` and the two together.
+"""What `forecast` and `schedule` skip on a demo model, and what that costs, beside `foresight` and `static`.
 
-Every setting makes the same videos as the run without reuse, from the same seeds; PSNR compares their frames: pooled is
-that of the mean squared error of all videos, mean the mean of the videos' own. Speed-up is of the denoising phase,
-settings and baseline in turns, prompt by prompt. There are two halves of the recorded pairs of
-demo/records/MODEL/scores.json: constants were chosen on the first, and are reported on the second.
-
-`both` is not part of the package: whole steps by forecast, and in the steps that run, blocks by foresight, whose cycle
-counts these steps alone.
+In three conditions, the bundle's steps and guidance, half the steps, and guidance 5; in each, `schedule` is calibrated
+on the tuning half of the pairs, and settings of no use there are not run on the other half. Which pairs these are, and
+what is measured: benchmarks/halves.py. What follows: benchmarks/gains.py. No times are taken.
 
     python -m benchmarks.forecast_quality --model latte --save
 """
@@ -14,152 +10,80 @@ counts these steps alone.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from benchmarks.common import finish, median, table
-from benchmarks.reuse_quality import MODELS, RECORDS
-from foresight.evaluation.quality import psnr
+from benchmarks.common import RESULTS, finish, table
+from benchmarks.curves import draw
+from benchmarks.halves import HELD_OUT, TUNED_ON, TUNING, held_out_pairs, measure, tuning_pairs
+from benchmarks.reuse_quality import MODELS
+from foresight.engines.progress import silent
+from foresight.evaluation.calibration import calibration_of
 from foresight.runtime.pipeline import VideoPipeline, load
-from foresight.runtime.policies import (
-    Context,
-    Decider,
-    Decision,
-    Distance,
-    Forecast,
-    Foresight,
-    Measure,
-    NoReuse,
-    Policy,
-)
-from foresight.runtime.video import Video
+from foresight.runtime.policies import FixedSchedule, Forecast, Foresight, Policy, Static
+from foresight.runtime.request import VideoRequest
 
-IDENTICAL_DB = 100.0
-HALVES = {"tuning": 0, "held-out": 4}  # of every eight recorded pairs, the first
+PAIRS = 50  # held out
+GUIDANCE = 5.0
+TOLERANCES = (0.0007, 0.0015, 0.003, 0.005, 0.008, 0.012, 0.018, 0.03, 0.05)
+SHARES = (0.3, 0.38, 0.44, 0.48, 0.52, 0.56, 0.6, 0.64, 0.7)  # of the steps, that schedules skip
+LEAST_PERCENT, LEAST_DB = 10.0, 35.0  # skipped, and mean PSNR, of a setting that is of use
 
 
-@dataclass(frozen=True)
-class Both(Policy):
-    """Whole steps by forecast; blocks of the steps that run by foresight."""
-
-    steps: Forecast
-    blocks: Foresight
-    name: ClassVar[str] = "both"
-    outputs: ClassVar[int] = Forecast.outputs
-
-    @property
-    def cache(self) -> str:
-        """See Policy.cache."""
-        return self.blocks.cache
-
-    def begin(self, context: Context) -> Decider:
-        """See Policy.begin."""
-        return _Both(self, context)
+def baselines() -> dict[str, Policy]:
+    """What the others are held against, by the names they have in the tables."""
+    return {"foresight N1R2": Foresight(), "foresight N2R3": Foresight(2, 3), "static N1R2": Static()}
 
 
-class _Both(Decider):
-    def __init__(self, policy: Both, context: Context) -> None:
-        super().__init__(context)
-        self._steps = policy.steps.begin(context)
-        self._blocks = policy.blocks.begin(context)
-        self._places: dict[int, int] = {}  # of the steps that ran, among them
-
-    def forecast(self, step: int) -> Sequence[float] | None:
-        return self._steps.forecast(step)
-
-    def estimate(self) -> Measure | None:
-        return self._steps.estimate()
-
-    def expected(self, step: int) -> Sequence[float] | None:
-        return self._steps.expected(step)
-
-    def observe_output(self, step: int, errors: Distance) -> None:
-        self._steps.observe_output(step, errors)
-
-    def plan(self, step: int) -> list[Decision]:
-        self._places[step] = len(self._places)
-        return super().plan(step) if step == self.context.steps - 1 else self._blocks.plan(self._places[step])
-
-    def observe(self, step: int, distances: Sequence[Distance | None]) -> None:
-        self._blocks.observe(self._places[step], distances)
-
-    def measures(self) -> list[Measure | None]:
-        return self._blocks.measures()
+def schedules(pipeline: VideoPipeline, model: str, steps: int, guidance: float, pairs: int) -> dict[str, Policy]:
+    """Those found on the tuning half, by how many steps run."""
+    asked = VideoRequest("", steps=steps, guidance=guidance)
+    calibration = calibration_of(pipeline, asked, tuning_pairs(model, pairs), silent)
+    found = FixedSchedule().calibrate(calibration)
+    counts = dict.fromkeys(steps - round(share * steps) for share in SHARES)
+    return {f"schedule {count}": found[count] for count in counts if count in found}
 
 
-def policies() -> dict[str, Policy]:
-    """Every setting, by the name it has in the table."""
-    made: dict[str, Policy] = {
-        "foresight N1R2": Foresight(),
-        "foresight N2R3": Foresight(2, 3),
-    }
-    for tolerance in (0.001, 0.0015, 0.003, 0.005, 0.008, 0.012, 0.018):
-        made[f"forecast {tolerance}"] = Forecast(tolerance)
-    for cache in ("output", "residual"):
-        made[f"both 0.003, gamma 0.25, {cache}"] = Both(Forecast(0.003), Foresight(gamma=0.25, cache=cache, warmup=10))
-    return made
+def sweep(pipeline: VideoPipeline, model: str, pairs: int, steps: int, guidance: float) -> dict[str, Any]:
+    """One condition: the rows of both halves; every row of the second has one of the first."""
+    tuned_on = min(TUNED_ON, pairs)
+    policies: dict[str, Policy] = baselines()
+    policies |= {f"forecast {tolerance}": Forecast(tolerance) for tolerance in TOLERANCES}
+    policies |= schedules(pipeline, model, steps, guidance, tuned_on)
+    tuning = measure(pipeline, tuning_pairs(model, tuned_on), lambda pair: policies, steps, guidance)
+    kept: Mapping[str, Policy] = {row["setting"]: policies[row["setting"]] for row in tuning if _is_of_use(row)}
+    held_out = measure(pipeline, held_out_pairs(pairs), lambda pair: kept, steps, guidance)
+    return {"steps": steps, "guidance": guidance, TUNING: tuning, HELD_OUT: held_out}
 
 
-def measure(pipeline: VideoPipeline, pairs: Sequence[tuple[str, int]], steps: int) -> list[dict[str, Any]]:
-    """A row a setting, over all pairs."""
-    named = policies()
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in named}
-    for prompt, seed in pairs:
-        baseline: Video = pipeline(prompt, seed=seed, steps=steps, policy=NoReuse())
-        times = [baseline.trace.denoise_ms]
-        for index, (name, policy) in enumerate(named.items()):
-            if index % 5 == 4:  # the baseline takes its turns too
-                times.append(pipeline(prompt, seed=seed, steps=steps, policy=NoReuse()).trace.denoise_ms)
-            video: Video = pipeline(prompt, seed=seed, steps=steps, policy=policy)
-            rows[name].append(
-                {
-                    "skipped": video.trace.share_skipped,
-                    "psnr": min(psnr(video.frames, baseline.frames), IDENTICAL_DB),
-                    "denoise_ms": video.trace.denoise_ms,
-                }
-            )
-        for own in rows.values():
-            own[-1]["speedup"] = statistics.median(times) / own[-1]["denoise_ms"]
-    return [{"setting": name, **summarise(own)} for name, own in rows.items()]
-
-
-def summarise(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Over the pairs."""
-    error = statistics.mean(10 ** (-row["psnr"] / 10) for row in rows)
-    return {
-        "skipped_percent": round(100 * statistics.mean(row["skipped"] for row in rows), 1),
-        "pooled_psnr_db": round(-10 * math.log10(error), 1),
-        "mean_psnr_db": round(statistics.mean(row["psnr"] for row in rows), 1),
-        "worst_psnr_db": round(min(row["psnr"] for row in rows), 1),
-        "speedup": median(row["speedup"] for row in rows),
-    }
+def _is_of_use(row: Mapping[str, Any]) -> bool:
+    wanted: bool = row["skipped_percent"] >= LEAST_PERCENT and row["mean_psnr_db"] >= LEAST_DB
+    return wanted or row["setting"] in baselines()
 
 
 def main() -> None:
-    """Measure, print a table a half, and end in one JSON line."""
+    """Measure, print a table a condition, and end in one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)))
     parser.add_argument("--bundle", type=Path, help="[default: that of the family's demo model]")
-    parser.add_argument("--pairs", type=int, default=12, help="in each half")
-    parser.add_argument("--steps", type=int, help="[default: the bundle's]")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="held out; twelve more are tuned on")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--save", action="store_true", help="write results/forecast_quality_MODEL.json")
+    parser.add_argument("--save", action="store_true", help="write results/forecast_quality_MODEL.json and .svg")
     options = parser.parse_args()
-    recorded = json.loads((RECORDS / options.model / "scores.json").read_text(encoding="utf-8"))["rows"]
     pipeline = load(options.bundle or Path("bundles") / MODELS[options.model], threads=options.threads)
-    steps = options.steps or pipeline.manifest.defaults.steps
-    halves = {}
-    for half, first in HALVES.items():
-        pairs = [(row["prompt"], row["seed"]) for row in recorded[first::8]][: options.pairs]
-        halves[half] = measure(pipeline, pairs, steps)
-        print(half, table([tuple(row.values()) for row in halves[half]], tuple(halves[half][0])), sep="\n")
-    result = {"model": options.model, "pairs": options.pairs, "steps": steps, "threads": options.threads, **halves}
-    finish(f"forecast_quality_{options.model}", result, options.save)
+    steps, guidance = pipeline.manifest.defaults.steps, pipeline.manifest.defaults.guidance
+    asked = {"default": (steps, guidance), "half the steps": (steps // 2, guidance), "guidance 5": (steps, GUIDANCE)}
+    conditions = {}
+    for name, (count, strength) in asked.items():
+        conditions[name] = sweep(pipeline, options.model, options.pairs, count, strength)
+        rows = conditions[name][HELD_OUT]
+        print(name, table([tuple(row.values()) for row in rows], tuple(rows[0])), sep="\n", flush=True)
+    name = f"forecast_quality_{options.model}"
+    if options.save:
+        (RESULTS / f"{name}.svg").write_text(draw({name: one[HELD_OUT] for name, one in conditions.items()}), "utf-8")
+    result = {"model": options.model, "pairs": {TUNING: TUNED_ON, HELD_OUT: options.pairs}, "threads": options.threads}
+    finish(name, {**result, "conditions": conditions}, options.save)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..engines.registry import DEFAULT
+from .completion import names
 from .console import print_result, progress
 from .options import PATH, bundle_argument, common, group
 
 RESULTS, PLOT = "bench.json", "bench.svg"
+
+
+def _contenders(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Completes a peer or a policy; whoever completes nothing of the kind does without their modules."""
+    from ..evaluation import lineup
+
+    return names(lineup.names())(context, parameter, incomplete)
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,13 @@ class Asked:
     click.option("--threads", type=int, help="CPU threads, of all contenders.  [default: the cores, up to 16]"),
 )
 @click.option("--checkpoint", help="What the bundle was exported from, for the peers.  [default: where it is known]")
-@click.option("--only", multiple=True, metavar="NAME", help="Only this peer or policy, such as pab; may be repeated.")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=_contenders,
+    help="Only this peer or policy, such as pab; may be repeated.",
+)
 @click.option("--all", "optional", is_flag=True, help="Those too that take long: torch-compile.")
 @click.option("--output", type=PATH, help=f"A folder for {RESULTS} and {PLOT}.")
 @common
@@ -97,7 +112,7 @@ def _write(document: dict[str, Any], folder: Path) -> list[Path]:
 
 def _describe(document: dict[str, Any], written: list[Path]) -> list[str]:
     width = max(len(row["name"]) for row in document["rows"])
-    head = f"{'':{width}}  {'':12} {'PSNR':>9} {'mean':>6} {'worst':>6}  {'CPU':>7}"
+    head = f"{'':{width}}  {'':12} {'PSNR':>9} {'mean':>6} {'worst':>6} {'spared':>6}  {'CPU':>7}"
     asked = (
         f"{document['model']}: {len(document['pairs'])} pairs, {document['steps']} steps, guidance "
         f"{document['guidance']:g}, threads {document['threads']}"
@@ -122,8 +137,10 @@ def _line(row: dict[str, Any], width: int) -> str:
         quality = f"{'reference':>9} {'':6} {'':6}"
     elif row["psnr_db"] is None:
         quality = f"{'identical':>9} {'':6} {'':6}"
+    saved = row["block_work_saved"]
+    spared = "" if saved is None else f"{100 * saved:.1f}%"
     return (
-        f"{row['name']:{width}}  {row['kind']:12} {quality}  {row['cpu_ms'] / 1e3:5.2f} s  {speed:>18} "
+        f"{row['name']:{width}}  {row['kind']:12} {quality} {spared:>6}  {row['cpu_ms'] / 1e3:5.2f} s  {speed:>18} "
         f"{row['wall_speedup']['median']:.2f}x  {after}"
     )
 

@@ -45,13 +45,15 @@ class Task:
 class Made:
     """A video: frames (F, H, W, 3) uint8, final latents fp32, and what the denoising loop alone took.
 
-    `cpu_ms` is the processor time of the process, `wall_ms` that of the clock.
+    `cpu_ms` is the processor time of the process, `wall_ms` that of the clock. `block_work` is how much blocks were
+    given to do, in whatever its reference counts too; 0 where nothing is counted.
     """
 
     frames: HostArray
     latents: HostArray
     cpu_ms: float
     wall_ms: float
+    block_work: int = 0
 
 
 class Aborted(Exception):
@@ -194,6 +196,8 @@ class _Run:
                 wall_ms=video.wall_ms,
                 reference_cpu_ms=reference.cpu_ms,
                 reference_wall_ms=reference.wall_ms,
+                block_work=video.block_work,
+                reference_block_work=reference.block_work,
             )
         )
 

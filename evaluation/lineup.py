@@ -13,6 +13,7 @@ from ..engines.progress import OnProgress, silent
 from ..runtime.pipeline import VideoPipeline
 from ..runtime.policies import POLICIES, Policy
 from ..runtime.policies.notation import text_of
+from ..runtime.profiles import policy_of
 from ..runtime.request import VideoRequest
 from ..runtime.sampler import Noise
 from .bench import Bench, Contender, Task
@@ -33,7 +34,8 @@ class BenchRequest:
     """What is asked of a benchmark; None is the bundle's default.
 
     `checkpoint` is what the bundle was exported from, a folder or a hub id with its revision; None has the peers left
-    out. `only` names peers and policies, () all of them but those that are optional, which `optional` adds.
+    out. `only` names peers and policies, () all of them but those that are optional, which `optional` adds. `own` are
+    policies that take part beside the settings that an evaluation tries and the bundle's profiles.
     """
 
     pairs: Sequence[Pair]
@@ -43,6 +45,7 @@ class BenchRequest:
     guidance: float | None = None
     only: tuple[str, ...] = ()
     optional: bool = False
+    own: tuple[Policy, ...] = ()
 
 
 def run_bench(pipeline: VideoPipeline, request: BenchRequest, on_progress: OnProgress = silent) -> dict[str, Any]:
@@ -101,12 +104,15 @@ def threads_of(pipeline: VideoPipeline) -> int:
 
 
 def _chosen(pipeline: VideoPipeline, request: BenchRequest) -> tuple[list[Peer], list[Policy], list[str]]:
-    """Peers, their reference among them; the policies' settings that an evaluation tries; and what it leaves out."""
+    """Peers, their reference among them; policies, in settings tried and tuned; and what is left out."""
     for name in request.only:
         if name not in names():
             raise InvalidRequest(f"only: got {name!r}, expected some of {', '.join(names())}")
     asked = VideoRequest(request.pairs[0].prompt, steps=request.steps, guidance=request.guidance)
-    policies, notes = ladder(pipeline, asked)
+    tried, notes = ladder(pipeline, asked)
+    steps = pipeline.manifest.defaults.steps if request.steps is None else request.steps
+    tuned = [policy_of(profile) for profile in pipeline.manifest.profiles if profile.steps == steps]
+    policies = list(dict.fromkeys((*tried, *tuned, *request.own)))
     if not request.only:
         return [peer for peer in PEERS.values() if request.optional or not peer.optional], policies, notes
     peers = [peer for peer in PEERS.values() if peer.name in request.only]

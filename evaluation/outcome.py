@@ -34,6 +34,8 @@ class Sample:
     wall_ms: float
     reference_cpu_ms: float
     reference_wall_ms: float
+    block_work: int = 0
+    reference_block_work: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Row:
     """A contender's results.
 
     PSNR is against its reference: of the mean squared error of all videos (`psnr_db`), the mean and the worst of those
-    that differ; None where all are identical. Times are medians of the loop alone.
+    that differ; None where all are identical. Times are medians of the loop alone. `block_work_saved` is the share of
+    the reference's work that its blocks were spared, None where nothing was counted: what counts here is which blocks
+    ran on how much, not what is cached inside of one.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Row:
     cpu_speedup: Ratio
     wall_speedup: Ratio
     after_abort: AfterAbort | None
+    block_work_saved: float | None = None
 
     @classmethod
     def of(cls, who: Whose, samples: Sequence[Sample], after_abort: AfterAbort | None) -> Row:
@@ -106,6 +111,7 @@ class Row:
             cpu_speedup=Ratio.of([sample.reference_cpu_ms / sample.cpu_ms for sample in samples]),
             wall_speedup=Ratio.of([sample.reference_wall_ms / sample.wall_ms for sample in samples]),
             after_abort=after_abort,
+            block_work_saved=_saved(samples),
         )
 
 
@@ -153,6 +159,12 @@ class Outcome:
     rows: list[Row]
     agreements: list[Agreement]
     unavailable: list[Unavailable]
+
+
+def _saved(samples: Sequence[Sample]) -> float | None:
+    work = sum(sample.block_work for sample in samples)
+    whole = sum(sample.reference_block_work for sample in samples)
+    return 1 - work / whole if work and whole else None
 
 
 def pooled_psnr(values: Sequence[float | None]) -> float | None:

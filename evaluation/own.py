@@ -88,4 +88,4 @@ class _Maker:
             )
         except Cancelled as error:
             raise Aborted from error
-        return Made(video.frames, video.latents, watch.cpu_ms, watch.wall_ms)
+        return Made(video.frames, video.latents, watch.cpu_ms, watch.wall_ms, video.trace.blocks_computed)

@@ -32,7 +32,7 @@ def compiled(loaded: Loaded, settings: Settings) -> Iterator[None]:
 
     pipeline, eager = loaded.pipeline.pipeline, loaded.pipeline.transformer
     if COMPILED not in loaded.kept:
-        loaded.kept[COMPILED] = torch.compile(deepcopy(eager))
+        loaded.kept[COMPILED] = torch.compile(_without_hooks(deepcopy(eager)))
     pipeline.transformer = loaded.kept[COMPILED]
     try:
         yield
@@ -151,6 +151,13 @@ def enabled(loaded: Loaded, config: Any) -> Iterator[None]:
 def warm_up(loaded: Loaded) -> int:
     """Steps before any reuse, for those that are told a number."""
     return math.ceil(WARM_UP_SHARE * loaded.steps)
+
+
+def _without_hooks(transformer: Any) -> Any:
+    """It, with nothing that counts: that would break its graphs."""
+    for module in transformer.modules():
+        module._forward_pre_hooks.clear()
+    return transformer
 
 
 def _calibrated(loaded: Loaded) -> list[float]:

@@ -15,6 +15,7 @@ from ...engines.manifest import Manifest
 from ..bench import Aborted, Made, Task
 from ..own import Stopwatch
 
+FEED_FORWARD = ".ff"  # the end of the name of a module that runs once whenever a block does, on all that the block has
 INDEX = "model_index.json"  # of a folder that diffusers can load, whose pipeline it names
 MOST_KEPT = 2  # requests' text embeddings
 
@@ -33,6 +34,10 @@ class DiffusersPipeline:
         self.options: dict[str, Any] = {}
         self._encoded: dict[tuple[str, str, bool], dict[str, Any]] = {}
         self._takes = _parameters(type(self.pipeline).__call__)
+        self._block_work = 0
+        for name, module in self.transformer.named_modules():
+            if name.endswith(FEED_FORWARD):
+                module.register_forward_pre_hook(self._count)
 
     @property
     def transformer(self) -> Any:
@@ -59,6 +64,7 @@ class DiffusersPipeline:
             return {}
 
         self.pipeline.progress_bar = loop
+        self._block_work = 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = self.pipeline(
@@ -74,7 +80,12 @@ class DiffusersPipeline:
                 output_type="np",
             )
         latents: HostArray = final[0][0].numpy().copy()
-        return Made(_grey_levels(made.frames[0]), latents, loop.watch.cpu_ms, loop.watch.wall_ms)
+        frames = _grey_levels(made.frames[0])
+        return Made(frames, latents, loop.watch.cpu_ms, loop.watch.wall_ms, self._block_work)
+
+    def _count(self, module: Any, arguments: tuple[Any, ...]) -> None:
+        """A block runs, on so many numbers: rows count, so half a batch is half the work."""
+        self._block_work += arguments[0].numel()
 
     def _sizes(self) -> dict[str, int]:
         """Of the bundle's videos, by the names that this pipeline has for them."""

@@ -32,7 +32,12 @@ class Forecast(Policy):
 
     name: ClassVar[str] = "forecast"
     outputs: ClassVar[int] = KEPT
-    ladder: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"tolerance": 0.01}, {"tolerance": 0.02})
+    ladder: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"tolerance": 0.003},
+        {},
+        {"tolerance": 0.01},
+        {"tolerance": 0.02},
+    )
     tolerance: float = field(
         default=0.005, metadata={"help": "More is faster and less exact.", "search": SearchRange(0.0005, 0.1, log=True)}
     )

@@ -64,6 +64,7 @@ def complete(monkeypatch: pytest.MonkeyPatch, foresight_cli: Cli) -> Any:
         (("export", "--model", "latte-"), ["latte-demo"]),
         (("export", "--dtype", ""), ["fp32", "fp16", "bf16"]),
         (("export", "--dtype", "int"), []),
+        (("bench", "--only", "s"), ["sea-cache", "schedule", "static"]),
         (("run", "--steps", ""), []),
         (("par",), ["parity"]),
         (("com",), []),

@@ -33,6 +33,7 @@ class Fake:
     cpu_ms: list[float] = field(default_factory=lambda: [10.0])
     leaks: bool = False
     error: Exception | None = None
+    block_work: int = 0
     _spoilt: bool = False
     _made: int = 0
 
@@ -53,7 +54,7 @@ class Fake:
         cpu_ms = self.cpu_ms[self._made % len(self.cpu_ms)]
         self._made += 1
         frames = np.full((2, 8, 8, 3), level, np.uint8)
-        return Made(frames, task.latents + np.float32(level), cpu_ms, 2 * cpu_ms)
+        return Made(frames, task.latents + np.float32(level), cpu_ms, 2 * cpu_ms, self.block_work)
 
     def contender(self, reference: str, own: bool = False, adapted: str = "") -> Contender:
         return Contender(self.name, reference, self.switched, own, adapted)
@@ -103,6 +104,15 @@ def test_all_are_given_the_same_noise_prompt_and_seed(log: list[str]) -> None:
     run(*(Contender(name, "a", partial(switched, name)) for name in "ab"))
     assert seen["a"] == seen["b"]
     assert [told[:2] for told in seen["a"][1:4]] == PAIRS
+
+
+def test_work_that_blocks_were_spared_is_a_share_of_the_references_where_it_is_counted(
+    log: list[str],
+) -> None:
+    reference = Fake("a", log, block_work=40).contender("a")
+    outcome = run(reference, Fake("b", log, block_work=10).contender("a"), Fake("c", log).contender("a"))
+    saved = [row_of(outcome, name).block_work_saved for name in "abc"]
+    assert saved == [0, 0.75, None]
 
 
 def test_speed_is_a_ratio_within_a_round_and_its_median_is_told_with_the_outermost(log: list[str]) -> None:

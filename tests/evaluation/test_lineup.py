@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import InvalidRequest
+from foresight.engines.profiles import write_profiles
 from foresight.evaluation.evaluate import Pair, ladder
 from foresight.evaluation.lineup import BenchRequest, names, noise_of, run_bench
 from foresight.evaluation.peers import PEERS
@@ -15,7 +17,7 @@ from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import POLICIES, NoReuse, Static
 from foresight.runtime.policies.notation import text_of
 from foresight.runtime.request import VideoRequest
-from tests.support import load_pipeline
+from tests.support import copy_bundle, load_pipeline, profile_of
 
 PAIRS = [Pair("a dog", 0)]
 
@@ -38,6 +40,21 @@ def test_a_policy_alone_is_held_against_no_reuse_and_needs_no_peers(pipeline: Vi
     assert {row["reference"] for row in document["rows"]} == {NoReuse.name}
     assert document["unavailable"] == [] and document["agreements"] == []
     assert document["threads"] == int(pipeline.backend.describe()["threads"])
+
+
+def test_profiles_and_policies_of_ones_own_take_part_once(bundle: Path, tmp_path: Path) -> None:
+    copied = copy_bundle(bundle, tmp_path / "copied")
+    profiles = [profile_of("fast", policy="static", settings={"warmup": 2}, steps=steps) for steps in (3, 4)]
+    write_profiles(open_bundle(copied), [*profiles, profile_of("other", policy="static", settings={}, steps=4)])
+    own = Static(warmup=2), Static(warmup=3)
+    document = run_bench(load_pipeline(copied), BenchRequest(PAIRS, None, steps=3, only=(Static.name,), own=own))
+    assert [row["name"] for row in document["rows"]] == ["none", "static", "static:warmup=2", "static:warmup=3"]
+
+
+def test_a_policy_spares_the_blocks_that_it_skips(pipeline: VideoPipeline) -> None:
+    request = BenchRequest(PAIRS, None, steps=4, only=(Static.name,), own=(Static(warmup=2),))
+    saved = {row["name"]: row["block_work_saved"] for row in run_bench(pipeline, request)["rows"]}
+    assert saved == {"none": 0, "static": pytest.approx(0.25), "static:warmup=2": pytest.approx(0.25)}
 
 
 def test_a_peer_brings_its_reference_along(pipeline: VideoPipeline, checkpoint: Path) -> None:

@@ -67,6 +67,12 @@ def test_a_forecasting_peer_changes_the_video_and_is_changed_by_an_abort(two_str
     assert peer.after_abort is not None and peer.after_abort.repeats and not peer.after_abort.same
 
 
+def test_work_is_counted_in_blocks_that_run_not_in_attention(two_lists: Loaded) -> None:
+    saved = {name: row.block_work_saved or 0 for name, row in rows_of(two_lists, "taylorseer", "pab").items()}
+    assert saved.pop("taylorseer:interval=3,order=2") > saved.pop("taylorseer:interval=2,order=2") > 0
+    assert saved == {"diffusers": 0, "pab:skip=2": 0}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["first-block-cache", "mag-cache", "pab", "faster-cache", "sea-cache"])
 @pytest.mark.parametrize("model", ["two_streams", "two_lists"])
