@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from ..engines.errors import InvalidRequest, OutputError, one_line
 from ..engines.progress import OnProgress
 from ..runtime.video import Video, check_output
 from ..runtime.whole import write_whole
+
+if TYPE_CHECKING:
+    from ..runtime.notes import Advice
 
 SUFFIXES = {"frames": ".npy", "latents": ".npy", "report": ".html", "trace": ".json"}
 
@@ -66,8 +69,14 @@ class Targets:
         }
         return replace(self, **renamed)
 
-    def write(self, video: Video, reference: Video | None = None, on_progress: OnProgress | None = None) -> list[Path]:
-        """Write everything that is wanted; `reference` is the same request without reuse, for the page."""
+    def write(
+        self,
+        video: Video,
+        reference: Video | None = None,
+        advice: Advice | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> list[Path]:
+        """Write everything that is wanted; for the page, the same request without reuse, and what to try next."""
         if self.output is not None:
             video.save(self.output, on_progress=on_progress)
         if self.frames is not None:
@@ -80,7 +89,7 @@ class Targets:
         if self.report is not None:
             from ..evaluation.report import write_report
 
-            write_report(video, self.report, reference=reference)
+            write_report(video, self.report, reference=reference, advice=advice)
         return self._wanted()
 
     def _wanted(self) -> list[Path]:

@@ -154,7 +154,7 @@ def _make(
 ) -> Row:
     """Make and write one video; what is left of it in memory is its row."""
     from ..evaluation.comparison import compare_in_turns
-    from ..runtime.notes import notes_on
+    from ..runtime.notes import next_setting, notes_on
     from ..runtime.policies import NoReuse
 
     comparison = None
@@ -164,15 +164,18 @@ def _make(
             lambda: _generate(pipeline, replace(request, policy=NoReuse()), "without reuse: "),
         )
     video = comparison.video if comparison else _generate(pipeline, request)
-    notes = notes_on(video.trace, given, draws_noise=pipeline.draws_noise(video.trace.steps_requested))
+    trace, manifest = video.trace, pipeline.manifest
+    notes = notes_on(trace, given, draws_noise=pipeline.draws_noise(trace.steps_requested))
+    advice = next_setting(trace, manifest.profiles, can_forecast=pipeline.can_forecast(trace.steps_requested))
     with progress() as show:
-        written = targets.write(video, comparison.reference if comparison else None, show)
+        written = targets.write(video, comparison.reference if comparison else None, advice, show)
     return {
         "bundle": str(pipeline.bundle.path),
-        "model": pipeline.manifest.model,
+        "model": manifest.model,
         **_row(video, written),
         **({"compared": _comparison_row(comparison)} if comparison else {}),
-        "notes": [*pipeline.manifest.cautions, *notes],
+        "notes": [*manifest.cautions, *notes],
+        "next": None if advice is None else advice._asdict(),
     }
 
 
@@ -245,7 +248,10 @@ def _describe(row: Row) -> list[str]:
         lines.append(f"no room to cache, so always run: {', '.join(row['uncached'])}")
     if "compared" in row:
         lines += _describe_comparison(row["compared"])
-    return lines + [f"note: {note}" for note in row["notes"]]
+    lines += [f"note: {note}" for note in row["notes"]]
+    if row["next"]:
+        lines.append("next: {setting} ({reason})".format(**row["next"]))
+    return lines
 
 
 def _describe_comparison(row: Row) -> list[str]:

@@ -1,4 +1,4 @@
-"""`foresight tune`: settings of a policy that keep a goal, measured on other videos, into the bundle as profiles."""
+"""`foresight tune`: settings of policies that keep a goal, measured on other videos, into the bundle as profiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 
 from ..engines.errors import InvalidRequest
 from ..engines.wording import plural
-from ..runtime.policies import POLICIES, Forecast
+from ..runtime.policies import POLICIES, FixedSchedule, Forecast
 from .asked import Asked, asked_options
 from .completion import names
 from .console import Row, current_session, print_result, progress
@@ -60,11 +60,12 @@ class Wanted:
 @bundle_argument
 @click.option(
     "--policy",
-    "policy_text",
-    default=Forecast.name,
+    "policy_texts",
+    multiple=True,
+    default=(Forecast.name, FixedSchedule.name),
     show_default=True,
     shell_complete=names(POLICIES),
-    help="Such as foresight:cache=residual; what tuning looks for is tried first as it is given.",
+    help="May be given more than once; such as foresight:cache=residual. The best one of them is taken for each goal.",
 )
 @group(
     "wanted",
@@ -74,7 +75,7 @@ class Wanted:
     click.option("--name", help="Of the profile.  [default: the goal; without one quality, balanced and fast]"),
 )
 @asked_options
-@click.option("--trials", type=int, default=10, show_default=True, help="Settings to try for each goal.")
+@click.option("--trials", type=int, default=10, show_default=True, help="Settings of each policy to try for each goal.")
 @click.option(
     "--output", type=PATH, help="A folder to go on from later.  [default: tunings/, the bundle's name and the steps]"
 )
@@ -82,7 +83,7 @@ class Wanted:
 @common
 def tune(
     bundle: Path | None,
-    policy_text: str,
+    policy_texts: tuple[str, ...],
     wanted: Wanted,
     asked: Asked,
     trials: int,
@@ -94,23 +95,25 @@ def tune(
     from ..engines.profiles import write_profiles
     from ..evaluation.evaluate import pairs_of, settings_of
     from ..evaluation.folder import opened
+    from ..evaluation.parts import parts_of
     from ..evaluation.search import check_optuna, check_tunable
-    from ..evaluation.tune import InMemory, Tuning, parts_of
+    from ..evaluation.tune import InMemory, Tuning
     from ..evaluation.tuned import profiles_of, tuning_document
     from ..runtime.policies.notation import policy_from_text
     from ..runtime.request import VideoRequest
     from .outputs import read_prompts
 
     check_optuna()
-    policy, goals = policy_from_text(policy_text), wanted.goals()
-    check_tunable(policy)
+    policies, goals = [policy_from_text(text) for text in policy_texts], wanted.goals()
+    for policy in policies:
+        check_tunable(policy)
     prompts = read_prompts(asked.prompts) if asked.prompts else []
     parts_of(pairs_of(prompts or ["the bundle's"], asked.seeds))
     pipeline = engines.load(bundle)
     prompts = prompts or [pipeline.manifest.defaults.prompt]
     request = VideoRequest(prompts[0], asked.negative_prompt, asked.steps, asked.guidance)
     parts = parts_of(pairs_of(prompts, asked.seeds))
-    job = Tuning(pipeline, request, policy, goals, parts, trials, InMemory())
+    job = Tuning(pipeline, request, policies, goals, parts, trials, InMemory())
     job.check()
     shared = settings_of(pipeline, request)
     place = output or TUNINGS / f"{pipeline.bundle.path.resolve().name}-{shared['steps']}"
@@ -131,7 +134,8 @@ def tune(
 
 def _describe(document: Row) -> list[str]:
     pairs = document["pairs"]
-    lines = [f"{len(document['tried'])} settings of {document['policy']} tried, {document['steps']} steps"]
+    policies = " and ".join(document["policies"])
+    lines = [f"{len(document['tried'])} settings of {policies} tried, {document['steps']} steps"]
     for profile in document["profiles"]:
         lines.append(f"{profile['name']}: {profile['goal']}: {_chosen(profile)}")
         parts = ("tuning", "held_out") if pairs["reports_what_chose"] else ("tuning", "selection", "held_out")
@@ -143,9 +147,9 @@ def _chosen(profile: Row) -> str:
     if profile["policy"] is None:
         return "none found"
     settings = ", ".join(f"{name} {value}" for name, value in profile["policy"].items() if name != "name")
-    rejected = profile["rejected"]
-    missed = f"; {plural(rejected, 'better setting')} missed the goal in selection" if rejected else ""
-    return f"{settings}{'' if profile['written'] else ' (not written)'}{missed}"
+    foreseen = profile["foreseen_worst_psnr_db"]
+    told = "" if foreseen is None else f"; of other videos the worst is expected at {decibels(foreseen)} or more"
+    return f"{profile['policy']['name']}, {settings}{'' if profile['written'] else ' (not written)'}{told}"
 
 
 def _part(part: Row) -> str:

@@ -19,8 +19,17 @@ class Goal(Protocol):
     @property
     def slug(self) -> str: ...
 
+    @property
+    def slack(self) -> float:
+        """By how much it may be missed on pairs held out for a profile to be written."""
+        ...
+
     def margin(self, summary: Summary) -> float:
         """By how much it is kept; below 0 it is not."""
+        ...
+
+    def foreseen(self, summary: Summary) -> float:
+        """The margin that other videos are expected to have at least: settings are chosen by it."""
         ...
 
     def gain(self, summary: Summary) -> float:
@@ -30,7 +39,7 @@ class Goal(Protocol):
 
 def score(goal: Goal, summary: Summary) -> float:
     """What a search makes as large as it can: the gain, or how far the goal was missed, below 0."""
-    margin = goal.margin(summary)
+    margin = goal.foreseen(summary)
     return goal.gain(summary) if margin >= 0 else margin
 
 
@@ -54,9 +63,18 @@ class Quality:
         """See Goal."""
         return f"psnr-{self.decibels:g}"
 
+    @property
+    def slack(self) -> float:
+        """See Goal."""
+        return 1.0
+
     def margin(self, summary: Summary) -> float:
         """See Goal."""
         return _worst(summary) - self.decibels
+
+    def foreseen(self, summary: Summary) -> float:
+        """See Goal."""
+        return _or_identical(summary.foreseen_worst_psnr_db) - self.decibels
 
     def gain(self, summary: Summary) -> float:
         """See Goal."""
@@ -83,10 +101,20 @@ class Speedup:
         """See Goal."""
         return f"speedup-{self.times:g}"
 
+    @property
+    def slack(self) -> float:
+        """See Goal."""
+        return 0.05 * self.times
+
     def margin(self, summary: Summary) -> float:
         """See Goal."""
         assert summary.speed is not None
         return summary.speed.median - self.times
+
+    def foreseen(self, summary: Summary) -> float:
+        """See Goal. Of the middle half of videos the slowest one."""
+        assert summary.speed is not None
+        return summary.speed.low - self.times
 
     def gain(self, summary: Summary) -> float:
         """See Goal."""
@@ -94,5 +122,9 @@ class Speedup:
 
 
 def _worst(summary: Summary) -> float:
+    return _or_identical(summary.worst_psnr_db)
+
+
+def _or_identical(psnr_db: float | None) -> float:
     """Of identical videos a PSNR that is beyond what any others have."""
-    return 200.0 if summary.worst_psnr_db is None else summary.worst_psnr_db
+    return 200.0 if psnr_db is None else psnr_db

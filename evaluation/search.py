@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 from ..engines.errors import InvalidRequest, one_line
 from ..runtime.policies import Policy
-from ..runtime.policies.base import SearchRange
+from ..runtime.policies.base import Calibration, SearchRange
 from .goals import Goal, score
 from .summary import Summary
 
@@ -16,7 +18,8 @@ SEED = 0
 RANDOM = 4  # settings that are tried before the first that is chosen by those before it
 ASKED = 10  # times as many settings are asked for as are to be tried, since some come again
 DIGITS = 3  # of a number that is tried
-FIRST_SHARES = (0.6, 0.5, 0.4, 0.3, 0.7, 0.2)  # of the steps that run
+WARMUP, LATER = SearchRange(0.1, 0.4, of_steps=True), SearchRange(0.05, 0.4, of_steps=True)
+FIRST_SHARES = ((0.3, 0.15), (0.2, 0.2), (0.2, 0.12), (0.1, 0.2))  # steps that run at first, and later
 
 
 def check_optuna() -> None:
@@ -31,14 +34,17 @@ def check_optuna() -> None:
 
 def check_tunable(policy: Policy) -> None:
     """Raises InvalidRequest where there is nothing to look for."""
-    if not policy.calibrates and not searched(policy):
+    if not policy.calibrates and not searched(policy, steps=1):
         raise InvalidRequest(f"policy: got {policy.name}, which has nothing to tune, expected another one")
 
 
-def searched(policy: Policy) -> dict[str, SearchRange]:
-    """The settings of a policy that are looked for."""
+def searched(policy: Policy, steps: int) -> dict[str, SearchRange]:
+    """The settings of a policy that are looked for, for requests of that many steps."""
     own: tuple[Field[Any], ...] = fields(policy) if is_dataclass(policy) else ()
-    return {setting.name: setting.metadata["search"] for setting in own if "search" in setting.metadata}
+    ranges: dict[str, SearchRange] = {
+        setting.name: setting.metadata["search"] for setting in own if "search" in setting.metadata
+    }
+    return {name: wanted.for_steps(steps) for name, wanted in ranges.items()}
 
 
 class Space(Protocol):
@@ -60,14 +66,15 @@ class Space(Protocol):
 
 
 class Settings:
-    """The settings of one policy; those that are not looked for stay."""
+    """The settings of one policy, for requests of that many steps; those that are not looked for stay."""
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self.ranges = searched(policy)
-        policies = [policy, *(replace(policy, **rung) for rung in policy.ladder)]  # type: ignore[type-var]
-        found = [self.numbers(one) for one in policies]
+    def __init__(self, policy: Policy, steps: int) -> None:
+        self._policy = policy.spelled_out(steps)
+        policies = [self._policy, *(replace(self._policy, **rung) for rung in policy.ladder)]  # type: ignore[type-var]
+        wanted = searched(policy, steps)
+        found = [{name: getattr(one, name) for name in wanted} for one in policies]
         self.first = [one for place, one in enumerate(found) if one not in found[:place]]
+        self.ranges = {name: _widened(one, (numbers[name] for numbers in found)) for name, one in wanted.items()}
 
     def policy(self, numbers: Mapping[str, float]) -> Policy | None:
         """See Space."""
@@ -84,22 +91,28 @@ class Settings:
 
 
 class Calibrated:
-    """Policies by how many steps run."""
+    """What a policy makes of recorded requests, by how many steps run at first without a break, and how many later."""
 
-    def __init__(self, policies: Mapping[int, Policy]) -> None:
-        self._policies = policies
-        self._counts = {policy: count for count, policy in policies.items()}
-        self.ranges = {"steps": SearchRange(min(policies), max(policies))}
-        wanted = [round(share * max(policies)) for share in FIRST_SHARES]
-        self.first = [{"steps": count} for count in dict.fromkeys(wanted) if count in policies]
+    def __init__(self, policy: Policy, recorded: Calibration) -> None:
+        self._calibrate = functools.cache(functools.partial(policy.calibrate, recorded))
+        self._numbers: dict[Policy, dict[str, float]] = {}
+        steps = recorded.schedule.steps
+        ranges = {"warmup": WARMUP, "later": LATER}
+        self.ranges = {name: wanted.for_steps(steps) for name, wanted in ranges.items()}
+        shares = ({"warmup": warmup, "later": later} for warmup, later in FIRST_SHARES)
+        self.first = [{name: math.ceil(share * steps) for name, share in one.items()} for one in shares]
 
     def policy(self, numbers: Mapping[str, float]) -> Policy | None:
         """See Space."""
-        return self._policies.get(int(numbers["steps"]))
+        warmup, later = int(numbers["warmup"]), int(numbers["later"])
+        made = self._calibrate(warmup).get(warmup + later)
+        if made is not None:
+            self._numbers.setdefault(made, dict(numbers))
+        return made
 
     def numbers(self, policy: Policy) -> dict[str, float]:
         """See Space."""
-        return {"steps": self._counts[policy]}
+        return self._numbers[policy]
 
 
 @dataclass
@@ -141,6 +154,12 @@ class Search:
         if policy is not None and policy not in self.tried:
             self.tried[policy] = self.measure(policy)
         return None if policy is None else self.tried[policy]
+
+
+def _widened(wanted: SearchRange, values: Iterable[float]) -> SearchRange:
+    """With room for these values, which users chose."""
+    low, *_, high = sorted([wanted.low, wanted.high, *values])
+    return replace(wanted, low=low, high=high)
 
 
 def _rounded(value: float) -> float:

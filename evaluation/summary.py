@@ -13,6 +13,7 @@ from .metrics import PSNR, Metric
 from .quality import PEAK
 
 WORST = 3  # videos that are named
+RESAMPLED = 4  # chosen on other pairs than any that a result is reported of
 OUTER = 4  # one in so many is left out at either end of what is called the middle
 
 
@@ -49,6 +50,7 @@ class Summary:
 
     `psnr_db` is pooled: that of the mean squared error of all videos, None where all of them are identical. `worst` are
     the few rows with the lowest PSNR, the worst one first. `speed` is None for the reference.
+    `foreseen_worst_psnr_db` is what the worst of other videos is not expected to fall below.
     """
 
     candidate: str
@@ -61,6 +63,7 @@ class Summary:
     sets: dict[str, float | None]
     speed: Speed | None
     worst: tuple[Row, ...]
+    foreseen_worst_psnr_db: float | None
 
     def value(self, metric: Metric) -> float | None:
         """What a metric says of all videos: of a set, or the mean; None where it says nothing."""
@@ -93,7 +96,25 @@ def summarise(rows: Sequence[Row], metrics: Sequence[Metric], sets: dict[str, fl
         sets=dict(sets or {}),
         speed=None if is_reference else speed_of(rows),
         worst=() if is_reference else tuple(row for row in ordered[:WORST] if row.metrics[PSNR.name] is not None),
+        foreseen_worst_psnr_db=foreseen_worst([row.metrics.get(PSNR.name) for row in rows]),
     )
+
+
+def foreseen_worst(decibels: Sequence[float | None]) -> float | None:
+    """As far below the worst PSNR as that lies below what the worst of one video in `RESAMPLED` is, on average.
+
+    The worst of a few videos says little of the worst of others; how much it falls from small parts of the videos to
+    all of them does. The average is that over all parts of that size, so nothing is drawn. None where all videos are
+    identical; those that are have no say.
+    """
+    ordered = sorted(value for value in decibels if value is not None)
+    if not ordered:
+        return None
+    count, size = len(ordered), max(1, round(len(ordered) / RESAMPLED))
+    parts = math.comb(count, size)
+    # the nth worst is the worst of a part if the others of the part are among those that are better
+    usual = sum(value * math.comb(count - place, size - 1) / parts for place, value in enumerate(ordered, 1))
+    return 2 * ordered[0] - usual
 
 
 def by_quality(rows: Sequence[Row]) -> list[Row]:

@@ -1,13 +1,16 @@
-"""Settings of a policy, tuned for goals on some prompts and seeds, and measured on others.
+"""Settings of policies, tuned for goals on some prompts and seeds, and measured on others.
 
-The pairs of a prompt and a seed are split. On the first part settings are searched. Of those that keep the goal there,
-the best one that keeps it on the second part too is chosen. What is reported was measured on the third part, which
-decides nothing but whether the goal is kept at all: a profile that misses it there is not written. Fewer pairs are
-split in two, and then what is reported has been chosen by.
+The pairs of a prompt and a seed are split. On the first part settings of each policy are searched. Of those that keep
+the goal there, the best one that keeps it with the pairs of the second part too is each policy's candidate, and of
+these the best one on the second part is chosen. A goal counts as kept where other videos are expected to keep it, which
+asks for a margin (`Goal.foreseen`). What is reported was measured on the third part, which decides nothing but whether
+the goal is kept at all: a profile that misses it there by more than `Goal.slack` is not written. Few pairs are split in
+two, and then what is reported has been chosen by.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -23,11 +26,10 @@ from .calibration import calibration_of
 from .evaluate import REFERENCE, Evaluation, Pair, Row, VideoKey, Videos, candidates_of
 from .goals import Goal, Quality
 from .metrics import PSNR, load_metrics
+from .parts import Parts
 from .search import Calibrated, Search, Settings, Space, check_tunable
 from .summary import Summary, summarise
 
-LEAST_PAIRS = 4
-LEAST_IN_THREE = 6  # prompts, or pairs where there are fewer prompts, from which on a third part can be held out
 GOALS: dict[str, Goal] = {"quality": Quality(45), "balanced": Quality(40), "fast": Quality(35)}  # dB
 
 
@@ -59,63 +61,50 @@ class InMemory:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Pairs by what they are used for; where there are only two parts, `selection` and `held_out` are the same."""
+class Candidate:
+    """The best setting of one policy for a goal; None, as its summaries are, where no setting kept it.
 
-    tuning: tuple[Pair, ...]
-    selection: tuple[Pair, ...]
-    held_out: tuple[Pair, ...]
+    `rejected` settings kept the goal in tuning, and then not with the pairs of selection. `choosing` is of the pairs of
+    both.
+    """
 
-    @property
-    def pairs(self) -> tuple[Pair, ...]:
-        """All of them, each once."""
-        return tuple(dict.fromkeys((*self.tuning, *self.selection, *self.held_out)))
-
-    @property
-    def reports_what_chose(self) -> bool:
-        """Whether what is reported of a setting has been chosen by."""
-        return self.selection == self.held_out
-
-
-def parts_of(pairs: Sequence[Pair]) -> Parts:
-    """Split into parts of about one size; no prompt is in two of them where there are enough. Raises InvalidRequest."""
-    if len(pairs) < LEAST_PAIRS:
-        raise InvalidRequest(
-            f"prompts: got {len(pairs)} pairs of a prompt and a seed, expected {LEAST_PAIRS} or more, better some "
-            "dozen; give a file with one prompt a line, or more seeds"
-        )
-    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
-    apart = len(prompts) >= LEAST_IN_THREE
-    of = {pair: prompts.index(pair.prompt) if apart else place for place, pair in enumerate(pairs)}
-    count = 3 if len(pairs) >= LEAST_IN_THREE else 2
-    tuning, *others = (tuple(pair for pair in pairs if of[pair] % count == part) for part in range(count))
-    return Parts(tuning, others[0], others[-1])
+    name: str
+    rejected: int
+    policy: Policy | None = None
+    tuning: Summary | None = None
+    selection: Summary | None = None
+    choosing: Summary | None = None
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of one goal. `policy` is None where no setting kept it; summaries are of the parts it was judged on.
-
-    `rejected` settings kept the goal in tuning, and then not on the second part.
-    """
+    """What came of one goal: the best of the candidates, one of each policy, and what it did on the pairs held out."""
 
     name: str
     goal: Goal
-    policy: Policy | None
-    rejected: int
-    tuning: Summary | None = None
-    selection: Summary | None = None
+    best: Candidate
+    candidates: tuple[Candidate, ...]
     held_out: Summary | None = None
+
+    @property
+    def policy(self) -> Policy | None:
+        """None where no setting kept the goal."""
+        return self.best.policy
 
     @property
     def kept(self) -> bool:
         """Whether the goal was kept on all parts."""
         return self.held_out is not None and self.goal.margin(self.held_out) >= 0
 
+    @property
+    def written(self) -> bool:
+        """Whether the goal was kept, or missed by so little that it is a profile."""
+        return self.held_out is not None and self.goal.margin(self.held_out) >= -self.goal.slack
+
 
 @dataclass(frozen=True)
 class Tuning:
-    """A job: the settings of `policy` that are looked for, tried `trials` at a time for each goal.
+    """A job: the settings of `policies` that are looked for, tried `trials` at a time for each policy and goal.
 
     `request` is what all videos have in common; its prompt, seed and policy are not looked at. Of `kept`, only the
     videos without reuse are used.
@@ -123,7 +112,7 @@ class Tuning:
 
     pipeline: VideoPipeline
     request: VideoRequest
-    policy: Policy
+    policies: Sequence[Policy]
     goals: Mapping[str, Goal]
     parts: Parts
     trials: int
@@ -133,8 +122,9 @@ class Tuning:
         """Raises InvalidRequest for what would be refused later."""
         if self.trials < 1:
             raise InvalidRequest(f"trials: got {self.trials}, expected 1 or more")
-        check_tunable(self.policy)
-        self._evaluation([self.policy], self.parts.pairs, keeps_references=True).check()
+        for policy in self.policies:
+            check_tunable(policy)
+        self._evaluation(self.policies, self.parts.pairs, keeps_references=True).check()
 
     @property
     def kept_videos(self) -> tuple[int, int]:
@@ -151,27 +141,41 @@ class Tuning:
             (summary,) = self._measure([policy], part, on_progress, cancel, keeps_references=True)
             return summary
 
-        search = Search(self._space(on_progress, cancel), measure)
-        for goal in self.goals.values():
+        searches = [Search(self._space(policy, on_progress, cancel), measure) for policy in self.policies]
+        for search, goal in itertools.product(searches, self.goals.values()):
             search.run(goal, self.trials)
-        chosen = [self._choose(name, search.tried, measure) for name in self.goals]
-        return self._held_out(chosen, on_progress, cancel), search.tried
+        tuned = [self._choose(name, searches, measure) for name in self.goals]
+        tried = {policy: summary for search in searches for policy, summary in search.tried.items()}
+        return self._held_out(tuned, on_progress, cancel), tried
 
-    def _space(self, on_progress: OnProgress, cancel: CancelToken | None) -> Space:
-        if not self.policy.calibrates:
-            return Settings(self.policy)
-        recorded = calibration_of(self.pipeline, self.request, self.parts.tuning, on_progress, cancel)
-        return Calibrated(self.policy.calibrate(recorded))
+    def _space(self, policy: Policy, on_progress: OnProgress, cancel: CancelToken | None) -> Space:
+        steps = self.request.steps or self.pipeline.manifest.defaults.steps
+        if not policy.calibrates:
+            return Settings(policy, steps)
+        return Calibrated(policy, calibration_of(self.pipeline, self.request, self.parts.tuning, on_progress, cancel))
 
-    def _choose(self, name: str, tried: Mapping[Policy, Summary], measure: Callable[..., Summary]) -> Tuned:
-        """The best setting that keeps a goal on the second part too."""
-        goal, rejected = self.goals[name], 0
+    def _choose(self, name: str, searches: Sequence[Search], measure: Callable[..., Summary]) -> Tuned:
+        """The best candidate on the second part."""
+        goal = self.goals[name]
+        candidates = tuple(
+            self._candidate(policy.name, goal, search.tried, measure)
+            for policy, search in zip(self.policies, searches, strict=True)
+        )
+        gains = [-1.0 if one.selection is None else goal.gain(one.selection) for one in candidates]
+        return Tuned(name, goal, candidates[gains.index(max(gains))], candidates)
+
+    def _candidate(
+        self, name: str, goal: Goal, tried: Mapping[Policy, Summary], measure: Callable[..., Summary]
+    ) -> Candidate:
+        """The best setting that keeps a goal with the pairs of the second part too."""
+        rejected = 0
         for policy in strictening(tried, goal):
-            selection = measure(policy, self.parts.selection)
-            if goal.margin(selection) >= 0:
-                return Tuned(name, goal, policy, rejected, tried[policy], selection)
+            choosing = measure(policy, self.parts.choosing)
+            if goal.foreseen(choosing) >= 0:
+                selection = measure(policy, self.parts.selection)
+                return Candidate(name, rejected, policy, tried[policy], selection, choosing)
             rejected += 1
-        return Tuned(name, goal, None, rejected)
+        return Candidate(name, rejected)
 
     def _held_out(self, chosen: Sequence[Tuned], on_progress: OnProgress, cancel: CancelToken | None) -> list[Tuned]:
         """Measured on the last part, all of them in turns."""
@@ -208,11 +212,11 @@ class Tuning:
 
 def strictening(tried: Mapping[Policy, Summary], goal: Goal) -> Iterator[Policy]:
     """Settings that keep a goal, the best one first; each of the others keeps it by more than all before it."""
-    keeping = {policy: summary for policy, summary in tried.items() if goal.margin(summary) >= 0}
+    keeping = {policy: summary for policy, summary in tried.items() if goal.foreseen(summary) >= 0}
     margin = -1.0
     for policy in sorted(keeping, key=lambda policy: goal.gain(keeping[policy]), reverse=True):
-        if goal.margin(keeping[policy]) > margin:
-            margin = goal.margin(keeping[policy])
+        if goal.foreseen(keeping[policy]) > margin:
+            margin = goal.foreseen(keeping[policy])
             yield policy
 
 

@@ -13,15 +13,15 @@ from ..runtime.policies import Policy, policy_settings
 from ..runtime.policies.notation import text_of
 from .evaluate import settings_of
 from .summary import Summary
-from .tune import Tuned, Tuning
+from .tune import Candidate, Tuned, Tuning
 
 
 def profiles_of(job: Tuning, tuned: Sequence[Tuned]) -> list[PolicyProfile]:
-    """The profiles of those goals that were kept."""
+    """The profiles of those goals that were kept, or missed by little; see `Tuned.written`."""
     common = settings_of(job.pipeline, job.request)
     found = []
     for one in tuned:
-        if one.policy is None or one.held_out is None or not one.kept:
+        if one.policy is None or one.held_out is None or not one.written:
             continue
         settings = policy_settings(one.policy)
         found.append(
@@ -57,7 +57,7 @@ def tuning_document(job: Tuning, tuned: Sequence[Tuned], tried: Mapping[Policy, 
     return {
         "model": job.pipeline.manifest.model,
         **settings_of(job.pipeline, job.request),
-        "policy": job.policy.name,
+        "policies": [text_of(policy) for policy in job.policies],
         "trials": job.trials,
         "pairs": {
             "tuning": len(parts.tuning),
@@ -73,7 +73,7 @@ def tuning_document(job: Tuning, tuned: Sequence[Tuned], tried: Mapping[Policy, 
 
 def notes_on_tuning(job: Tuning, tuned: Sequence[Tuned]) -> list[str]:
     """What the reader should know: what was not written, and why; what was held out."""
-    notes = [note for one in tuned if (note := _why_not(one))]
+    notes = [note for one in tuned if (note := _note(one))]
     if job.parts.reports_what_chose:
         notes.append(
             f"held out: {plural(len(job.parts.held_out), 'pair')} chose among settings, so what is reported of them is "
@@ -84,32 +84,50 @@ def notes_on_tuning(job: Tuning, tuned: Sequence[Tuned]) -> list[str]:
     return notes
 
 
-def _why_not(one: Tuned) -> str | None:
+def _note(one: Tuned) -> str | None:
     if one.kept:
         return None
+    if one.written:
+        return f"{one.name}: written, though the goal was missed on the pairs held out, by little; see its PSNR there"
     if one.held_out is not None:
         return (
             f"{one.name}: not written, as the goal was missed on the pairs held out; give more prompts, or a stricter "
             "goal"
         )
-    if one.rejected:
+    if rejected := sum(candidate.rejected for candidate in one.candidates):
         return (
-            f"{one.name}: not written, as none of {plural(one.rejected, 'setting')} kept the goal on other pairs; give "
+            f"{one.name}: not written, as none of {plural(rejected, 'setting')} kept the goal with other pairs; give "
             "more prompts, more trials, or a weaker goal"
         )
     return f"{one.name}: not written, as no setting that was tried kept the goal; give more trials, or a weaker goal"
 
 
 def _profile(one: Tuned) -> dict[str, Any]:
-    parts = {"tuning": one.tuning, "selection": one.selection, "held_out": one.held_out}
+    parts = {"tuning": one.best.tuning, "selection": one.best.selection, "held_out": one.held_out}
     return {
         "name": one.name,
         "goal": one.goal.words,
         "policy": None if one.policy is None else policy_settings(one.policy),
-        "rejected": one.rejected,
-        "written": one.kept,
+        "kept": one.kept,
+        "written": one.written,
+        "foreseen_worst_psnr_db": _foreseen(one.best),
         **{name: None if part is None else _part(part) for name, part in parts.items()},
+        "candidates": [_candidate(candidate) for candidate in one.candidates],
     }
+
+
+def _candidate(one: Candidate) -> dict[str, Any]:
+    return {
+        "of": one.name,
+        "policy": None if one.policy is None else text_of(one.policy),
+        "rejected": one.rejected,
+        "foreseen_worst_psnr_db": _foreseen(one),
+        "selection": None if one.selection is None else _part(one.selection),
+    }
+
+
+def _foreseen(one: Candidate) -> float | None:
+    return None if one.choosing is None else _two_digits(one.choosing.foreseen_worst_psnr_db)
 
 
 def _part(summary: Summary) -> dict[str, Any]:

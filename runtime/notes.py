@@ -1,11 +1,18 @@
-"""What a caller should know of a request that ran: settings that had no effect, sizes the model was not made for."""
+"""What a caller should know of a request that ran: settings that had no effect, and which to try next."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
-from .policies import Cycle, NoReuse, policy_of_settings
+from ..engines.manifest import PolicyProfile
+from ..engines.wording import command, plural
+from .policies import Cycle, Forecast, NoReuse, Policy, policy_of_settings
+from .profiles import policy_of
 from .trace import Trace
+
+FEWEST_STEPS = 6  # with fewer hardly one can be forecast
+WORTH_TRYING = 0.02  # of the block calls: what a profile has to skip beyond a request that did without
 
 
 def notes_on(trace: Trace, given: Collection[str], *, draws_noise: bool = False) -> list[str]:
@@ -32,6 +39,49 @@ def notes_on(trace: Trace, given: Collection[str], *, draws_noise: bool = False)
     if "compare" in given and trace.policy["name"] == NoReuse.name:
         notes.append("compare: both runs are the same, as policy none reuses nothing")
     return notes
+
+
+class Advice(NamedTuple):
+    """What to try next, as one would type it, and why."""
+
+    setting: str
+    reason: str
+
+
+def next_setting(trace: Trace, profiles: Iterable[PolicyProfile], *, can_forecast: bool = True) -> Advice | None:
+    """What to try after this request; None where there is nothing, and after one that was to reuse nothing.
+
+    Of the bundle's profiles for this number of steps that skip more, the most exact one. Where there is none for this
+    number, a policy that skips whole steps, if the sampler can be foretold (`can_forecast`), and how to get a profile.
+    """
+    policy, steps = policy_of_settings(trace.policy), trace.steps_requested
+    if isinstance(policy, NoReuse):
+        return None
+    tuned = [profile for profile in profiles if profile.steps == steps]
+    if not tuned and steps < FEWEST_STEPS:
+        return None
+    if not tuned:
+        tune = command(f"tune --steps {steps}")
+        if not can_forecast or _skips_steps(policy):
+            return Advice(tune, "it finds profiles of this bundle")
+        return Advice(f"--policy {Forecast.name}", f"it skips whole steps; {tune} finds profiles of this bundle")
+    used = [profile.held_out.share_skipped for profile in tuned if policy_of(profile) == policy]
+    least = max(used) if used else trace.share_skipped + WORTH_TRYING
+    faster = [profile for profile in tuned if profile.held_out.share_skipped > least]
+    if not faster:
+        return None
+    profile = min(faster, key=lambda one: one.held_out.share_skipped)
+    measured = profile.held_out
+    quality = "identical" if measured.worst_psnr_db is None else f"worst PSNR {measured.worst_psnr_db:.1f} dB"
+    return Advice(
+        f"--profile {profile.name}",
+        f"{profile.policy}: {100 * measured.share_skipped:.1f} % skipped, {quality} on "
+        f"{plural(measured.pairs, 'pair')} held out",
+    )
+
+
+def _skips_steps(policy: Policy | None) -> bool:
+    return policy is not None and policy.outputs > 0
 
 
 def cycle_of(trace: Trace) -> Cycle | None:

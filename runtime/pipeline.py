@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, overload
@@ -166,6 +167,10 @@ class VideoPipeline:
     def draws_noise(self, steps: int) -> bool:
         """Whether the sampler adds noise, drawn from a request's seeds, after the first. Raises InvalidRequest."""
         return bool(self._table.schedule(steps).noise_coefficients.any())
+
+    def can_forecast(self, steps: int) -> bool:
+        """Whether the sampler tells how much signal its samples hold, which forecasts need. Raises InvalidRequest."""
+        return all(map(math.isfinite, self._table.schedule(steps).signal_scales))
 
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> bool:
         """Refuse new requests, wait for those that run, and free the engines; from any thread, as often as one likes.

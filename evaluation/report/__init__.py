@@ -15,6 +15,7 @@ from typing import Any
 
 from ...engines.errors import InvalidRequest, quoted
 from ...engines.wording import plural
+from ...runtime.notes import Advice
 from ...runtime.policies import NoReuse, policy_of_settings
 from ...runtime.trace import Trace
 from ...runtime.video import Video
@@ -29,11 +30,14 @@ from .wording import decibels, duration, memory, similarity
 COMPARABLE = ("bundle", "prompts", "negative_prompt", "steps_requested", "guidance", "latents_given", "backend")
 
 
-def write_report(video: Video, path: str | os.PathLike[str], *, reference: Video | None = None) -> Path:
+def write_report(
+    video: Video, path: str | os.PathLike[str], *, reference: Video | None = None, advice: Advice | None = None
+) -> Path:
     """Write a self-contained HTML page about `video` and its trace; returns the path.
 
     `reference` is the same request with policy none, on the same bundle and backend: with it the page also shows what
-    reuse saved, and PSNR and SSIM against it. Both videos are only read. The page appears whole or not at all.
+    reuse saved, and PSNR and SSIM against it. `advice` is what the page says to try next, see
+    `runtime.notes.next_setting`. Both videos are only read. The page appears whole or not at all.
 
     Raises InvalidRequest where `reference` is not the same request, OutputError where jinja2 or Pillow is missing or
     the page cannot be written.
@@ -41,7 +45,7 @@ def write_report(video: Video, path: str | os.PathLike[str], *, reference: Video
     check_libraries()
     if reference is not None:
         _check_reference(video, reference)
-    page = render("page.html", _page(video, reference))
+    page = render("page.html", _page(video, reference, advice))
     return write_whole(Path(path), lambda target: target.write_bytes(page))
 
 
@@ -61,13 +65,14 @@ def _check_reference(video: Video, reference: Video) -> None:
             )
 
 
-def _page(video: Video, reference: Video | None) -> dict[str, Any]:
+def _page(video: Video, reference: Video | None, advice: Advice | None) -> dict[str, Any]:
     trace = video.trace
     other = reference.trace if reference is not None else None
     return {
         "prompt": video.prompt,
         "facts": _facts(video),
         "notes": _notes(video),
+        "advice": advice,
         "comparable": reference is None and trace.policy["name"] != NoReuse.name,
         "bundle": trace.bundle,
         "tiles": _tiles(video, reference),

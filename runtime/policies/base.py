@@ -7,6 +7,7 @@ its own metric.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -99,12 +100,21 @@ def cache_setting() -> Any:
 class SearchRange:
     """Between which values a setting is looked for, both included; whole numbers where these are.
 
-    `log`: by their ratios, not by their differences.
+    `log`: by their ratios, not by their differences. `of_steps`: both are shares of a request's steps, and the setting
+    is a number of steps.
     """
 
     low: float
     high: float
     log: bool = False
+    of_steps: bool = False
+
+    def for_steps(self, steps: int) -> SearchRange:
+        """The same for requests of that many steps."""
+        if not self.of_steps:
+            return self
+        low, high = (max(1, math.ceil(share * steps)) for share in (self.low, self.high))
+        return SearchRange(low, high)
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,10 @@ class Policy:
         """How many steps of a request run whole before any that may not."""
         return 0
 
+    def spelled_out(self, steps: int) -> Policy:
+        """The same policy for requests of that many steps, with settings in place of what follows from their number."""
+        return self
+
     def may_reuse(self, steps: int) -> bool:
         """Whether a request of that many steps has one that may reuse anything."""
         return self.warmup_steps(steps) < steps - 1
@@ -155,8 +169,11 @@ class Policy:
         """The decider of a request. Raises InvalidRequest where the policy does not serve it."""
         raise NotImplementedError
 
-    def calibrate(self, calibration: Calibration) -> Mapping[int, Policy]:
-        """By how many steps run, settings that fit best what was recorded. Raises InvalidRequest."""
+    def calibrate(self, calibration: Calibration, warmup: int) -> Mapping[int, Policy]:
+        """By how many steps run, settings that fit best what was recorded, and run the first `warmup` steps at least.
+
+        Raises InvalidRequest.
+        """
         raise NotImplementedError
 
     def describe(self, steps: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ...engines.errors import InvalidRequest, quoted
@@ -42,7 +42,12 @@ class Forecast(Policy):
         default=0.005, metadata={"help": "More is faster and less exact.", "search": SearchRange(0.0005, 0.1, log=True)}
     )
     warmup: int | None = field(
-        default=None, metadata={"help": "Steps before any reuse.", "default": f"{100 * WARMUP_SHARE:.0f} % of all"}
+        default=None,
+        metadata={
+            "help": "Steps before any reuse.",
+            "default": f"{100 * WARMUP_SHARE:.0f} % of all",
+            "search": SearchRange(0.1, 0.3, of_steps=True),
+        },
     )
 
     def __post_init__(self) -> None:
@@ -58,6 +63,10 @@ class Forecast(Policy):
     def warmup_steps(self, steps: int) -> int:
         """See Policy.warmup_steps."""
         return self.warmup if self.warmup is not None else math.ceil(WARMUP_SHARE * steps)
+
+    def spelled_out(self, steps: int) -> Forecast:
+        """See Policy.spelled_out."""
+        return replace(self, warmup=self.warmup_steps(steps))
 
     def begin(self, context: Context) -> Decider:
         """See Policy.begin. Raises InvalidRequest where a sampler does not tell how much signal its samples hold."""

@@ -66,11 +66,11 @@ class FixedSchedule(Policy):
             f"{self.name}: {run} of {steps} steps run, the others are forecast; the last three model outputs are cached"
         )
 
-    def calibrate(self, calibration: Calibration) -> dict[int, Policy]:
+    def calibrate(self, calibration: Calibration, warmup: int = KEPT) -> dict[int, Policy]:
         """For every number of steps that run, the ones that lead to the least error; see shortest.py."""
         from .shortest import shortest_paths  # needs numpy, which command lines do without
 
-        paths = shortest_paths(calibration)
+        paths = shortest_paths(calibration, max(KEPT, warmup))
         return {len(path): FixedSchedule(_text_of(step + 1 for step in path)) for path in paths}
 
 

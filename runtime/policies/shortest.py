@@ -22,19 +22,20 @@ FARTHEST = 8  # steps from one that runs to the next
 State = tuple[int, int, int]
 
 
-def shortest_paths(calibration: Calibration) -> list[list[int]]:
+def shortest_paths(calibration: Calibration, warmup: int = KEPT) -> list[list[int]]:
     """For every number of steps that can run, the path of least cost, as numbers of steps from 0.
 
-    Raises InvalidRequest for a sampler that tells no signal scales.
+    The first `warmup` steps, 3 or more, run in all of them. Raises InvalidRequest for a sampler that tells no signal
+    scales.
     """
     steps = calibration.schedule.steps
-    if steps <= KEPT:
+    if steps <= warmup:
         return [list(range(steps))]
     edges = _Edges(calibration)
-    begin: State = (0, 1, 2)
-    costs: dict[State, HostArray] = {begin: _only(KEPT, steps)}
+    begin: State = (warmup - 3, warmup - 2, warmup - 1)
+    costs: dict[State, HostArray] = {begin: _only(warmup, steps)}
     before: dict[State, list[State | None]] = {begin: [None] * (steps + 1)}
-    for newest in range(2, steps - 1):
+    for newest in range(warmup - 1, steps - 1):
         for state in [state for state in costs if state[-1] == newest]:
             cost = 0.0
             for end in range(newest + 1, min(newest + FARTHEST, steps - 1) + 1):
@@ -43,7 +44,7 @@ def shortest_paths(calibration: Calibration) -> list[list[int]]:
                 if not math.isfinite(cost):
                     break
                 _relax(costs, before, state, (state[1], newest, end), cost)
-    return _paths(costs, before, steps)
+    return [[*range(warmup - KEPT), *path] for path in _paths(costs, before, steps)]
 
 
 def _relax(

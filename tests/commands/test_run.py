@@ -30,6 +30,18 @@ def test_run_writes_the_video_it_reports(foresight_cli: Cli, bundle: Path, tmp_p
     assert np.load(tmp_path / "v.npy").shape == (3, 16, 16, 3)
 
 
+def test_run_says_what_to_try_next(foresight_cli: Cli, demo_bundle: Path, tmp_path: Path) -> None:
+    command = ("run", "--bundle", demo_bundle, "--output", "v.gif", "--steps")
+    told = foresight_cli(*command, 7, "--report", "page.html").out.splitlines()
+    assert told[-1] == (
+        "next: --policy forecast (it skips whole steps; foresight tune --steps 7 finds profiles of this bundle)"
+    )
+    assert "<code>--policy forecast</code>" in (tmp_path / "page.html").read_text()
+    tuned = document(foresight_cli(*command, 50, "--json"))["next"]
+    assert tuned["setting"].startswith("--profile ") and "% skipped, worst PSNR " in tuned["reason"]
+    assert document(foresight_cli(*command, 7, "--policy", "none", "--json"))["next"] is None
+
+
 def test_run_without_any_output_writes_video_mp4(foresight_cli: Cli, bundle: Path, tmp_path: Path) -> None:
     assert foresight_cli("run", "--bundle", bundle, "--steps", 2).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]

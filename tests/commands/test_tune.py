@@ -14,7 +14,7 @@ from tests.support import copy_bundle, read_manifest
 
 pytest.importorskip("optuna")
 
-PROMPTS = ["a dog", "a cat", "a fish", "a bird", "a cow", "a horse"]
+PROMPTS = ["a dog", "a cat", "a fish", "a bird", "a cow", "a horse", "a fox", "a hen"]
 QUICK = ("--steps", 4, "--trials", 2, "--policy", "static:warmup=2")
 
 
@@ -35,11 +35,11 @@ def test_tune_writes_a_profile_that_run_takes(foresight_cli: Cli, copied: Path, 
     flags = ["--prompts", prompts, "--psnr", 5, "--name", "draft", "--json"]
     told = document(foresight_cli("tune", copied, *QUICK, *flags))
     (profile,) = told["profiles"]
-    assert (profile["name"], profile["written"], profile["held_out"]["pairs"]) == ("draft", True, 2)
+    assert (profile["name"], profile["written"], profile["held_out"]["pairs"]) == ("draft", True, 4)
     assert json.loads((tmp_path / "tunings" / "copied-4" / "tuning.json").read_text()) == told
     assert open_bundle(copied).id == before
     shown = foresight_cli("inspect", copied).out
-    assert re.search(r"^profile draft, 4 steps: static:.*\(2 pairs held out\)$", shown, re.MULTILINE)
+    assert re.search(r"^profile draft, 4 steps: static:.*\(4 pairs held out\)$", shown, re.MULTILINE)
     made = document(foresight_cli("run", "--bundle", copied, "--profile", "draft", "--steps", 4, "--json"))
     assert made["policy"] == profile["policy"] and made["blocks_reused"]
     assert_refused(foresight_cli("run", "--bundle", copied, "--profile", "draft"), 2, "expected one of draft for 4;")
@@ -50,10 +50,23 @@ def test_people_are_told_what_was_chosen(foresight_cli: Cli, copied: Path, promp
     outcome = foresight_cli("tune", copied, *QUICK, "--prompts", prompts, "--psnr", 5)
     assert outcome.code == 0, outcome
     lines = outcome.out.splitlines()
-    assert lines[0] == "2 settings of static tried, 4 steps"
-    assert lines[1].startswith("psnr-5: worst PSNR of 5 dB or more: reuse_steps ")
+    assert lines[0] == "2 settings of static:warmup=2 tried, 4 steps"
+    assert lines[1].startswith("psnr-5: worst PSNR of 5 dB or more: static, reuse_steps ")
+    assert "of other videos the worst is expected at " in lines[1]
     assert [line.split(",")[0].strip() for line in lines[2:5]] == ["tuning", "selection", "held out"]
-    assert all("2 pairs: " in line and "skipped, PSNR" in line for line in lines[2:5])
+    for line, pairs in zip(lines[2:5], (2, 2, 4), strict=True):
+        assert f"{pairs} pairs: " in line and "skipped, PSNR" in line
+
+
+def test_several_policies_are_tried(foresight_cli: Cli, copied: Path, prompts: Path) -> None:
+    policies = ("--policy", "static:warmup=2", "--policy", "foresight:warmup=2")
+    told = document(foresight_cli("tune", copied, *QUICK[:4], *policies, "--prompts", prompts, "--psnr", 5, "--json"))
+    assert told["policies"] == ["static:warmup=2", "foresight:warmup=2"]
+    assert {tried["policy"].partition(":")[0] for tried in told["tried"]} == {"static", "foresight"}
+    (profile,) = told["profiles"]
+    assert [one["of"] for one in profile["candidates"]] == ["static", "foresight"]
+    best = max(profile["candidates"], key=lambda one: one["selection"]["share_skipped"])
+    assert best["of"] == profile["policy"]["name"]
 
 
 def test_a_goal_that_nothing_keeps_is_not_written(foresight_cli: Cli, copied: Path, prompts: Path) -> None:

@@ -18,4 +18,5 @@ def summary(*, worst: float | None = 45.0, skipped: float = 0.25, speedup: float
         sets={},
         speed=Speed(speedup, speedup, speedup, 2, None, False),
         worst=(),
+        foreseen_worst_psnr_db=worst,
     )

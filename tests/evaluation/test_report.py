@@ -21,6 +21,7 @@ from PIL import Image
 from foresight import Foresight, InvalidRequest, NoReuse, OutputError, Static, Trace, Video
 from foresight.evaluation.report import write_report
 from foresight.runtime.caches import find_mode
+from foresight.runtime.notes import Advice
 from foresight.runtime.policies import Decision, Policy, policy_settings
 from tests.evaluation.page import Page
 from tests.support import context_of
@@ -316,6 +317,13 @@ def test_a_missing_library_is_named_with_its_remedy(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(OutputError, match=rf"{module}.*foresight-engines\[report\]"):
         write_report(make_video(), tmp_path / "report.html")
+
+
+def test_the_page_says_what_to_try_next(tmp_path: Path, alone: Page) -> None:
+    assert "try next" not in alone.words
+    advice = Advice("--profile fast", "forecast: 70.0 % skipped, worst PSNR 36.1 dB on 50 pairs held out")
+    page = Page(write_report(make_video(), tmp_path / "advised.html", advice=advice))
+    assert f"To try next: {advice.setting} {advice.reason}" in page.words
 
 
 def test_the_page_replaces_an_older_one(tmp_path: Path) -> None:

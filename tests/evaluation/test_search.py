@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from foresight.engines.errors import InvalidRequest
@@ -13,8 +14,9 @@ from foresight.evaluation.goals import Quality, Speedup
 from foresight.evaluation.search import Calibrated, Search, Settings, check_optuna, check_tunable, searched
 from foresight.evaluation.summary import Summary
 from foresight.runtime.policies import POLICIES, Cycle, Forecast, Foresight, NoReuse, Policy, Static
-from foresight.runtime.policies.base import SearchRange
+from foresight.runtime.policies.base import Calibration, SearchRange
 from tests.evaluation.summaries import summary
+from tests.runtime.test_schedule import schedule_of
 
 pytest.importorskip("optuna")
 
@@ -48,10 +50,10 @@ def best(search: Search, goal: Quality | Speedup) -> float:
 
 
 def test_it_comes_close_to_the_best_setting() -> None:
-    search = Search(Settings(Dial()), Measured())
+    search = Search(Settings(Dial(), 50), Measured())
     search.run(Quality(40), 25)
     assert 15 < best(search, Quality(40)) <= 20
-    fast = Search(Settings(Dial()), Measured())
+    fast = Search(Settings(Dial(), 50), Measured())
     fast.run(Speedup(1.5), 25)
     assert 50 <= best(fast, Speedup(1.5)) < 65
 
@@ -59,20 +61,20 @@ def test_it_comes_close_to_the_best_setting() -> None:
 def test_the_same_search_tries_the_same_settings() -> None:
     one, other = Measured(), Measured()
     for measured in (one, other):
-        Search(Settings(Dial()), measured).run(Quality(40), 8)
+        Search(Settings(Dial(), 50), measured).run(Quality(40), 8)
     assert one.asked == other.asked and len(one.asked) == 8
 
 
 def test_what_was_given_is_tried_first_and_other_settings_stay() -> None:
     measured = Measured()
-    Search(Settings(Dial(dial=7.0, colour="blue")), measured).run(Quality(40), 5)
+    Search(Settings(Dial(dial=7.0, colour="blue"), 50), measured).run(Quality(40), 5)
     assert measured.asked[0] == Dial(dial=7.0, colour="blue")
     assert {policy.colour for policy in measured.asked if isinstance(policy, Dial)} == {"blue"}
 
 
 def test_a_second_goal_knows_what_was_tried_for_the_first() -> None:
     measured = Measured()
-    search = Search(Settings(Dial()), measured)
+    search = Search(Settings(Dial(), 50), measured)
     search.run(Quality(40), 12)
     search.run(Quality(50), 6)
     assert len(measured.asked) == len(set(measured.asked)) <= 18
@@ -82,7 +84,7 @@ def test_a_second_goal_knows_what_was_tried_for_the_first() -> None:
 
 def test_settings_are_short_numbers_within_their_range() -> None:
     measured = Measured()
-    Search(Settings(Dial()), measured).run(Quality(40), 20)
+    Search(Settings(Dial(), 50), measured).run(Quality(40), 20)
     for policy in measured.asked:
         assert isinstance(policy, Dial)
         assert 0.1 <= policy.dial <= 100 and policy.dial == float(f"{policy.dial:.3g}")
@@ -96,7 +98,7 @@ def test_settings_that_no_policy_can_have_are_passed_over() -> None:
         tried.append(policy)
         return summary(worst=50 - policy.reuse_steps, skipped=policy.reuse_steps / policy.interval)
 
-    Search(Settings(Static(cache="residual")), measure).run(Quality(30), 20)
+    Search(Settings(Static(cache="residual"), 50), measure).run(Quality(30), 20)
     assert len(tried) == len(set(tried)) > 2
     assert all(policy.reuse_steps < policy.interval and policy.cache == "residual" for policy in tried)
 
@@ -110,23 +112,61 @@ def test_what_policies_recommend_lies_in_what_is_searched(kind: type[Policy]) ->
     check_tunable(kind())
     for settings in ({}, *kind.ladder):
         policy = kind(**settings)
-        for name, wanted in searched(policy).items():
-            assert wanted.low <= getattr(policy, name) <= wanted.high
+        for name, wanted in searched(policy, 50).items():
+            assert wanted.low <= getattr(policy.spelled_out(50), name) <= wanted.high
 
 
 def test_what_is_searched_is_said_by_the_policy() -> None:
-    assert searched(Forecast()).keys() == {"tolerance"}
-    assert searched(Foresight()).keys() == {"gamma", "reuse_steps", "interval"}
+    assert searched(Forecast(), 50).keys() == {"tolerance", "warmup"}
+    assert searched(Foresight(), 50).keys() == {"gamma", "reuse_steps", "interval"}
 
 
-def test_policies_that_were_calibrated_are_searched_by_how_many_steps_run() -> None:
-    policies: dict[int, Policy] = {count: Dial(dial=float(53 - count)) for count in range(3, 51)}
+@pytest.mark.parametrize("steps", [1, 2, 5, 30, 50, 100])
+def test_a_number_of_steps_is_searched_as_a_share_of_them(steps: int) -> None:
+    wanted = searched(Forecast(), steps)["warmup"]
+    assert 1 <= wanted.low <= Forecast().warmup_steps(steps) <= wanted.high <= steps
+    assert isinstance(wanted.low, int) and isinstance(wanted.high, int)
+
+
+def test_what_follows_from_the_number_of_steps_is_spelled_out() -> None:
+    (first, *_) = Settings(Forecast(), 50).first
+    assert first == {"tolerance": Forecast().tolerance, "warmup": 10}
+    made = Settings(Forecast(), 50).policy(first)
+    assert made == Forecast(warmup=10)
+
+
+def test_what_users_ask_for_is_searched_beyond_the_usual_range() -> None:
+    space = Settings(Forecast(tolerance=0.5, warmup=40), 50)
+    assert (space.ranges["tolerance"].high, space.ranges["warmup"].high) == (0.5, 40)
+    search = Search(space, lambda policy: summary(worst=30.0))
+    search.run(Quality(40), 3)
+    search.run(Quality(50), 3)
+    assert len(search.tried) == 6
+
+
+@dataclass(frozen=True)
+class Planned(Dial):
+    """Made of what was recorded: a dial that says how many steps do not run, and how late the first of them is."""
+
+    name: ClassVar[str] = "planned"
+    calibrates: ClassVar[bool] = True
+    warmup: int = 0
+
+    def calibrate(self, calibration: Calibration, warmup: int) -> dict[int, Policy]:
+        steps = calibration.schedule.steps
+        return {run: Planned(dial=float(steps - run), warmup=warmup) for run in range(warmup + 2, steps + 1)}
+
+
+def test_policies_that_are_calibrated_are_searched_by_how_many_steps_run_first_and_later() -> None:
+    recorded = Calibration(schedule_of(50), np.zeros((1, 50, 50)))
     measured = Measured()
-    search = Search(Calibrated(policies), measured)
-    search.run(Quality(40), 20)
-    assert [policy.dial for policy in measured.asked[:3] if isinstance(policy, Dial)] == [23.0, 28.0, 33.0]
-    assert len(set(measured.asked)) == 20 and set(measured.asked) <= set(policies.values())
-    assert 17 <= best(search, Quality(40)) <= 20
+    search = Search(Calibrated(Planned(), recorded), measured)
+    search.run(Quality(30), 20)
+    search.run(Quality(40), 5)
+    found = [policy for policy in measured.asked if isinstance(policy, Planned)]
+    assert [(policy.warmup, 50 - policy.dial - policy.warmup) for policy in found[:2]] == [(15, 8), (10, 10)]
+    assert len(set(found)) == len(found) == 25
+    assert 25 <= best(search, Quality(30)) <= 30
 
 
 def test_without_optuna_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,15 +5,26 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from foresight.evaluation.evaluate import REFERENCE, Evaluation, Pair, Row, candidates_of
 from foresight.evaluation.metrics import METRICS, PSNR, load_metrics
 from foresight.evaluation.quality import psnr
 from foresight.evaluation.results import results_of
-from foresight.evaluation.summary import Numbers, by_quality, pooled_psnr, speed_of, summarise
+from foresight.evaluation.summary import (
+    RESAMPLED,
+    Numbers,
+    by_quality,
+    foreseen_worst,
+    pooled_psnr,
+    speed_of,
+    summarise,
+)
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import Static
 from foresight.runtime.request import VideoRequest
@@ -115,3 +126,25 @@ def test_prompts_that_were_cut_are_counted(pipeline: VideoPipeline) -> None:
     )
     notes = results_of(job, list(job.run())).notes
     assert "prompts: 1 of 2 were longer than the text encoder takes, and were cut" in notes
+
+
+def worst_of_parts(values: list[float]) -> float:
+    """The mean over every part of its size, one by one."""
+    parts = list(combinations(values, max(1, round(len(values) / RESAMPLED))))
+    return sum(map(min, parts)) / len(parts)
+
+
+@given(st.lists(st.floats(20, 80), min_size=1, max_size=18))
+def test_the_worst_is_foreseen_to_fall_as_far_again_as_from_small_parts_to_all(values: list[float]) -> None:
+    expected = min(values) - (worst_of_parts(values) - min(values))
+    assert foreseen_worst([*values, None]) == pytest.approx(expected)
+
+
+def test_nothing_is_foreseen_of_identical_videos() -> None:
+    assert foreseen_worst([None, None]) is None
+    assert summarise([row(psnr=40.0), row(1, 44.0), row(2, None)], BOTH).foreseen_worst_psnr_db == 38.0
+
+
+def test_one_outlier_lowers_what_is_foreseen() -> None:
+    steady, single = [45.0 + place for place in range(16)], [35.0, *(46.0 + place for place in range(15))]
+    assert foreseen_worst(single) < foreseen_worst(steady) - 10  # type: ignore[operator]

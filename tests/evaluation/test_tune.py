@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -13,11 +14,13 @@ from foresight.engines.errors import InvalidRequest
 from foresight.evaluation.evaluate import REFERENCE, Pair, pairs_of
 from foresight.evaluation.folder import opened
 from foresight.evaluation.goals import Goal, Quality, Speedup
+from foresight.evaluation.parts import Parts, parts_of
 from foresight.evaluation.summary import Summary
-from foresight.evaluation.tune import GOALS, InMemory, Parts, Tuned, Tuning, parts_of, strictening
+from foresight.evaluation.tune import GOALS, InMemory, Tuned, Tuning, strictening
 from foresight.evaluation.tuned import profiles_of, tuning_document
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import FixedSchedule, Forecast, Policy, Static
+from foresight.runtime.policies.base import SearchRange
 from foresight.runtime.profiles import policy_of
 from foresight.runtime.request import VideoRequest
 from tests.evaluation.summaries import summary
@@ -25,7 +28,7 @@ from tests.evaluation.summaries import summary
 pytest.importorskip("optuna")
 
 STEPS = 6
-PROMPTS = ["a dog", "a cat", "a fish", "a bird", "a cow", "a horse"]
+PROMPTS = ["a dog", "a cat", "a fish", "a bird", "a cow", "a horse", "a fox", "a hen"]
 FIRST = Static(warmup=2, cache="residual")
 
 
@@ -33,7 +36,7 @@ def tuning(
     pipeline: VideoPipeline, goals: Mapping[str, Goal], *, pairs: Sequence[Pair] | None = None, trials: int = 4
 ) -> Tuning:
     parts = parts_of(pairs or pairs_of(PROMPTS, 1))
-    return Tuning(pipeline, VideoRequest("", steps=STEPS), FIRST, goals, parts, trials, InMemory())
+    return Tuning(pipeline, VideoRequest("", steps=STEPS), [FIRST], goals, parts, trials, InMemory())
 
 
 # Which pairs
@@ -43,9 +46,9 @@ def tuning(
 def test_enough_pairs_are_split_in_three(prompts: int, seeds: int) -> None:
     pairs = pairs_of([f"prompt {number}" for number in range(prompts)], seeds)
     parts = parts_of(pairs)
-    sizes = [len(part) for part in (parts.tuning, parts.selection, parts.held_out)]
     assert sorted((*parts.tuning, *parts.selection, *parts.held_out)) == sorted(pairs) == sorted(parts.pairs)
-    assert max(sizes) - min(sizes) <= seeds and not parts.reports_what_chose
+    assert abs(len(parts.choosing) - len(parts.held_out)) <= seeds and not parts.reports_what_chose
+    assert 0 <= len(parts.tuning) - len(parts.selection) <= seeds
 
 
 def test_no_prompt_is_in_two_parts_where_there_are_enough() -> None:
@@ -89,8 +92,8 @@ def done(pipeline: VideoPipeline) -> tuple[Tuning, list[Tuned], dict[Policy, obj
 def test_what_is_tuned_keeps_its_goal_on_every_part(done: tuple[Tuning, list[Tuned], dict[Policy, object]]) -> None:
     _, (some, _), tried = done
     assert some.kept and some.policy in tried
-    for part in (some.tuning, some.selection, some.held_out):
-        assert part is not None and part.videos == 2 and part.share_skipped > 0
+    for part, videos in ((some.best.tuning, 2), (some.best.selection, 2), (some.held_out, 4)):
+        assert part is not None and part.videos == videos and part.share_skipped > 0
         assert part.worst_psnr_db is None or part.worst_psnr_db >= 5
 
 
@@ -98,7 +101,7 @@ def test_a_goal_that_only_identical_videos_keep_is_kept_by_nothing_that_skips(
     done: tuple[Tuning, list[Tuned], dict[Policy, object]],
 ) -> None:
     _, (_, strict), _ = done
-    assert (strict.policy, strict.tuning, strict.held_out, strict.kept) == (None, None, None, False)
+    assert (strict.policy, strict.best.tuning, strict.held_out, strict.written) == (None, None, None, False)
 
 
 def test_references_are_made_once_but_for_those_that_times_are_reported_of(
@@ -124,7 +127,7 @@ def test_the_profile_of_a_tuned_setting_is_that_policy(
     job, tuned, _ = done
     profile = next(profile for profile in profiles_of(job, tuned) if profile.name == "some")
     assert policy_of(profile) == tuned[0].policy
-    assert (profile.steps, profile.goal, profile.held_out.pairs) == (STEPS, "worst PSNR of 5 dB or more", 2)
+    assert (profile.steps, profile.goal, profile.held_out.pairs) == (STEPS, "worst PSNR of 5 dB or more", 4)
 
 
 def test_the_document_says_what_was_tried_and_what_for(
@@ -132,20 +135,43 @@ def test_the_document_says_what_was_tried_and_what_for(
 ) -> None:
     job, tuned, tried = done
     document = tuning_document(job, tuned, {policy: summary() for policy in tried})
-    assert document["pairs"] == {"tuning": 2, "selection": 2, "held_out": 2, "reports_what_chose": False}
+    assert document["pairs"] == {"tuning": 2, "selection": 2, "held_out": 4, "reports_what_chose": False}
+    assert document["policies"] == ["static:warmup=2,cache=residual"]
     assert len(document["tried"]) == len(tried)
     assert [profile["name"] for profile in document["profiles"]] == ["some", "all"]
 
 
+@dataclass(frozen=True)
+class Dial(Policy):
+    """A policy that a script knows."""
+
+    name: ClassVar[str] = "dial"
+    dial: float = field(default=0.01, metadata={"help": "", "search": SearchRange(0.001, 0.1, log=True)})
+    gain: float = 1.0
+
+
 class Scripted(Tuning):
-    """Measures what a script says of each part, in the order of tolerance."""
+    """Measures what a script says of each part: how fast quality falls with the dial there."""
+
+    def check(self) -> None:
+        """No pipeline knows of the dial."""
 
     def _measure(self, policies, pairs, *_, **__):  # type: ignore[no-untyped-def]
-        part = {self.parts.tuning: 0, self.parts.selection: 1, self.parts.held_out: 2}[tuple(pairs)]
-        slope = (1, *self.slopes)[part] * 1000
-        return [summary(worst=60 - slope * one.tolerance, skipped=one.tolerance) for one in policies]
+        parts = self.parts
+        places = {parts.tuning: 0, parts.choosing: 1, parts.selection: 1, parts.held_out: 2}
+        slope = (1, *self.slopes)[places[tuple(pairs)]] * 1000
+        return [summary(worst=60 - slope * one.dial, skipped=one.gain * one.dial) for one in policies]
 
     slopes: tuple[float, float] = (1, 1)
+
+
+def scripted(
+    pipeline: VideoPipeline, slopes: tuple[float, float], policies: Sequence[Policy], goal: float = 40
+) -> tuple[Tuning, Tuned]:
+    job = Scripted(**vars(tuning(pipeline, {"some": Quality(goal)}, trials=10)) | {"policies": policies})
+    object.__setattr__(job, "slopes", slopes)
+    (one,), _ = job.run()
+    return job, one
 
 
 @pytest.mark.parametrize(
@@ -154,14 +180,37 @@ class Scripted(Tuning):
 def test_what_misses_the_goal_on_other_pairs_is_rejected_or_not_written(
     pipeline: VideoPipeline, slopes: tuple[float, float], kept: bool, rejected: bool
 ) -> None:
-    job = tuning(pipeline, {"some": Quality(40)}, trials=10)
-    scripted = Scripted(**vars(job) | {"policy": Forecast()})
-    object.__setattr__(scripted, "slopes", slopes)
-    (one,), _ = scripted.run()
-    assert (one.kept, one.rejected > 0) == (kept, rejected)
+    job, one = scripted(pipeline, slopes, [Dial()])
+    assert (one.kept, one.best.rejected > 0) == (kept, rejected)
     assert len(profiles_of(job, [one])) == kept
     notes = tuning_document(job, [one], {})["notes"]
     assert any("missed on the pairs held out" in note for note in notes) == (not kept)
+
+
+def test_a_goal_that_is_missed_by_little_on_pairs_held_out_is_written_and_told(pipeline: VideoPipeline) -> None:
+    _, one = scripted(pipeline, (1, 1), [Dial()])
+    assert isinstance(one.policy, Dial)
+    almost = (60 - 39.5) / 1000 / one.policy.dial
+    job, one = scripted(pipeline, (1, almost), [Dial()])
+    assert (one.kept, one.written, len(profiles_of(job, [one]))) == (False, True, 1)
+    (note,) = tuning_document(job, [one], {})["notes"]
+    assert note.startswith("some: written, though the goal was missed")
+
+
+def test_of_several_policies_the_one_that_is_best_in_selection_is_taken(pipeline: VideoPipeline) -> None:
+    policies = [Dial(), Dial(gain=3.0), Dial(gain=2.0)]
+    job, one = scripted(pipeline, (1, 1), policies)
+    assert isinstance(one.policy, Dial) and one.policy.gain == 3.0
+    assert [candidate.policy is not None for candidate in one.candidates] == [True] * 3
+    (profile,) = tuning_document(job, [one], {})["profiles"]
+    assert profile["policy"]["gain"] == 3.0
+    assert [candidate["policy"].count("gain") for candidate in profile["candidates"]] == [0, 1, 1]
+
+
+def test_videos_held_out_choose_nothing(pipeline: VideoPipeline) -> None:
+    policies = [Dial(), Dial(gain=3.0)]
+    found = [scripted(pipeline, (1, slope), policies)[1].policy for slope in (0.5, 1, 9)]
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_goal_that_nothing_keeps_is_told(pipeline: VideoPipeline) -> None:
@@ -173,7 +222,7 @@ def test_a_goal_that_nothing_keeps_is_told(pipeline: VideoPipeline) -> None:
 
 
 def test_a_policy_that_calibrates_is_made_of_requests_without_reuse(pipeline: VideoPipeline) -> None:
-    job = replace(tuning(pipeline, {"some": Quality(5)}, trials=3), policy=FixedSchedule())
+    job = replace(tuning(pipeline, {"some": Quality(5)}, trials=3), policies=[FixedSchedule()])
     job.check()
     (one,), tried = job.run()
     assert one.kept and isinstance(one.policy, FixedSchedule) and one.policy.computed.endswith(str(STEPS))
@@ -192,7 +241,7 @@ def test_without_a_third_part_the_report_says_so(pipeline: VideoPipeline) -> Non
 def test_a_tuning_in_a_folder_is_gone_on_with(pipeline: VideoPipeline, tmp_path: Path) -> None:
     def run(folder: Path) -> tuple[list[Tuned], int]:
         with opened(folder, {}) as kept:
-            job = Tuning(pipeline, VideoRequest("", steps=STEPS), FIRST, {"some": Quality(5)}, PARTS, 3, kept)
+            job = Tuning(pipeline, VideoRequest("", steps=STEPS), [FIRST], {"some": Quality(5)}, PARTS, 3, kept)
             tuned, _ = job.run()
             return tuned, len(kept.rows())
 
@@ -214,6 +263,6 @@ def test_no_trials_are_refused(pipeline: VideoPipeline, trials: int) -> None:
 
 
 def test_what_the_bundle_refuses_is_refused_before_anything_runs(pipeline: VideoPipeline) -> None:
-    job = Tuning(pipeline, VideoRequest("", steps=101), FIRST, GOALS, PARTS, 1, InMemory())
+    job = Tuning(pipeline, VideoRequest("", steps=101), [FIRST], GOALS, PARTS, 1, InMemory())
     with pytest.raises(InvalidRequest, match="steps: got 101"):
         job.check()

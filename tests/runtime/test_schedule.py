@@ -118,13 +118,16 @@ def plain_cost(outputs: HostArray, schedule: Schedule, path: tuple[int, ...]) ->
     return float(total)
 
 
-@given(st.integers(0, 1000), st.integers(4, 10))
-def test_no_other_schedule_with_as_many_steps_costs_less(seed: int, steps: int) -> None:
+@given(st.integers(0, 1000), st.integers(6, 10), st.integers(3, 5))
+def test_no_other_schedule_with_as_many_steps_costs_less(seed: int, steps: int, warmup: int) -> None:
     outputs, schedule = outputs_of(seed, steps), schedule_of(steps)
     products = np.einsum("ptn,psn->pts", outputs, outputs) / outputs.shape[-1]
-    found = {len(path): path for path in shortest_paths(Calibration(schedule, products))}
-    for count in range(4, steps + 1):
-        every = [(0, 1, 2, *between, steps - 1) for between in combinations(range(3, steps - 1), count - 4)]
+    found = {len(path): path for path in shortest_paths(Calibration(schedule, products), warmup)}
+    for count in range(warmup + 1, steps + 1):
+        every = [
+            (*range(warmup), *between, steps - 1)
+            for between in combinations(range(warmup, steps - 1), count - warmup - 1)
+        ]
         least = min(plain_cost(outputs, schedule, path) for path in every)
         if np.isfinite(least):
             assert plain_cost(outputs, schedule, tuple(found[count])) == pytest.approx(least, abs=1e-6)
@@ -151,3 +154,11 @@ def test_a_schedule_is_made_for_every_number_of_steps_that_run() -> None:
     for count, policy in made.items():
         assert isinstance(policy, FixedSchedule)
         assert drive(policy, 12).count("C") == count
+
+
+def test_the_first_steps_run_in_every_schedule_with_a_warm_up() -> None:
+    outputs = outputs_of(1, 12)
+    products = np.einsum("ptn,psn->pts", outputs, outputs) / outputs.shape[-1]
+    made = FixedSchedule().calibrate(Calibration(schedule_of(12), products), warmup=6)
+    assert made.keys() == set(range(7, 13))
+    assert all(drive(policy, 12).startswith("C" * 6) for policy in made.values() if isinstance(policy, FixedSchedule))
