@@ -9,7 +9,7 @@
     ├── EngineError                 1: an engine could not be loaded or failed while running
     │   └── OutOfMemory             1: the device has no room for it now; fewer or smaller requests may fit
     ├── OutputError                 1: a result could not be written
-    └── Cancelled                   1: the request's cancel token was set
+    └── Cancelled                   1: a request was ended: by its caller, its deadline, or a close
 
 Each message is one line: the thing, what was got, what was expected, what to do. Errors of onnxruntime, safetensors
 and the other libraries are turned into these where they are called, with the original as `__cause__`.
@@ -67,7 +67,15 @@ class OutputError(ForesightError):
 
 
 class Cancelled(ForesightError):
-    """The request was cancelled before it was done; its buffers are free again."""
+    """The request was cancelled before it was done; its buffers are free again.
+
+    `reason` says by whom: "caller", by its token; "deadline", by its own; "closed", with its pipeline; "exit", with the
+    interpreter.
+    """
+
+    def __init__(self, message: str, reason: str = "caller") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def one_line(reason: object) -> str:

@@ -24,9 +24,12 @@ class CancelToken(Protocol):
 
 
 def check_cancelled(cancel: CancelToken | None, when: str) -> None:
-    """Raises Cancelled where the token is set; `when` says how far the request got. A token may know `why`."""
+    """Raises Cancelled where the token is set; `when` says how far the request got.
+
+    A token may know `why`, in words to follow, and the `reason` that a Cancelled has.
+    """
     if cancel is not None and cancel.is_set():
-        raise Cancelled(f"request: cancelled {when}{getattr(cancel, 'why', '')}")
+        raise Cancelled(f"request: cancelled {when}{getattr(cancel, 'why', '')}", getattr(cancel, "reason", "caller"))
 
 
 class OneAtATime:

@@ -1,4 +1,4 @@
-"""What a request calls of its caller's: `on_step`, `on_progress`, and the cancel token's `is_set`."""
+"""What a request calls of its caller's: `on_step`, `on_progress`, `on_frames`, and the cancel token's `is_set`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ..engines.arrays import Array
 from ..engines.errors import InvalidRequest, quoted
+
+OnFrames = Callable[[int, int, Array], object]
 
 _REMEDY = "hand work over from an ordinary one, say with asyncio.run_coroutine_threadsafe"
 
 
-def check_callbacks(on_step: Any, cancel: Any, on_progress: Any = None) -> None:
+def check_callbacks(on_step: Any, cancel: Any, on_progress: Any = None, on_frames: Any = None) -> None:
     """Functions, and something like threading.Event; none of them async. Raises InvalidRequest."""
     if on_step is not None and not callable(on_step):
         raise InvalidRequest(
@@ -20,11 +23,16 @@ def check_callbacks(on_step: Any, cancel: Any, on_progress: Any = None) -> None:
         )
     if on_progress is not None and not callable(on_progress):
         raise InvalidRequest(f"on_progress: got {on_progress!r}, expected a function of a Progress")
+    if on_frames is not None and not callable(on_frames):
+        raise InvalidRequest(
+            f"on_frames: got {quoted(on_frames)}, expected a function of a prompt's place, a frame's number and frames"
+        )
     if cancel is not None and not callable(getattr(cancel, "is_set", None)):
         raise InvalidRequest(
             f"cancel: got {quoted(cancel)}, expected something with is_set(), as threading.Event has it"
         )
-    functions = {"on_step": on_step, "on_progress": on_progress, "cancel.is_set": getattr(cancel, "is_set", None)}
+    functions = {"on_step": on_step, "on_progress": on_progress, "on_frames": on_frames}
+    functions["cancel.is_set"] = getattr(cancel, "is_set", None)
     for name, function in functions.items():
         if _runs_later(function):
             raise InvalidRequest(f"{name}: got an async function or a generator, expected a plain function; {_REMEDY}")

@@ -21,12 +21,13 @@ def decode(
     to_host: bool,
     check: Check,
     cancel: CancelToken | None = None,
-    made_chunk: Callable[[], object] = lambda: None,
+    made_chunk: Callable[[Array | None], object] = lambda frames: None,
 ) -> Array:
     """One video's latents to frames (F, H, W, 3) uint8; with `to_host` every chunk of them goes there when it is made.
 
     `engines` are those of all the decoder's parts, by name. `check` is told what each chunk became. `cancel`
-    is looked at after every chunk, when `made_chunk` was called. Raises EngineError, Cancelled.
+    is looked at after every chunk, when `made_chunk` was told the frames that it became, or None in the stages before
+    the last. Raises EngineError, Cancelled.
     """
     frames = latents
     for stage in manifest.decoder:
@@ -35,7 +36,7 @@ def decode(
         made = []
         for chunk in chunks:
             made.append(arrays.to_host(chunk) if leaving else chunk)
-            made_chunk()
+            made_chunk(made[-1] if stage is manifest.decoder[-1] else None)
             check_cancelled(cancel, "while its frames were decoded")
         frames = (np if leaving else arrays.xp).concatenate(made)
     return frames

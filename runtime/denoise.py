@@ -26,7 +26,7 @@ from .policies import Decider
 from .sampler import Sampler, Schedule
 from .trace import Trace
 
-OnStep = Callable[[int, int, Trace], None]
+OnStep = Callable[[int, int, Trace], object]
 T = TypeVar("T")
 
 

@@ -16,6 +16,7 @@ from ..engines.manifest import Manifest
 from ..engines.progress import Counter, Progress
 from .admission import MemoryReservations, Reservation, check_cancelled
 from .caches import create_cache
+from .callbacks import OnFrames
 from .decode import decode
 from .denoise import DenoiseState, Outputs, Transformer, denoise
 from .encode import encode
@@ -184,12 +185,13 @@ class Generation:
         with loaded.residency.phase(parts, self.calls, self.calls.on_progress) as listed:
             engines = {part.name: engine for part, engine in zip(parts, listed, strict=True)}
             chunks = len(latents) * sum(len(stage.chunks) for stage in manifest.decoder)
-            made = Counter("decoding", chunks, "chunks", self.calls.on_progress).advance
+            counter = Counter("decoding", chunks, "chunks", self.calls.on_progress)
+            told = [_Decoded(place, counter, self.calls.on_frames) for place in range(len(latents))]
             arrays, to_host = loaded.backend.arrays, self.request.to_host
             try:
                 return [
-                    decode(manifest, engines, arrays, video, to_host, loaded.check, self.calls, made)
-                    for video in latents
+                    decode(manifest, engines, arrays, video, to_host, loaded.check, self.calls, tell)
+                    for video, tell in zip(latents, told, strict=True)
                 ]
             finally:
                 engines.clear()  # the comprehension's frame has it
@@ -200,3 +202,21 @@ class Generation:
         started = time.perf_counter()
         yield
         setattr(self.trace, phase, getattr(self.trace, phase) + 1e3 * (time.perf_counter() - started))
+
+
+@dataclass
+class _Decoded:
+    """Tells that a chunk of one prompt's video was decoded, and the frames of those that are some."""
+
+    prompt: int
+    counter: Counter
+    on_frames: OnFrames | None
+    frames: int = 0
+
+    def __call__(self, frames: Array | None) -> None:
+        self.counter.advance()
+        if frames is None:
+            return
+        if self.on_frames is not None:
+            self.on_frames(self.prompt, self.frames, frames)
+        self.frames += len(frames)

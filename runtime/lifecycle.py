@@ -1,9 +1,9 @@
 """The life of a pipeline: which requests are inside, whether more may come in, and what ends them.
 
-A request is ended by its caller's token, by `close(cancel=True)`, or by the interpreter's exit: a thread that is
-inside an engine when Python ends takes the process down with it, so the exit waits until all have left. A pipeline
-belongs to the process that loaded it. In a forked child its engines' threads do not exist, and so it is refused there
-and never freed: to free an engine is to wait for its threads.
+A request is ended by its caller's token, by its deadline, by `close(cancel=True)`, or by the interpreter's exit: a
+thread that is inside an engine when Python ends takes the process down with it, so the exit waits until all have left.
+A pipeline belongs to the process that loaded it. In a forked child its engines' threads do not exist, and so it is
+refused there and never freed: to free an engine is to wait for its threads.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+from ..engines.arrays import Array
 from ..engines.backend import Backend, Engine
 from ..engines.errors import Cancelled, InvalidRequest, quoted
 from ..engines.interrupt import Watch
 from ..engines.progress import OnProgress, Progress, silent
 from .admission import CancelToken, check_cancelled
-from .callbacks import check_result
+from .callbacks import OnFrames, check_result
 from .denoise import OnStep
 from .release import calls_callers
 from .trace import Trace
@@ -31,6 +33,7 @@ from .trace import Trace
 POLL_SECONDS = 0.01  # between two looks, at exit, at who is still inside an engine
 CLOSED = ", as its pipeline was closed"
 EXITING = ", as the interpreter exits"
+REASONS = {CLOSED: "closed", EXITING: "exit"}
 
 T = TypeVar("T")
 
@@ -60,7 +63,7 @@ class Lifecycle:
                 "after the fork, or start processes with multiprocessing's spawn"
             )
         if self.why == EXITING:
-            raise Cancelled(f"request: cancelled before it began{EXITING}")
+            raise Cancelled(f"request: cancelled before it began{EXITING}", REASONS[EXITING])
         if self.closed:
             raise InvalidRequest("pipeline: got a request after close(), expected none; load the bundle again")
 
@@ -139,15 +142,21 @@ class Calls:
         on_step: OnStep | None = None,
         cancel: CancelToken | None = None,
         on_progress: OnProgress | None = None,
+        on_frames: OnFrames | None = None,
+        deadline: float | None = None,
     ) -> None:
         self.thread = threading.get_ident()
         self.outside = False  # of all engines: in a callback
         self.on_step = None if on_step is None else self._step
         self.on_progress = silent if on_progress is None else self._tell
+        self.on_frames = None if on_frames is None else self._show
         self._life = life
         self._caller_on_step = on_step
         self._caller_cancel = cancel
         self._caller_on_progress = on_progress
+        self._caller_on_frames = on_frames
+        self._deadline = deadline
+        self._ends = math.inf if deadline is None else time.monotonic() + deadline
         self._raised: BaseException | None = None
 
     def run(self, work: Callable[[], T]) -> T:
@@ -158,6 +167,8 @@ class Calls:
                 return work()
         except BaseException as error:
             if self._raised is None or error is self._raised:
+                if self._raised is None and isinstance(error, Cancelled):
+                    self._explain(error)
                 self._raised = None
                 raise
         finally:
@@ -170,31 +181,58 @@ class Calls:
 
     @property
     def why(self) -> str:
-        """Who cancelled the request, where it was not its caller."""
+        """What cancelled the request, where it was not its caller."""
+        if self._life.why is None and self._is_late():
+            return f", as its deadline of {self._deadline:g} s had passed"
         return self._life.why or ""
+
+    @property
+    def reason(self) -> str:
+        """See Cancelled.reason."""
+        if self._life.why is not None:
+            return REASONS[self._life.why]
+        return "deadline" if self._is_late() else "caller"
 
     def is_set(self) -> bool:
         """Whether to stop."""
-        if self._life.why is None and self._caller_cancel is not None:
-            answer = self._call(self._caller_cancel.is_set)
-            check_result("cancel.is_set", answer)
-            if answer:
-                return True
-        return self._life.why is not None
+        if self._must_end():
+            return True
+        if self._caller_cancel is None:
+            return False
+        answer = self._call(self._caller_cancel.is_set)
+        check_result("cancel.is_set", answer)
+        return bool(answer) or self._must_end()  # the pipeline may have been closed in there
 
     def _is_over(self) -> bool:
         """`is_set` for the watch, which asks from a thread of its own, while the request is inside an engine."""
-        return self._life.why is not None or (self._caller_cancel is not None and bool(self._caller_cancel.is_set()))
+        return self._must_end() or (self._caller_cancel is not None and bool(self._caller_cancel.is_set()))
+
+    def _must_end(self) -> bool:
+        return self._life.why is not None or self._is_late()
+
+    def _is_late(self) -> bool:
+        return time.monotonic() >= self._ends
+
+    def _explain(self, error: Cancelled) -> None:
+        """An engine that was stopped does not know why."""
+        message = str(error)
+        if self.why not in message:
+            error.args = (message + self.why,)
+        error.reason = self.reason
 
     def _step(self, done: int, total: int, trace: Trace) -> None:
         assert self._caller_on_step is not None
         check_result("on_step", self._call(self._caller_on_step, done, total, trace))
-        if self._life.why is not None:
+        if self._must_end():
             check_cancelled(self, f"after step {done} of {total}")
 
     def _tell(self, progress: Progress) -> None:
         assert self._caller_on_progress is not None
         check_result("on_progress", self._call(self._caller_on_progress, progress))
+
+    def _show(self, prompt: int, first: int, frames: Array) -> None:
+        assert self._caller_on_frames is not None
+        check_result("on_frames", self._call(self._caller_on_frames, prompt, first, frames))
 
     def _call(self, function: Callable[..., T], *arguments: Any) -> T:
         mine = threading.get_ident() == self.thread  # else somebody looks at the token meanwhile

@@ -14,7 +14,7 @@ from ..engines.errors import InvalidRequest
 from ..engines.progress import OnProgress
 from .admission import CancelToken, MemoryReservations
 from .budget import Profile
-from .callbacks import check_callbacks
+from .callbacks import OnFrames, check_callbacks
 from .denoise import OnStep
 from .generate import Generation, Loaded
 from .lifecycle import Calls, Lifecycle
@@ -24,6 +24,7 @@ from .profiles import check_profiles, profile_policy
 from .request import CheckedRequest, VideoRequest, check_count, check_policy, check_request
 from .residency import Residency
 from .sampler import load_table
+from .stream import agenerate, astream, stream
 from .text import Tokenizer
 from .trace import Trace
 from .video import Video
@@ -133,21 +134,28 @@ class VideoPipeline:
         *,
         on_step: OnStep | None = None,
         on_progress: OnProgress | None = None,
+        on_frames: OnFrames | None = None,
         cancel: CancelToken | None = None,
     ) -> list[Video]:
-        """Make the videos of a request, one a prompt; see `__call__`."""
+        """Make the videos of a request, one a prompt; see `__call__`.
+
+        `on_frames` is told frames as they are decoded: of which prompt, from which frame on, and (n, H, W, 3) uint8,
+        on the host or, with `to_host` False, the device; they are only read.
+        """
         self._life.check()
-        check_callbacks(on_step, cancel, on_progress)
+        check_callbacks(on_step, cancel, on_progress, on_frames)
         checked = check_request(request, self.manifest, self._table, self.backend.arrays)
         cached = self.limits.cached(self.manifest, checked.policy, checked.rows)
         trace = _trace_of(checked, cached, self.bundle, self.backend)
-        calls = Calls(self._life, on_step, cancel, on_progress)
+        calls = Calls(self._life, on_step, cancel, on_progress, on_frames, request.deadline)
         generation = Generation(self._loaded, checked, cached, calls, trace)
         frames, final = calls.run(generation.run)
         return [
             Video(frames=f, latents=x, fps=self.manifest.defaults.fps, prompt=text, seed=s, trace=trace)
             for f, x, text, s in zip(frames, final, checked.prompts, checked.seeds, strict=True)
         ]
+
+    stream, astream, agenerate = stream, astream, agenerate
 
     def check(self, request: VideoRequest) -> None:
         """Raises InvalidRequest where `generate` would; nothing runs."""

@@ -29,7 +29,8 @@ class VideoRequest:
     `prompt` is a text, or a list of them, which become one batch. `seed` is one number, to which a batch adds the
     prompt's position, or one per prompt. `latents` is the initial noise instead: (prompts, *latent shape) or, for one
     prompt, the latent shape; fp32; a numpy array, or one that speaks DLPack; it is only read. A guidance of 1 runs
-    without the negative half. With `to_host` False, frames and latents stay arrays of the device.
+    without the negative half. With `to_host` False, frames and latents stay arrays of the device. After `deadline`
+    seconds, waiting included, the request is cancelled.
     """
 
     prompt: str | Sequence[str]
@@ -40,6 +41,7 @@ class VideoRequest:
     policy: Policy | None = None
     latents: Array | None = None
     to_host: bool = True
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def check_request(request: VideoRequest, manifest: Manifest, table: SamplerTable
     guidance = check_guidance(defaults.guidance if request.guidance is None else request.guidance)
     latents, shape = request.latents, (len(prompts), *manifest.shape.latents)
     given = None if latents is None else check_latents(latents, shape, arrays)
+    check_deadline(request.deadline)
     policy.begin(Context(schedule, tuple(block.kind for block in manifest.blocks), len(prompts)))  # may refuse it
     return CheckedRequest(prompts, negative, schedule, guidance, seeds, policy, given, request.to_host)
 
@@ -142,6 +145,14 @@ def check_policy(policy: Policy | None) -> Policy:
         )
     find_mode(policy.cache)
     return policy
+
+
+def check_deadline(deadline: Any) -> None:
+    """Seconds above 0, or None."""
+    if deadline is not None and not (isinstance(deadline, (int, float)) and deadline > 0):
+        raise InvalidRequest(
+            f"deadline: got {quoted(deadline)}, expected seconds above 0, or None for as long as needed"
+        )
 
 
 def check_count(name: str, value: Any) -> None:

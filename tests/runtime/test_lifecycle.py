@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,9 @@ from typing import Any
 import pytest
 
 from foresight.engines.errors import Cancelled, InvalidRequest
+from foresight.engines.interrupt import stoppable
 from foresight.runtime.pipeline import VideoPipeline
+from foresight.runtime.request import VideoRequest
 from foresight.runtime.video import Video
 from tests.support import BACKEND, WatchedBackend, load_pipeline, watched_pipeline
 
@@ -371,3 +374,44 @@ def test_engines_are_run_by_nobody_once_a_pipeline_is_closed(
     with pytest.raises(Cancelled):
         held.video.result(TIMEOUT_S)
     assert ran == []
+
+
+def test_a_request_ends_at_its_deadline_and_says_so(single: VideoPipeline) -> None:
+    with pytest.raises(Cancelled, match=r"^request: cancelled .*, as its deadline of 0\.05 s had passed$") as caught:
+        single.generate(VideoRequest("a dog", steps=100, deadline=0.05), on_step=lambda *_: time.sleep(0.03))
+    assert caught.value.reason == "deadline"
+    assert single.generate(VideoRequest("a dog", steps=1, deadline=TIMEOUT_S))
+
+
+def test_a_part_that_runs_is_ended_at_the_deadline(single_bundle: Path) -> None:
+    pipeline, backend = watched_pipeline(single_bundle)
+
+    def long(part: str, tensors: Mapping[str, Any]) -> None:
+        with stoppable(stopped.set):
+            assert stopped.wait(TIMEOUT_S)
+        raise Cancelled(f"request: cancelled while {part} ran")
+
+    stopped, backend.before = threading.Event(), long
+    with pytest.raises(Cancelled, match=r"^request: cancelled while text_encoder ran, as its deadline of 0\.1 s had"):
+        pipeline.generate(VideoRequest("a dog", steps=1, deadline=0.1))
+
+
+@pytest.mark.parametrize("deadline", [0, -1, float("nan"), "soon"])
+def test_a_deadline_is_seconds(single: VideoPipeline, deadline: Any) -> None:
+    with pytest.raises(InvalidRequest, match="deadline: got .*, expected seconds above 0"):
+        single.generate(VideoRequest("a dog", deadline=deadline))
+
+
+def test_who_cancelled_is_said(single: VideoPipeline, pool: ThreadPoolExecutor) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(Cancelled) as caught:
+        single("a dog", cancel=cancel)
+    assert caught.value.reason == "caller"
+    held = Held(single, pool)
+    closing = pool.submit(single.close, cancel=True)
+    _until_cancelled(single)
+    held.go.set()
+    with pytest.raises(Cancelled) as closed:
+        held.video.result(TIMEOUT_S)
+    assert closed.value.reason == "closed" and closing.result(TIMEOUT_S)
