@@ -35,6 +35,11 @@ class Targets:
     report: Path | None = None
     trace: Path | None = None
 
+    def check_frames(self, frames: int) -> None:
+        """Refuse a file that cannot hold so many. Raises InvalidRequest."""
+        if self.output is not None:
+            check_output(self.output, frames)
+
     def check(self) -> None:
         """Refuse what cannot be written: wrong suffixes, missing libraries, folders that are not writable.
 

@@ -81,7 +81,7 @@ class Outputs:
     Outputs,
     click.option("--save-latents", type=PATH, help="Write the final latents (.npy)."),
     click.option("--save-frames", type=PATH, help="Write the frames (.npy, uint8, F H W 3)."),
-    click.option("--output", type=PATH, help=".mp4, .gif, .npy or a folder.  [default: video.mp4]"),
+    click.option("--output", type=PATH, help=".mp4, .gif, .npy, a folder; one frame: .png.  [default: video.mp4]"),
     click.option("--report", type=PATH, help="Write a page that shows what was skipped (.html)."),
     click.option("--trace", type=PATH, help="Write what every step did and measured (.json)."),
 )
@@ -109,6 +109,7 @@ def run(
     targets = outputs.targets()
     noise = read_latents(latents) if latents else None
     pipeline = engines.load(bundle)
+    targets.check_frames(pipeline.manifest.shape.frames)
     texts = texts or [pipeline.manifest.defaults.prompt]
     policy = policy if profile is None else pipeline.profile(profile, asked.steps)
     requests = [

@@ -16,6 +16,7 @@ from .admission import CancelToken, MemoryReservations
 from .budget import Profile
 from .callbacks import OnFrames, check_callbacks
 from .denoise import OnStep
+from .estimate import Estimate, Pace
 from .generate import Generation, Loaded
 from .lifecycle import Calls, Lifecycle
 from .memory import MemoryLimits, MemoryPlan
@@ -54,6 +55,7 @@ class VideoPipeline:
         self.limits = limits or MemoryLimits()
         residency = Residency(bundle, backend, self.limits.low_memory)
         self._table = load_table(bundle.file(self.manifest.sampler.table), self.manifest.sampler.max_steps)
+        self._pace = Pace()
         self._life = Lifecycle(residency.engines, backend)
         calls = Calls(self._life, on_progress=on_progress)
         tokenizer = calls.run(lambda: self._load(residency, calls))
@@ -150,6 +152,7 @@ class VideoPipeline:
         calls = Calls(self._life, on_step, cancel, on_progress, on_frames, request.deadline)
         generation = Generation(self._loaded, checked, cached, calls, trace)
         frames, final = calls.run(generation.run)
+        self._pace.record(checked, trace)
         return [
             Video(frames=f, latents=x, fps=self.manifest.defaults.fps, prompt=text, seed=s, trace=trace)
             for f, x, text, s in zip(frames, final, checked.prompts, checked.seeds, strict=True)
@@ -157,10 +160,18 @@ class VideoPipeline:
 
     stream, astream, agenerate = stream, astream, agenerate
 
-    def check(self, request: VideoRequest) -> None:
-        """Raises InvalidRequest where `generate` would; nothing runs."""
+    def check(self, request: VideoRequest) -> Estimate:
+        """What a request takes of memory and time; nothing runs. Raises InvalidRequest where `generate` would."""
         checked = check_request(request, self.manifest, self._table, self.backend.arrays)
-        self.limits.cached(self.manifest, checked.policy, checked.rows)
+        plan = self.memory(len(checked.prompts), checked.halves == 2, checked.policy)
+        return Estimate(plan.per_request, self._pace.seconds(checked, len(self.manifest.blocks)))
+
+    def warm_up(self, *, cancel: CancelToken | None = None) -> None:
+        """Make the bundle's sample video in as few steps as there can be: what only a first request does, is done.
+
+        From then on `check` tells seconds. Raises what `generate` does.
+        """
+        self.generate(VideoRequest(self.manifest.defaults.prompt, steps=self._table.min_steps), cancel=cancel)
 
     def memory(self, prompts: int = 1, guided: bool = True, policy: Policy | None = None) -> MemoryPlan:
         """What a request takes of the device's memory. Raises InvalidRequest where `cache_memory` is too small."""

@@ -144,6 +144,11 @@ class SamplerTable:
         self._calls = columns["calls"].astype(np.int64)
         self.max_steps = max_steps
 
+    @property
+    def min_steps(self) -> int:
+        """The fewest that the sampler takes."""
+        return 1 + int(np.argmax(self._calls > 0))
+
     def schedule(self, steps: int) -> Schedule:
         """The schedule of that many steps. Raises InvalidRequest."""
         if not isinstance(steps, (int, np.integer)) or not 1 <= steps <= self.max_steps:
@@ -152,9 +157,8 @@ class SamplerTable:
             )
         calls = self._calls[:steps]
         if not calls[-1]:
-            fewest = 1 + int(np.argmax(self._calls > 0))
             raise InvalidRequest(
-                f"steps: got {steps}, expected {fewest} to {self.max_steps}; the sampler takes no fewer"
+                f"steps: got {steps}, expected {self.min_steps} to {self.max_steps}; the sampler takes no fewer"
             )
         last = int(calls.sum())
         rows = {name: self._columns[name][last - int(calls[-1]) : last] for name in (*VECTORS, *MATRICES)}

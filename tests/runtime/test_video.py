@@ -80,7 +80,7 @@ def test_a_folder_has_the_very_frames_as_png(tmp_path: Path) -> None:
         assert np.asarray(Image.open(folder / name)).tobytes() == frame.tobytes()
 
 
-@pytest.mark.parametrize("name", ["video.avi", "video.mp4.bak", "video.MOV", "video.png"])
+@pytest.mark.parametrize("name", ["video.avi", "video.mp4.bak", "video.MOV", "video.webp"])
 def test_another_suffix_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidRequest, match=rf"output: got '{name}', expected a name ending in"):
         save_frames(moving_square(), 8, tmp_path / name)
@@ -268,3 +268,42 @@ def test_the_library_writes_into_no_bundle_either(bundle: Path) -> None:
     with pytest.raises(InvalidRequest, match="which lies in the bundle"):
         save_frames(np.zeros((1, 16, 16, 3), np.uint8), 8, bundle / "v.npy")
     assert not (bundle / "v.npy").exists()
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif", "npy", "GIF"])
+def test_bytes_are_those_of_a_file(pipeline: VideoPipeline, tmp_path: Path, kind: str) -> None:
+    video = pipeline("a red circle", steps=1)
+    assert video.to_bytes(kind) == video.save(tmp_path / f"video.{kind}").read_bytes()
+    file = io.BytesIO()
+    video.write_to(file, kind, {})
+    assert file.getvalue() == video.save(tmp_path / f"silent.{kind}", {}).read_bytes() and not file.closed
+
+
+@pytest.mark.parametrize("kind", ["", "avi", ".mp4", None, "a/../mp4"])
+def test_bytes_of_another_kind_are_refused(pipeline: VideoPipeline, kind: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"kind: got .*, expected one of mp4, gif, npy, png, jpg, jpeg"):
+        pipeline("a red circle", steps=1).to_bytes(kind)
+
+
+def test_a_file_that_cannot_be_written_to_is_an_output_error(pipeline: VideoPipeline) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputError, match="^output: No space left on device; check the free space"):
+        pipeline("a red circle", steps=1).write_to(Full())
+
+
+@pytest.mark.parametrize(("name", "off"), [("image.png", 0), ("image.jpg", 6), ("image.JPEG", 6)])
+def test_a_single_frame_is_an_image(tmp_path: Path, name: str, off: float) -> None:
+    frames, texts = moving_square(1), {"prompt": "a\nsquare ü"}
+    with Image.open(save_frames(frames, 8, tmp_path / name, texts)) as image:
+        assert np.abs(np.asarray(image).astype(int) - frames[0]).mean() <= off
+        said = image.info.get("prompt") or json.loads(image.info["comment"])["prompt"]
+    assert said == texts["prompt"]
+
+
+@pytest.mark.parametrize("name", ["image.png", "image.jpg"])
+def test_several_frames_are_no_image_and_that_is_known_before_the_work(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"output: got '{name}' for 2 frames, expected at most 1"):
+        check_output(tmp_path / name, 2)
