@@ -67,9 +67,9 @@ class DenoiseState:
     """Everything that one request owns while it is denoised. Arrays are on the backend's device.
 
     `tensors` are the graphs' inputs and outputs by name, apart from the stream, which `cache` holds; `distances` is
-    (blocks, rows) fp32, written by the blocks. `halves` is 2 with guidance, else 1. `measuring` is the step whose
-    distances are on their way to the host, and which of its blocks measured any; `erring` the step whose distance
-    from what was expected is.
+    (blocks, rows) fp32, written by the blocks. `guidances` are those of the prompts, see `guide`; `halves` is
+    2 with guidance, else 1. `measuring` is the step whose distances are on their way to the host, and which of its
+    blocks measured any; `erring` the step whose distance from what was expected is.
     """
 
     arrays: Arrays
@@ -81,7 +81,7 @@ class DenoiseState:
     outputs: Outputs
     tensors: dict[str, Array]
     distances: Array
-    guidance: float
+    guidances: Array
     halves: int
     trace: Trace
     on_step: OnStep | None = None
@@ -139,7 +139,7 @@ def _run_step(model: Transformer, state: DenoiseState, step: int) -> tuple[list[
             cache.reuse(block)
     state.measuring = step, measured, state.arrays.start_download(state.distances)
     _run(model.epilogue, state, cache.stream)
-    output = guide(state.tensors["model_output"], state.guidance, state.halves, model.guidance_order)
+    output = guide(state.tensors["model_output"], state.guidances, state.halves, model.guidance_order)
     state.decider.see(step, output)
     expected = state.decider.expected(step)
     if expected is not None:
@@ -148,14 +148,17 @@ def _run_step(model: Transformer, state: DenoiseState, step: int) -> tuple[list[
     return decisions, measures, output
 
 
-def guide(output: Array, guidance: float, halves: int, order: str) -> Array:
-    """Classifier-free guidance over a batch (halves x prompts, …): negative + guidance (positive - negative)."""
+def guide(output: Array, guidances: Array, halves: int, order: str) -> Array:
+    """Classifier-free guidance over a batch (halves x prompts, …): negative + guidance (positive - negative).
+
+    `guidances` are fp32, one a prompt, (prompts, 1, …) with as many dimensions as the output has.
+    """
     if halves == 1:
         return output.copy()
     prompts = len(output) // 2
     first, second = output[:prompts], output[prompts:]
     negative, positive = (first, second) if order == "negative_first" else (second, first)
-    return negative + np.float32(guidance) * (positive - negative)
+    return negative + guidances * (positive - negative)
 
 
 def _tell(state: DenoiseState, step: int, block: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .policies import policy_settings
@@ -53,13 +54,14 @@ class Pace:
             if len(self._shares) > MOST_KINDS:
                 del self._shares[next(iter(self._shares))]
 
-    def seconds(self, request: CheckedRequest, blocks: int) -> float | None:
+    def seconds(self, batches: Sequence[CheckedRequest], blocks: int) -> float | None:
         """How long a request on a model of that many blocks is expected to take; None where none has finished."""
         with self._lock:
-            if not self._seen:
-                return None
-            calls = request.schedule.steps * blocks * self._shares.get(_kind(request), 1.0)
-            return self._text + calls * request.rows * self._block + len(request.prompts) * self._decode
+            return sum(self._seconds(batch, blocks) for batch in batches) if self._seen else None
+
+    def _seconds(self, batch: CheckedRequest, blocks: int) -> float:
+        calls = batch.schedule.steps * blocks * self._shares.get(_kind(batch), 1.0)
+        return self._text + calls * batch.rows * self._block + len(batch.prompts) * self._decode
 
 
 def _kind(request: CheckedRequest) -> str:

@@ -36,11 +36,14 @@ class Phase:
 class MemoryPlan:
     """Bytes of a request, phase by phase. `cache` is the part of the denoising arrays that holds stream and cache.
 
+    `handed_on` is what lies between two phases: what the texts became, and final latents.
+
     Normally all weights stay, and one scratch buffer serves all; with `low_memory` only one phase is there at a time.
     """
 
     rows: int
     cache: int
+    handed_on: int
     low_memory: bool
     text: Phase
     denoise: Phase
@@ -77,6 +80,21 @@ class MemoryPlan:
         """As plain values, with the sums."""
         sums = {"weights": self.weights, "scratch": self.scratch, "per_request": self.per_request, "total": self.total}
         return asdict(self) | sums
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of several plans: see MemoryPlan."""
+
+    total: int
+    per_request: int
+
+
+def in_turns(plans: Sequence[MemoryPlan]) -> Sums:
+    """What batches take that go through each phase one after the other: the largest, and what is held of the others."""
+    largest = max(plans, key=lambda plan: plan.per_request)
+    others = sum(plan.handed_on for plan in plans) - largest.handed_on
+    return Sums(largest.total + others, largest.per_request + others)
 
 
 @dataclass(frozen=True)
@@ -140,6 +158,7 @@ def plan_memory(
     return MemoryPlan(
         rows=rows,
         cache=cache,
+        handed_on=condition + latents,
         low_memory=low_memory,
         text=_phase(
             manifest,
@@ -148,12 +167,7 @@ def plan_memory(
             + condition,
             compiled,
         ),
-        denoise=_phase(
-            manifest,
-            denoise,
-            cache + condition + _bytes(manifest.step_tensors, sizes) + sampler,
-            compiled,
-        ),
+        denoise=_phase(manifest, denoise, cache + condition + _bytes(manifest.step_tensors, sizes) + sampler, compiled),
         decode=_phase(
             manifest,
             [part for stage in manifest.decoder for part in stage.parts],

@@ -17,9 +17,10 @@ from .budget import Profile
 from .callbacks import OnFrames, check_callbacks
 from .denoise import OnStep
 from .estimate import Estimate, Pace
-from .generate import Generation, Loaded
+from .generate import Generation
 from .lifecycle import Calls, Lifecycle
-from .memory import MemoryLimits, MemoryPlan
+from .loaded import Batch, Loaded
+from .memory import MemoryLimits, MemoryPlan, in_turns
 from .policies import Policy, policy_settings
 from .profiles import check_profiles, profile_policy
 from .request import CheckedRequest, VideoRequest, check_count, check_policy, check_request
@@ -147,15 +148,15 @@ class VideoPipeline:
         self._life.check()
         check_callbacks(on_step, cancel, on_progress, on_frames)
         checked = check_request(request, self.manifest, self._table, self.backend.arrays)
-        cached = self.limits.cached(self.manifest, checked.policy, checked.rows)
-        trace = _trace_of(checked, cached, self.bundle, self.backend)
+        batches = tuple(map(self._batch, checked))
         calls = Calls(self._life, on_step, cancel, on_progress, on_frames, request.deadline)
-        generation = Generation(self._loaded, checked, cached, calls, trace)
-        frames, final = calls.run(generation.run)
-        self._pace.record(checked, trace)
+        made = calls.run(Generation(self._loaded, batches, calls).run)
+        for batch in batches:
+            self._pace.record(batch.request, batch.trace)
         return [
-            Video(frames=f, latents=x, fps=self.manifest.defaults.fps, prompt=text, seed=s, trace=trace)
-            for f, x, text, s in zip(frames, final, checked.prompts, checked.seeds, strict=True)
+            Video(frames=f, latents=x, fps=self.manifest.defaults.fps, prompt=text, seed=s, trace=batch.trace)
+            for batch, (frames, final) in zip(batches, made, strict=True)
+            for f, x, text, s in zip(frames, final, batch.request.prompts, batch.request.seeds, strict=True)
         ]
 
     stream, astream, agenerate = stream, astream, agenerate
@@ -163,8 +164,8 @@ class VideoPipeline:
     def check(self, request: VideoRequest) -> Estimate:
         """What a request takes of memory and time; nothing runs. Raises InvalidRequest where `generate` would."""
         checked = check_request(request, self.manifest, self._table, self.backend.arrays)
-        plan = self.memory(len(checked.prompts), checked.halves == 2, checked.policy)
-        return Estimate(plan.per_request, self._pace.seconds(checked, len(self.manifest.blocks)))
+        plans = [self.memory(len(one.prompts), one.halves == 2, one.policy) for one in checked]
+        return Estimate(in_turns(plans).per_request, self._pace.seconds(checked, len(self.manifest.blocks)))
 
     def warm_up(self, *, cancel: CancelToken | None = None) -> None:
         """Make the bundle's sample video in as few steps as there can be: what only a first request does, is done.
@@ -224,6 +225,10 @@ class VideoPipeline:
             f"<VideoPipeline {self.manifest.model} of {self.bundle.path}: {shape.frames} frames of {shape.height} x "
             f"{shape.width}, {self.backend.name} on {self.backend.arrays.device}>"
         )
+
+    def _batch(self, request: CheckedRequest) -> Batch:
+        cached = self.limits.cached(self.manifest, request.policy, request.rows)
+        return Batch(request, cached, _trace_of(request, cached, self.bundle, self.backend))
 
     def _load(self, residency: Residency, calls: Calls) -> Tokenizer:
         """The tokenizer; and load what stays loaded. Raises Cancelled where the interpreter exits meanwhile."""
@@ -287,9 +292,9 @@ def _trace_of(request: CheckedRequest, cached: Sequence[bool], bundle: Bundle, b
         policy=policy_settings(request.policy),
         backend=backend.describe(),
         prompts=request.prompts,
-        negative_prompt=request.negative_prompt,
+        negative_prompts=request.negative_prompts,
         steps_requested=request.schedule.steps,
-        guidance=request.guidance,
+        guidances=request.guidances,
         seeds=request.seeds,
         latents_given=request.latents is not None,
         uncached=tuple(

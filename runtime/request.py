@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, SupportsFloat
 
@@ -25,20 +25,22 @@ MAX_CHARACTERS = 4000  # of a prompt; no model reads more than 300 tokens, which
 class VideoRequest:
     """What a caller asks of a pipeline; what is None is the bundle's default.
 
-    `policy` is then `Foresight()`.
-    `prompt` is a text, or a list of them, which become one batch. `seed` is one number, to which a batch adds the
-    prompt's position, or one per prompt. `latents` is the initial noise instead: (prompts, *latent shape) or, for one
-    prompt, the latent shape; fp32; a numpy array, or one that speaks DLPack; it is only read. A guidance of 1 runs
-    without the negative half. With `to_host` False, frames and latents stay arrays of the device. After `deadline`
-    seconds, waiting included, the request is cancelled.
+    `policy` is then `Foresight()`. `prompt` is a text, or a list of them, which become one batch; `negative_prompt` and
+    `guidance` are one for all of them, or a list with one for each. `seed` is one number, to which a batch adds the
+    prompt's position, or one per prompt. With one `policy` a batch is decided on together: what is reused is reused for
+    all. With a list of them each prompt is decided on by itself, and its video has the bytes that it has alone; the
+    prompts are then denoised one after the other. Where all have a guidance of 1, the model runs without the negative
+    half. `latents` is the initial noise instead: (prompts, *latent shape) or, for one prompt, the latent shape; fp32; a
+    numpy array, or one that speaks DLPack; it is only read. With `to_host` False, frames and latents stay arrays of the
+    device. After `deadline` seconds, waiting included, the request is cancelled.
     """
 
     prompt: str | Sequence[str]
-    negative_prompt: str | None = None
+    negative_prompt: str | Sequence[str | None] | None = None
     steps: int | None = None
-    guidance: float | None = None
+    guidance: float | Sequence[float | None] | None = None
     seed: int | Sequence[int] = 0
-    policy: Policy | None = None
+    policy: Policy | Sequence[Policy | None] | None = None
     latents: Array | None = None
     to_host: bool = True
     deadline: float | None = None
@@ -46,12 +48,12 @@ class VideoRequest:
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """A request as a bundle can serve it: every value is there and has been checked."""
+    """Prompts that are decided on together, as a bundle can serve them: every value is there and has been checked."""
 
     prompts: tuple[str, ...]
-    negative_prompt: str
+    negative_prompts: tuple[str, ...]
     schedule: Schedule
-    guidance: float
+    guidances: tuple[float, ...]
     seeds: tuple[int, ...]
     policy: Policy
     latents: Array | None
@@ -59,29 +61,64 @@ class CheckedRequest:
 
     @property
     def halves(self) -> int:
-        """Rows a prompt: guidance 1 needs no negative half."""
-        return 1 if self.guidance == 1 else 2
+        """Rows a prompt: where all have guidance 1 there is no negative half."""
+        return 1 if set(self.guidances) == {1} else 2
 
     @property
     def rows(self) -> int:
         """Of the guided batch."""
         return self.halves * len(self.prompts)
 
+    def alone(self, place: int, policy: Policy) -> CheckedRequest:
+        """One of the prompts, decided on by a policy of its own."""
+        one = slice(place, place + 1)
+        return replace(
+            self,
+            prompts=self.prompts[one],
+            negative_prompts=self.negative_prompts[one],
+            guidances=self.guidances[one],
+            seeds=self.seeds[one],
+            policy=policy,
+            latents=None if self.latents is None else self.latents[one],
+        )
 
-def check_request(request: VideoRequest, manifest: Manifest, table: SamplerTable, arrays: Arrays) -> CheckedRequest:
-    """The request with the bundle's defaults, for that bundle and device. Raises InvalidRequest."""
+
+def check_request(
+    request: VideoRequest, manifest: Manifest, table: SamplerTable, arrays: Arrays
+) -> tuple[CheckedRequest, ...]:
+    """The request with the bundle's defaults, for that bundle and device: one, or one a prompt. Raises InvalidRequest.
+
+    Together they are as many prompts as a bundle takes.
+    """
     defaults = manifest.defaults
     prompts = check_prompts(request.prompt, manifest.shape.max_batch)
+    count = len(prompts)
     schedule = table.schedule(defaults.steps if request.steps is None else request.steps)
-    policy = check_policy(request.policy)
-    seeds = check_seeds(request.seed, len(prompts))
-    negative = _check_negative(request.negative_prompt, manifest)
-    guidance = check_guidance(defaults.guidance if request.guidance is None else request.guidance)
-    latents, shape = request.latents, (len(prompts), *manifest.shape.latents)
-    given = None if latents is None else check_latents(latents, shape, arrays)
+    latents, shape = request.latents, (count, *manifest.shape.latents)
     check_deadline(request.deadline)
-    policy.begin(Context(schedule, tuple(block.kind for block in manifest.blocks), len(prompts)))  # may refuse it
-    return CheckedRequest(prompts, negative, schedule, guidance, seeds, policy, given, request.to_host)
+    whole = CheckedRequest(
+        prompts=prompts,
+        negative_prompts=tuple(
+            _check_negative(text, manifest) for text in _for_each("negative_prompt", request.negative_prompt, count)
+        ),
+        schedule=schedule,
+        guidances=tuple(
+            check_guidance(defaults.guidance if guidance is None else guidance)
+            for guidance in _for_each("guidance", request.guidance, count)
+        ),
+        seeds=check_seeds(request.seed, count),
+        policy=check_policy(None) if _is_list(request.policy) else check_policy(request.policy),
+        latents=None if latents is None else check_latents(latents, shape, arrays),
+        to_host=request.to_host,
+    )
+    if not _is_list(request.policy):
+        _check_decider(whole, manifest)
+        return (whole,)
+    policies = _for_each("policy", request.policy, count)
+    alone = [whole.alone(place, check_policy(policy)) for place, policy in enumerate(policies)]
+    for one in alone:
+        _check_decider(one, manifest)
+    return tuple(alone)
 
 
 def check_prompts(prompts: Any, most: int | None = None) -> tuple[str, ...]:
@@ -135,7 +172,7 @@ def check_seeds(seed: int | Sequence[int], prompts: int) -> tuple[int, ...]:
     return seeds
 
 
-def check_policy(policy: Policy | None) -> Policy:
+def check_policy(policy: Any) -> Policy:
     """The policy itself, or for None the default."""
     if policy is None:
         return default_policy()
@@ -183,3 +220,22 @@ def _check_negative(negative_prompt: str | None, manifest: Manifest) -> str:
             "leave it out"
         )
     return text
+
+
+def _check_decider(request: CheckedRequest, manifest: Manifest) -> None:
+    """A policy may refuse a request."""
+    kinds = tuple(block.kind for block in manifest.blocks)
+    request.policy.begin(Context(request.schedule, kinds, len(request.prompts)))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _for_each(name: str, value: Any, prompts: int) -> Sequence[Any]:
+    """A setting's value for each of the prompts: those of a list, or the one."""
+    if not _is_list(value):
+        return [value] * prompts
+    if len(value) != prompts:
+        raise InvalidRequest(f"{name}: got {len(value)}, expected one for all prompts, or one for each ({prompts})")
+    return list(value)

@@ -117,12 +117,13 @@ def read_texts(
     tokenizer: Tokenizer,
     manifest: Manifest,
     prompts: tuple[str, ...],
-    negative: str,
+    negatives: tuple[str, ...],
     halves: int,
     cancel: CancelToken | None = None,
 ) -> Texts:
-    """The texts of a batch of `halves` x prompts rows. Raises what `Tokenizer.encode` does."""
-    negatives = prompts if manifest.text.null_caption else (negative,) * len(prompts)
+    """The texts of a batch of `halves` x prompts rows, each with a negative. Raises what `Tokenizer.encode` does."""
+    if manifest.text.null_caption:
+        negatives = prompts
     parts = [(prompts, 0), (negatives, 1)][:halves]
     if manifest.guidance_order == "negative_first":
         parts.reverse()

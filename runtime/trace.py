@@ -35,7 +35,7 @@ class StepTrace:
 
 @dataclass
 class Trace:
-    """The record of one request, filled while it runs and never changed after.
+    """The record of a request, or of its prompts that were decided on together, filled while it runs, then unchanged.
 
     `policy` and `backend` are their names and settings; `blocks` and `kinds` name the blocks in execution order. With
     `latents_given` the noise came from the caller and the seeds were not used. `text_ms`, `denoise_ms`, `decode_ms`
@@ -54,9 +54,9 @@ class Trace:
     policy: dict[str, Any]
     backend: dict[str, str]
     prompts: tuple[str, ...]
-    negative_prompt: str
+    negative_prompts: tuple[str, ...]
     steps_requested: int
-    guidance: float
+    guidances: tuple[float, ...]
     seeds: tuple[int, ...]
     latents_given: bool
     steps: list[StepTrace] = field(default_factory=list)

@@ -27,7 +27,7 @@ from .templates import check_libraries, render
 from .wording import decibels, duration, memory, similarity
 
 # What a trace and that of its reference must have in common.
-COMPARABLE = ("bundle", "prompts", "negative_prompt", "steps_requested", "guidance", "latents_given", "backend")
+COMPARABLE = ("bundle", "prompts", "negative_prompts", "steps_requested", "guidances", "latents_given", "backend")
 
 
 def write_report(
@@ -95,10 +95,11 @@ def _facts(video: Video) -> list[tuple[str, str]]:
     backend = dict(trace.backend)
     engine = f"{backend.pop('backend', '')} {backend.pop('version', '')}".strip()
     noise = "noise given as latents" if trace.latents_given else f"seed {video.seed}"
+    guidance = " and ".join(f"{number:g}" for number in dict.fromkeys(trace.guidances))
     facts = [
         ("Model", f"{trace.model}, {plural(len(trace.blocks), 'block')}"),
         ("Policy", _policy_words(trace)),
-        ("Sampling", f"{plural(trace.steps_requested, 'step')}, guidance {trace.guidance:g}, {noise}"),
+        ("Sampling", f"{plural(trace.steps_requested, 'step')}, guidance {guidance}, {noise}"),
         ("Video", f"{plural(count, 'frame')} of {width} × {height}, {video.fps} per second"),
         ("Backend", ", ".join([engine, *(f"{name} {value}" for name, value in backend.items())])),
         ("Bundle", trace.bundle[:12]),

@@ -98,7 +98,7 @@ class Plain:
                     cached[name] = {x: new[x] - stream[x] for x in stream} if residual else new
                 stream = new
             output = self.run("epilogue", **{**start, **text, **stream})["model_output"]
-            sampler.advance(step, guide(output, guidance, rows, self.manifest.guidance_order))
+            sampler.advance(step, guide(output, np.float32(guidance), rows, self.manifest.guidance_order))
             history.append("".join(plan))
         return sampler.latents, history
 

@@ -22,7 +22,7 @@ def fresh(bundle: Path) -> VideoPipeline:
     return load_pipeline(bundle)
 
 
-def checked(pipeline: VideoPipeline, request: VideoRequest) -> CheckedRequest:
+def checked(pipeline: VideoPipeline, request: VideoRequest) -> tuple[CheckedRequest, ...]:
     return check_request(request, pipeline.manifest, pipeline._table, pipeline.backend.arrays)
 
 
@@ -66,20 +66,20 @@ def test_seconds_follow_steps_rows_and_what_that_policy_skips(fresh: VideoPipeli
     pace, blocks = Pace(), len(fresh.manifest.blocks)
     usual = checked(fresh, VideoRequest("a dog", steps=10, policy=Static()))
     assert pace.seconds(usual, blocks) is None
-    pace.record(usual, trace_of(fresh, 10, 5, 40.0))
+    pace.record(usual[0], trace_of(fresh, 10, 5, 40.0))
     assert pace.seconds(usual, blocks) == pytest.approx(0.1 + 5 * 0.04 + 0.2)
     whole = checked(fresh, VideoRequest("a dog", steps=20, policy=NoReuse()))
     assert pace.seconds(whole, blocks) == pytest.approx(0.1 + 20 * 0.04 + 0.2)
     two = checked(fresh, VideoRequest(["a", "b"], steps=20, policy=NoReuse()))
     assert pace.seconds(two, blocks) == pytest.approx(0.1 + 40 * 0.04 + 0.4)
-    pace.record(usual, trace_of(fresh, 10, 5, 80.0))
+    pace.record(usual[0], trace_of(fresh, 10, 5, 80.0))
     assert pace.seconds(usual, blocks) == pytest.approx(0.1 + 5 * 0.06 + 0.2)
 
 
 def test_only_so_many_kinds_of_requests_are_remembered(fresh: VideoPipeline) -> None:
     pace, trace = Pace(), trace_of(fresh, 2, 1, 40.0)
     for place in range(MOST_KINDS + 1):
-        pace.record(checked(fresh, VideoRequest("a dog", steps=2, policy=Forecast(0.001 * (place + 1)))), trace)
+        pace.record(checked(fresh, VideoRequest("a dog", steps=2, policy=Forecast(0.001 * (place + 1))))[0], trace)
     known, forgotten = (
         pace.seconds(checked(fresh, VideoRequest("a dog", steps=2, policy=Forecast(tolerance))), 1)
         for tolerance in (0.001 * (MOST_KINDS + 1), 0.001)

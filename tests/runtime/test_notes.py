@@ -24,9 +24,9 @@ def trace(policy: Policy | None = None, **changes: Any) -> Trace:
         "policy": policy_settings(policy or Foresight()),
         "backend": {"backend": "onnxruntime", "device": "cpu"},
         "prompts": ("a dog",),
-        "negative_prompt": "",
+        "negative_prompts": ("",),
         "steps_requested": 50,
-        "guidance": 2.0,
+        "guidances": (2.0,),
         "seeds": (0,),
         "latents_given": False,
     }
@@ -42,7 +42,7 @@ ALL = {"seed", "threads", "negative_prompt", "cache_profile", "compare"}
         (trace(Foresight(warmup=200)), set(), "warmup"),
         (trace(Static(warmup=49)), set(), "warmup"),
         (trace(steps_requested=3), set(), "warmup"),
-        (trace(guidance=1.0), {"negative_prompt"}, "negative_prompt"),
+        (trace(guidances=(1.0,)), {"negative_prompt"}, "negative_prompt"),
         (trace(latents_given=True), {"seed"}, "seed"),
         (trace(), {"cache_profile"}, "cache_profile"),
         (trace(backend={"device": "cuda:0"}), {"threads"}, "threads"),
@@ -61,7 +61,7 @@ def test_a_setting_without_effect_is_named(record: Trace, given: set[str], subje
         (trace(uncached=("block.000",)), ALL),
         (trace(Foresight(warmup=48)), set()),
         (trace(NoReuse(), steps_requested=1), set()),
-        (trace(guidance=1.0, latents_given=True), set()),
+        (trace(guidances=(1.0,), latents_given=True), set()),
     ],
 )
 def test_a_setting_with_one_is_not(record: Trace, given: set[str]) -> None:

@@ -44,7 +44,7 @@ def test_a_list_of_one_gives_a_list(pipeline: VideoPipeline) -> None:
 def test_what_is_left_out_is_the_bundles_default(pipeline: VideoPipeline) -> None:
     trace = pipeline("a dog").trace
     defaults = pipeline.manifest.defaults
-    assert (trace.steps_requested, trace.guidance) == (defaults.steps, defaults.guidance)
+    assert (trace.steps_requested, trace.guidances) == (defaults.steps, (defaults.guidance,))
     assert trace.policy["name"] == "foresight"
 
 
@@ -202,7 +202,7 @@ def test_a_trace_names_what_it_came_from(pipeline: VideoPipeline, bundle: Path) 
     opened = open_bundle(bundle)
     assert (trace.model, trace.bundle) == (opened.manifest.model, opened.id)
     assert trace.blocks == tuple(block.name for block in opened.manifest.blocks)
-    assert (trace.prompts, trace.seeds, trace.guidance) == (("a dog",), (4,), 1.0)
+    assert (trace.prompts, trace.seeds, trace.guidances) == (("a dog",), (4,), (1.0,))
     assert trace.backend == pipeline.backend.describe()
 
 
