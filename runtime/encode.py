@@ -10,30 +10,42 @@ from ..engines.arrays import Array, Arrays
 from ..engines.backend import Engine
 from ..engines.manifest import Manifest
 from .parts import Check, run_part
-from .text import Texts
+from .text import Texts, Tokens
 
 
-def encode(
-    manifest: Manifest, engines: Sequence[Engine], arrays: Arrays, texts: Texts, check: Check
-) -> dict[str, Array]:
-    """The condition part's outputs, in the order of the guided batch; `engines` are the text encoder's and its own.
-
-    Unless the model reads padding too, a prompt and its negative are both cut to the prompt's length, as their
-    pipelines do for one prompt; in a batch each is masked to its own length, so that no prompt sees another's
-    padding. The part is told which rows are the negative half, as a model may put its null caption there. `check` is
-    told what each part made. Raises EngineError.
-    """
-    text_encoder, condition = engines
-    tokens, longest = texts.tokens, int(texts.lengths.max())
+def encode_tokens(manifest: Manifest, engine: Engine, arrays: Arrays, tokens: Tokens, check: Check) -> Array:
+    """What the text encoder makes of each text, (texts, max_tokens, width) on the device. Raises EngineError."""
     encoded = run_part(
-        text_encoder,
+        engine,
         manifest.text_encoder,
         arrays,
         {"input_ids": arrays.from_host(tokens.ids), "attention_mask": arrays.from_host(tokens.mask)},
         {"batch": len(tokens.ids)},
     )
     check(manifest.text_encoder, arrays, encoded)
-    states = encoded["text_states"][arrays.from_host(texts.order), :longest]
+    return encoded["text_states"]
+
+
+def encode(
+    manifest: Manifest, engines: Sequence[Engine], arrays: Arrays, texts: Texts, check: Check
+) -> dict[str, Array]:
+    """The condition part's outputs, in the order of the guided batch.
+
+    `engines` are the text encoder's, which texts that are encoded already do without, and the condition part's.
+
+    Unless the model reads padding too, a prompt and its negative are both cut to the prompt's length, as their
+    pipelines do for one prompt; in a batch each is masked to its own length, so that no prompt sees another's
+    padding. The part is told which rows are the negative half, as a model may put its null caption there. `check` is
+    told what each part made. Raises EngineError.
+    """
+    *text_encoder, condition = engines
+    longest = int(texts.lengths.max())
+    if texts.states is not None:
+        encoded = arrays.from_host(texts.states)
+    else:
+        assert texts.tokens is not None
+        encoded = encode_tokens(manifest, text_encoder[0], arrays, texts.tokens, check)
+    states = encoded[arrays.from_host(texts.order), :longest]
     mask = (np.arange(longest)[None] < texts.lengths[:, None]).astype(np.int64)
     made = run_part(
         condition,

@@ -21,7 +21,7 @@ from .memory import MemoryPlan, in_turns
 from .release import released
 from .request import CheckedRequest
 from .sample import sample
-from .text import Texts, read_texts
+from .text import Texts, read_embeddings, read_texts
 from .trace import Trace
 
 
@@ -48,15 +48,16 @@ class Generation:
 
     def _read(self, batch: Batch) -> Texts:
         loaded, request = self.loaded, batch.request
+        prompts, halves = request.prompts, request.halves
         with timed(batch.trace, "text_ms"):
-            texts = read_texts(
-                loaded.tokenizer,
-                loaded.manifest,
-                request.prompts,
-                request.negative_prompts,
-                request.halves,
-                self.calls,
-            )
+            if request.embeddings is not None:
+                texts = read_embeddings(
+                    loaded.manifest, prompts, request.embeddings, request.negative_embeddings, halves
+                )
+            else:
+                texts = read_texts(
+                    loaded.tokenizer, loaded.manifest, prompts, request.negative_prompts, halves, self.calls
+                )
         batch.trace.truncated_prompts = texts.truncated
         return texts
 
@@ -69,6 +70,8 @@ class Generation:
         prompts = sum(len(batch.request.prompts) for batch in self.batches)
         with loaded.reservations.reserve(in_turns(plans).per_request, prompts) as memory:
             finals = self._sample(texts, memory)
+            if not self.batches[0].request.decode:
+                return [self._undecoded(batch, finals.pop(0)) for batch in self.batches]
             check_cancelled(self.calls, "before its frames were decoded")
             memory.begin_phase()
             return self._decode(finals)
@@ -93,11 +96,12 @@ class Generation:
 
     def _encode(self, texts: Sequence[Texts]) -> list[dict[str, Array]]:
         loaded, manifest = self.loaded, self.loaded.manifest
-        parts = (manifest.text_encoder, manifest.condition)
+        reads = any(own.states is None for own in texts)
+        parts = (manifest.text_encoder, manifest.condition) if reads else (manifest.condition,)
         conditions = []
         with self._phase(parts, "text_ms") as engines:
             for batch, own in zip(self.batches, texts, strict=True):
-                self.calls.on_progress(Progress("encoding text", 0, len(own.tokens.ids), "texts"))
+                self.calls.on_progress(Progress("encoding text", 0, len(set(own.order)), "texts"))
                 with timed(batch.trace, "text_ms"):
                     conditions.append(encode(manifest, engines, loaded.backend.arrays, own, loaded.check))
         return conditions
@@ -126,6 +130,17 @@ class Generation:
                 engines.clear()  # the comprehension's frame has them
                 finals.clear()
 
+    def _undecoded(self, batch: Batch, final: Array) -> tuple[list[Array], Array]:
+        arrays, shape = self.loaded.backend.arrays, self.loaded.manifest.shape
+        nothing = arrays.empty((0, shape.height, shape.width, 3), "uint8")
+        return [nothing] * len(final), self._leaving(batch, final)
+
+    def _leaving(self, batch: Batch, final: Array) -> Array:
+        """Latents where the caller wants them, at the end of a batch."""
+        arrays = self.loaded.backend.arrays
+        batch.trace.device_bytes = arrays.used_bytes()
+        return arrays.to_host(final) if batch.request.to_host else final
+
     def _decode_batch(
         self, batch: Batch, engines: dict[str, Engine], final: Array, told: list[_Decoded]
     ) -> tuple[list[Array], Array]:
@@ -135,10 +150,7 @@ class Generation:
                 decode(loaded.manifest, engines, arrays, video, to_host, loaded.check, self.calls, told.pop(0))
                 for video in final
             ]
-        if to_host:
-            final = arrays.to_host(final)
-        batch.trace.device_bytes = arrays.used_bytes()
-        return frames, final
+        return frames, self._leaving(batch, final)
 
 
 @contextmanager

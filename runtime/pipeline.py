@@ -16,6 +16,7 @@ from .admission import CancelToken, MemoryReservations
 from .budget import Profile
 from .callbacks import OnFrames, check_callbacks
 from .denoise import OnStep
+from .encoding import encode_prompts
 from .estimate import Estimate, Pace
 from .generate import Generation
 from .lifecycle import Calls, Lifecycle
@@ -159,7 +160,7 @@ class VideoPipeline:
             for f, x, text, s in zip(frames, final, batch.request.prompts, batch.request.seeds, strict=True)
         ]
 
-    stream, astream, agenerate = stream, astream, agenerate
+    stream, astream, agenerate, encode = stream, astream, agenerate, encode_prompts
 
     def check(self, request: VideoRequest) -> Estimate:
         """What a request takes of memory and time; nothing runs. Raises InvalidRequest where `generate` would."""

@@ -14,6 +14,7 @@ from ..engines.arrays import Array, Arrays
 from ..engines.errors import InvalidRequest, quoted
 from ..engines.manifest import Manifest
 from .caches import find_mode
+from .embeddings import PromptEmbeddings, check_embeddings, joined
 from .latents import check_latents
 from .policies import Context, Policy, default_policy
 from .sampler import SamplerTable, Schedule
@@ -32,7 +33,10 @@ class VideoRequest:
     prompts are then denoised one after the other. Where all have a guidance of 1, the model runs without the negative
     half. `latents` is the initial noise instead: (prompts, *latent shape) or, for one prompt, the latent shape; fp32; a
     numpy array, or one that speaks DLPack; it is only read. With `to_host` False, frames and latents stay arrays of the
-    device. After `deadline` seconds, waiting included, the request is cancelled.
+    device. After `deadline` seconds, waiting included, the request is cancelled. With `decode` False it ends with the
+    final latents, and videos have no frames. `prompt_embeddings`, one a prompt, are read instead of `prompt`, which
+    then only names the videos; `negative_prompt_embeddings`, one for all or one a prompt, belong to them where there is
+    a negative half that reads a text.
     """
 
     prompt: str | Sequence[str]
@@ -44,6 +48,9 @@ class VideoRequest:
     latents: Array | None = None
     to_host: bool = True
     deadline: float | None = None
+    decode: bool = True
+    prompt_embeddings: PromptEmbeddings | None = None
+    negative_prompt_embeddings: PromptEmbeddings | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,9 @@ class CheckedRequest:
     policy: Policy
     latents: Array | None
     to_host: bool
+    decode: bool
+    embeddings: PromptEmbeddings | None = None
+    negative_embeddings: PromptEmbeddings | None = None
 
     @property
     def halves(self) -> int:
@@ -80,6 +90,8 @@ class CheckedRequest:
             seeds=self.seeds[one],
             policy=policy,
             latents=None if self.latents is None else self.latents[one],
+            embeddings=None if self.embeddings is None else self.embeddings[one],
+            negative_embeddings=None if self.negative_embeddings is None else self.negative_embeddings[one],
         )
 
 
@@ -110,7 +122,9 @@ def check_request(
         policy=check_policy(None) if _is_list(request.policy) else check_policy(request.policy),
         latents=None if latents is None else check_latents(latents, shape, arrays),
         to_host=request.to_host,
+        decode=request.decode,
     )
+    whole = _with_embeddings(whole, request, manifest)
     if not _is_list(request.policy):
         _check_decider(whole, manifest)
         return (whole,)
@@ -220,6 +234,26 @@ def _check_negative(negative_prompt: str | None, manifest: Manifest) -> str:
             "leave it out"
         )
     return text
+
+
+def _with_embeddings(whole: CheckedRequest, request: VideoRequest, manifest: Manifest) -> CheckedRequest:
+    positive, negative, count = request.prompt_embeddings, request.negative_prompt_embeddings, len(whole.prompts)
+    if positive is None:
+        if negative is not None:
+            raise InvalidRequest("negative_prompt_embeddings: got some without prompt_embeddings, expected both")
+        return whole
+    checked = check_embeddings("prompt_embeddings", positive, manifest, count)
+    if whole.halves == 1 or manifest.text.null_caption:
+        return replace(whole, embeddings=checked)
+    if negative is None:
+        raise InvalidRequest(
+            "negative_prompt_embeddings: got none beside prompt_embeddings, expected some; encode the negative prompt "
+            "too, '' for instance"
+        )
+    if isinstance(negative, PromptEmbeddings) and len(negative) == 1:
+        negative = joined([negative] * count)
+    of_negative = check_embeddings("negative_prompt_embeddings", negative, manifest, count)
+    return replace(whole, embeddings=checked, negative_embeddings=of_negative)
 
 
 def _check_decider(request: CheckedRequest, manifest: Manifest) -> None:

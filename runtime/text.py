@@ -16,6 +16,7 @@ from ..engines.errors import IntegrityError, one_line, quoted
 from ..engines.manifest import Manifest, Text
 from .admission import CancelToken, check_cancelled
 from .caption import clean_caption
+from .embeddings import PromptEmbeddings
 
 MOST_ID = 2**31 - 1
 
@@ -50,15 +51,17 @@ class Tokens:
 class Texts:
     """What the text encoder reads for a request. `tokens` are those of each text that differs.
 
-    `order` (rows,) int64 says which of them each row of the guided batch is, `lengths` (rows,) how much of it the model
-    reads, `unconditional` (rows,) int64 is 1 in the negative half. `truncated` are the prompts that were cut.
+    Without tokens there are `states`, what a text encoder has made of the texts already. `order` (rows,) int64 says
+    which of them each row of the guided batch is, `lengths` (rows,) how much of it the model reads, `unconditional`
+    (rows,) int64 is 1 in the negative half. `truncated` are the prompts that were cut.
     """
 
-    tokens: Tokens
+    tokens: Tokens | None
     order: HostArray
     lengths: HostArray
     unconditional: HostArray
     truncated: tuple[str, ...]
+    states: HostArray | None = None
 
 
 class Tokenizer:
@@ -124,19 +127,44 @@ def read_texts(
     """The texts of a batch of `halves` x prompts rows, each with a negative. Raises what `Tokenizer.encode` does."""
     if manifest.text.null_caption:
         negatives = prompts
-    parts = [(prompts, 0), (negatives, 1)][:halves]
+    halved = [(prompts, 0), (negatives, 1)][:halves]
     if manifest.guidance_order == "negative_first":
-        parts.reverse()
-    rows = [text for part, _ in parts for text in part]
+        halved.reverse()
+    rows = [text for half, _ in halved for text in half]
     place = {text: index for index, text in enumerate(dict.fromkeys(rows))}
     tokens = tokenizer.encode(list(place), cancel)
-    lengths = np.array([tokens.lengths[place[prompt]] for prompt in prompts] * halves)
-    if manifest.text.padded:
-        lengths[:] = manifest.text.max_tokens
+    lengths = [tokens.lengths[place[prompt]] for prompt in prompts]
     return Texts(
         tokens=tokens,
         order=np.array([place[text] for text in rows]),
-        lengths=lengths,
-        unconditional=np.array([unconditional for part, unconditional in parts for _ in part], np.int64),
+        lengths=_read_lengths(lengths, manifest, halves),
+        unconditional=np.repeat([which for _, which in halved], len(prompts)),
         truncated=tuple(prompt for prompt in prompts if tokens.truncated[place[prompt]]),
     )
+
+
+def read_embeddings(
+    manifest: Manifest,
+    prompts: tuple[str, ...],
+    positive: PromptEmbeddings,
+    negative: PromptEmbeddings | None,
+    halves: int,
+) -> Texts:
+    """The texts of a batch that its caller has encoded; `negative` may be missing where nothing is read of it."""
+    count = len(prompts)
+    halved = [(0, 0), (0 if negative is None else count, 1)][:halves]  # where their states begin
+    if manifest.guidance_order == "negative_first":
+        halved.reverse()
+    return Texts(
+        tokens=None,
+        order=np.concatenate([np.arange(first, first + count) for first, _ in halved]),
+        lengths=_read_lengths(positive.lengths, manifest, halves),
+        unconditional=np.repeat([which for _, which in halved], count),
+        truncated=tuple(prompt for prompt, cut in zip(prompts, positive.truncated, strict=True) if cut),
+        states=np.concatenate([one.states for one in (positive, negative) if one is not None]),
+    )
+
+
+def _read_lengths(lengths: Sequence[int], manifest: Manifest, halves: int) -> HostArray:
+    """How much the model reads of each row: in both halves as much as the prompt has, or all with its padding."""
+    return np.array([manifest.text.max_tokens if manifest.text.padded else length for length in lengths] * halves)

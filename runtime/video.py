@@ -28,7 +28,8 @@ class Video:
     """One result, owned by the caller.
 
     `frames` (frames, height, width, 3) uint8 RGB; `latents` the final latents before the VAE, (latent shape) fp32;
-    both numpy arrays, or the device's if the request asked for that. `trace` is shared by the videos of one batch.
+    both numpy arrays, or the device's if the request asked for that. There are no frames where it asked for latents
+    only. `trace` is shared by the videos that were decided on together.
     """
 
     frames: Array
@@ -87,6 +88,8 @@ class Video:
             file.write(data)
 
     def _host_frames(self) -> HostArray:
+        if not len(self.frames):
+            raise InvalidRequest("frames: got none, as the request was made with decode False, expected some; ask anew")
         return self.frames if isinstance(self.frames, np.ndarray) else self.frames.get()
 
     def _metadata(self, metadata: Metadata | None) -> Metadata:
