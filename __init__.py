@@ -25,9 +25,19 @@ if TYPE_CHECKING:
         InvalidRequest,
         OutOfMemory,
         OutputError,
+        QueueFull,
     )
+    from .engines.progress import Progress
+    from .runtime.device import Runtime
+    from .runtime.embeddings import PromptEmbeddings
+    from .runtime.estimate import Estimate
+    from .runtime.jobs import Job
+    from .runtime.limits import RequestLimits
+    from .runtime.memory import MemoryPlan
     from .runtime.pipeline import VideoPipeline, load
-    from .runtime.policies import FixedSchedule, Forecast, Foresight, NoReuse, Static
+    from .runtime.policies import FixedSchedule, Forecast, Foresight, NoReuse, Policy, Static
+    from .runtime.request import VideoRequest
+    from .runtime.stream import Frames, Step
     from .runtime.trace import StepTrace, Trace
     from .runtime.video import Video
 
@@ -45,10 +55,36 @@ _HOMES = {
         "InvalidRequest",
         "OutOfMemory",
         "OutputError",
+        "QueueFull",
     ),
-    "runtime.pipeline": ("VideoPipeline", "load"),
-    "runtime.policies": ("FixedSchedule", "Forecast", "Foresight", "NoReuse", "Static"),
-    "runtime.trace": ("StepTrace", "Trace"),
+    "engines.progress": ("Progress",),
+    "runtime.device": ("Runtime",),
+    "runtime.embeddings": ("PromptEmbeddings",),
+    "runtime.estimate": ("Estimate",),
+    "runtime.jobs": ("Job",),
+    "runtime.limits": ("RequestLimits",),
+    "runtime.memory": ("MemoryPlan",),
+    "runtime.pipeline": (
+        "VideoPipeline",
+        "load",
+    ),
+    "runtime.policies": (
+        "FixedSchedule",
+        "Forecast",
+        "Foresight",
+        "NoReuse",
+        "Policy",
+        "Static",
+    ),
+    "runtime.request": ("VideoRequest",),
+    "runtime.stream": (
+        "Frames",
+        "Step",
+    ),
+    "runtime.trace": (
+        "StepTrace",
+        "Trace",
+    ),
     "runtime.video": ("Video",),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
@@ -58,21 +94,33 @@ __all__ = [
     "Cancelled",
     "CheckpointError",
     "EngineError",
+    "Estimate",
     "ExportError",
     "FixedSchedule",
     "Forecast",
     "Foresight",
     "ForesightError",
+    "Frames",
     "IntegrityError",
     "InvalidRequest",
+    "Job",
+    "MemoryPlan",
     "NoReuse",
     "OutOfMemory",
     "OutputError",
+    "Policy",
+    "Progress",
+    "PromptEmbeddings",
+    "QueueFull",
+    "RequestLimits",
+    "Runtime",
     "Static",
+    "Step",
     "StepTrace",
     "Trace",
     "Video",
     "VideoPipeline",
+    "VideoRequest",
     "__version__",
     "load",
 ]

@@ -9,6 +9,7 @@
     ├── EngineError                 1: an engine could not be loaded or failed while running
     │   └── OutOfMemory             1: the device has no room for it now; fewer or smaller requests may fit
     ├── OutputError                 1: a result could not be written
+    ├── QueueFull                   1: too many requests wait already; try again later
     └── Cancelled                   1: a request was ended: by its caller, its deadline, or a close
 
 Each message is one line: the thing, what was got, what was expected, what to do. Errors of onnxruntime, safetensors
@@ -64,6 +65,14 @@ class OutOfMemory(EngineError):
 
 class OutputError(ForesightError):
     """A video, page or array could not be written."""
+
+
+class QueueFull(ForesightError):
+    """Too many requests wait already. `retry_after` is the seconds after which one is expected to be done, if known."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Cancelled(ForesightError):

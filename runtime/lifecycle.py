@@ -184,14 +184,14 @@ class Calls:
         """What cancelled the request, where it was not its caller."""
         if self._life.why is None and self._is_late():
             return f", as its deadline of {self._deadline:g} s had passed"
-        return self._life.why or ""
+        return self._life.why or str(getattr(self._caller_cancel, "why", ""))
 
     @property
     def reason(self) -> str:
         """See Cancelled.reason."""
         if self._life.why is not None:
             return REASONS[self._life.why]
-        return "deadline" if self._is_late() else "caller"
+        return "deadline" if self._is_late() else str(getattr(self._caller_cancel, "reason", "caller"))
 
     def is_set(self) -> bool:
         """Whether to stop."""

@@ -149,11 +149,13 @@ class VideoPipeline:
         self._life.check()
         check_callbacks(on_step, cancel, on_progress, on_frames)
         checked = check_request(request, self.manifest, self._table, self.backend.arrays)
-        batches = tuple(map(self._batch, checked))
+        batches = tuple(_batch_of(one, self.limits, self.bundle, self.backend) for one in checked)
         calls = Calls(self._life, on_step, cancel, on_progress, on_frames, request.deadline)
         made = calls.run(Generation(self._loaded, batches, calls).run)
         for batch in batches:
             self._pace.record(batch.request, batch.trace)
+            if batch.request.trace == "summary":
+                batch.trace.summarise()
         return [
             Video(frames=f, latents=x, fps=self.manifest.defaults.fps, prompt=text, seed=s, trace=batch.trace)
             for batch, (frames, final) in zip(batches, made, strict=True)
@@ -213,7 +215,7 @@ class VideoPipeline:
         self._life.check()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close it; on an error, requests that still run are cancelled."""
         self.close(cancel=kind is not None)
 
@@ -226,10 +228,6 @@ class VideoPipeline:
             f"<VideoPipeline {self.manifest.model} of {self.bundle.path}: {shape.frames} frames of {shape.height} x "
             f"{shape.width}, {self.backend.name} on {self.backend.arrays.device}>"
         )
-
-    def _batch(self, request: CheckedRequest) -> Batch:
-        cached = self.limits.cached(self.manifest, request.policy, request.rows)
-        return Batch(request, cached, _trace_of(request, cached, self.bundle, self.backend))
 
     def _load(self, residency: Residency, calls: Calls) -> Tokenizer:
         """The tokenizer; and load what stays loaded. Raises Cancelled where the interpreter exits meanwhile."""
@@ -279,6 +277,11 @@ def load(
         MemoryLimits(low_memory, cache_memory, profile, fixed_slots=cuda_graphs),
         on_progress=on_progress,
     )
+
+
+def _batch_of(request: CheckedRequest, limits: MemoryLimits, bundle: Bundle, backend: Backend) -> Batch:
+    cached = limits.cached(bundle.manifest, request.policy, request.rows)
+    return Batch(request, cached, _trace_of(request, cached, bundle, backend))
 
 
 def _trace_of(request: CheckedRequest, cached: Sequence[bool], bundle: Bundle, backend: Backend) -> Trace:

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, SupportsFloat
+from typing import Any, Literal, SupportsFloat
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from .latents import check_latents
 from .policies import Context, Policy, default_policy
 from .sampler import SamplerTable, Schedule
 
+TRACES = ("full", "summary")
 MAX_CHARACTERS = 4000  # of a prompt; no model reads more than 300 tokens, which take about 1500
 
 
@@ -34,9 +35,10 @@ class VideoRequest:
     half. `latents` is the initial noise instead: (prompts, *latent shape) or, for one prompt, the latent shape; fp32; a
     numpy array, or one that speaks DLPack; it is only read. With `to_host` False, frames and latents stay arrays of the
     device. After `deadline` seconds, waiting included, the request is cancelled. With `decode` False it ends with the
-    final latents, and videos have no frames. `prompt_embeddings`, one a prompt, are read instead of `prompt`, which
-    then only names the videos; `negative_prompt_embeddings`, one for all or one a prompt, belong to them where there is
-    a negative half that reads a text.
+    final latents, and videos have no frames. With `trace` "summary" what single steps did is not kept.
+    `prompt_embeddings`, one a prompt, are read instead of `prompt`, which then only names the videos;
+    `negative_prompt_embeddings`, one for all or one a prompt, belong to them where there is a negative half that reads
+    a text.
     """
 
     prompt: str | Sequence[str]
@@ -49,6 +51,7 @@ class VideoRequest:
     to_host: bool = True
     deadline: float | None = None
     decode: bool = True
+    trace: Literal["full", "summary"] = "full"
     prompt_embeddings: PromptEmbeddings | None = None
     negative_prompt_embeddings: PromptEmbeddings | None = None
 
@@ -66,6 +69,7 @@ class CheckedRequest:
     latents: Array | None
     to_host: bool
     decode: bool
+    trace: str
     embeddings: PromptEmbeddings | None = None
     negative_embeddings: PromptEmbeddings | None = None
 
@@ -123,6 +127,7 @@ def check_request(
         latents=None if latents is None else check_latents(latents, shape, arrays),
         to_host=request.to_host,
         decode=request.decode,
+        trace=check_trace(request.trace),
     )
     whole = _with_embeddings(whole, request, manifest)
     if not _is_list(request.policy):
@@ -204,6 +209,13 @@ def check_deadline(deadline: Any) -> None:
         raise InvalidRequest(
             f"deadline: got {quoted(deadline)}, expected seconds above 0, or None for as long as needed"
         )
+
+
+def check_trace(trace: Any) -> str:
+    """How much of a request is recorded."""
+    if trace not in TRACES:
+        raise InvalidRequest(f"trace: got {quoted(trace)}, expected {' or '.join(TRACES)}")
+    return str(trace)
 
 
 def check_count(name: str, value: Any) -> None:

@@ -44,7 +44,8 @@ class Trace:
     outputs took, and `uncached` names the blocks for whose output there was no room. `planned_bytes` is what the
     pipeline with this request was expected to take of the device's memory, `device_bytes` what its arrays, without
     the engines, have taken at most so far (None where that is not counted). `truncated_prompts` were cut to the
-    model's length.
+    model's length. A request for a summary ends without `steps`; `summary` then has how many block calls
+    there were of each Decision's value.
     """
 
     model: str
@@ -60,6 +61,7 @@ class Trace:
     seeds: tuple[int, ...]
     latents_given: bool
     steps: list[StepTrace] = field(default_factory=list)
+    summary: dict[str, int] | None = None
     text_ms: float = 0.0
     denoise_ms: float = 0.0
     decode_ms: float = 0.0
@@ -113,6 +115,8 @@ class Trace:
 
     def count(self, decision: Decision) -> int:
         """How many block calls of the request ended that way."""
+        if self.summary is not None:
+            return self.summary[decision.value]
         return sum(step.decisions.count(decision.value) for step in self.steps)
 
     @property
@@ -138,12 +142,18 @@ class Trace:
     @property
     def blocks_possible(self) -> int:
         """Block calls of the same request without reuse."""
-        return len(self.steps) * len(self.blocks)
+        return sum(map(self.count, Decision))
 
     @property
     def share_skipped(self) -> float:
         """Share of block calls that did not run, 0 to 1."""
-        return 1 - self.blocks_computed / self.blocks_possible if self.steps else 0.0
+        possible = self.blocks_possible
+        return 1 - self.blocks_computed / possible if possible else 0.0
+
+    def summarise(self) -> None:
+        """Let the record of single steps go, when all are done; the totals stay."""
+        self.summary = {decision.value: self.count(decision) for decision in Decision}
+        self.steps.clear()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values, with the totals; numbers that are not finite become None."""

@@ -49,7 +49,7 @@ class TensorRTBackend:
         self.messages = library.messages
         self._gpu = gpu_facts(arrays.device)
         self._target = find_target(self.name, device)
-        self._compiled: Compiled | None = None
+        self._compiled: dict[str, Compiled] = {}  # by their bundles' ids
         self._engines: WeakSet[TensorRTEngine] = WeakSet()
         with arrays.active():
             self._runtime = trt.Runtime(library.logger)
@@ -63,9 +63,9 @@ class TensorRTBackend:
 
     def compiled(self, bundle: Bundle) -> Compiled:
         """See Backend.compiled."""
-        if self._compiled is None or self._compiled.index.bundle != bundle.id:
-            self._compiled = find_compiled(bundle, self.name, self._target)
-        return self._compiled
+        if bundle.id not in self._compiled:
+            self._compiled[bundle.id] = find_compiled(bundle, self.name, self._target)
+        return self._compiled[bundle.id]
 
     def load_plan(self, plan: bytes, part: Part) -> TensorRTEngine:
         """The engine of a plan that is known to be trustworthy: a plan is code. Raises EngineError, BundleError."""

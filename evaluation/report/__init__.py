@@ -43,6 +43,8 @@ def write_report(
     the page cannot be written.
     """
     check_libraries()
+    if video.trace.summary is not None:
+        raise InvalidRequest("trace: got a summary, expected that of all steps; make the video with trace full")
     if reference is not None:
         _check_reference(video, reference)
     page = render("page.html", _page(video, reference, advice))

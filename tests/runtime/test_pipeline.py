@@ -16,6 +16,8 @@ import foresight
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import EngineError, InvalidRequest
 from foresight.runtime.pipeline import VideoPipeline
+from foresight.runtime.policies import Static
+from foresight.runtime.request import VideoRequest
 from tests.support import Json, copy_bundle, edit_manifest, vouch_for, watched_pipeline
 
 SHAPE = (4, 3, 8, 8)
@@ -237,3 +239,20 @@ def test_everything_public_can_be_imported() -> None:
 def test_what_is_not_public_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'torch'"):
         _ = foresight.torch
+
+
+def test_a_summary_has_the_totals_and_no_steps(pipeline: VideoPipeline) -> None:
+    full, summary = (
+        pipeline.generate(VideoRequest("a dog", steps=12, policy=Static(), trace=kind))[0].trace
+        for kind in ("full", "summary")
+    )
+    assert not summary.steps and len(full.steps) == 12
+    for name in ("computed", "reused", "dead", "forecast", "possible"):
+        assert getattr(summary, f"blocks_{name}") == getattr(full, f"blocks_{name}")
+    assert summary.share_skipped == full.share_skipped > 0 and json.dumps(summary.to_dict())
+    assert pipeline.check(VideoRequest("a dog", steps=12, policy=Static())).seconds
+
+
+def test_what_is_recorded_is_named(pipeline: VideoPipeline) -> None:
+    with pytest.raises(InvalidRequest, match="trace: got 'none', expected full or summary"):
+        pipeline.generate(VideoRequest("a dog", trace="none"))  # type: ignore[arg-type]
