@@ -60,7 +60,7 @@ class VideoPipeline:
         self._pace = Pace()
         self._life = Lifecycle(residency.engines, backend)
         calls = Calls(self._life, on_progress=on_progress)
-        tokenizer = calls.run(lambda: self._load(residency, calls))
+        tokenizer = calls.run(lambda: _load(bundle, residency, calls))
         room = MemoryReservations(backend.arrays)
         self._loaded = Loaded(self.manifest, backend, residency, tokenizer, self.limits, room, only_finite)
 
@@ -229,13 +229,6 @@ class VideoPipeline:
             f"{shape.width}, {self.backend.name} on {self.backend.arrays.device}>"
         )
 
-    def _load(self, residency: Residency, calls: Calls) -> Tokenizer:
-        """The tokenizer; and load what stays loaded. Raises Cancelled where the interpreter exits meanwhile."""
-        tokenizer = Tokenizer(self.bundle.file(self.manifest.text.tokenizer), self.manifest.text)
-        residency.files.check(self.manifest.text.tokenizer, self.manifest.sampler.table)
-        residency.load(calls, calls.on_progress)
-        return tokenizer
-
 
 def load(
     bundle: str | os.PathLike[str],
@@ -277,6 +270,15 @@ def load(
         MemoryLimits(low_memory, cache_memory, profile, fixed_slots=cuda_graphs),
         on_progress=on_progress,
     )
+
+
+def _load(bundle: Bundle, residency: Residency, calls: Calls) -> Tokenizer:
+    """The tokenizer; and load what stays loaded. Raises Cancelled where the interpreter exits meanwhile."""
+    text, table = bundle.manifest.text, bundle.manifest.sampler.table
+    tokenizer = Tokenizer(bundle.file(text.tokenizer), text)
+    residency.files.check(text.tokenizer, table)
+    residency.load(calls, calls.on_progress)
+    return tokenizer
 
 
 def _batch_of(request: CheckedRequest, limits: MemoryLimits, bundle: Bundle, backend: Backend) -> Batch:
