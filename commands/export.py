@@ -91,7 +91,7 @@ def _preset(name: str) -> str:
         default="fp32",
         show_default=True,
         shell_complete=names(get_args(ModelDtype)),
-        help="fp32, fp16 or bf16 (GPUs only); the reuse metric stays fp32.",
+        help="fp32, fp16 or bf16 (GPUs, and CPUs with openvino); the reuse metric stays fp32.",
     ),
     click.option("--height", type=int, help="Pixels.  [default: the checkpoint's]"),
     click.option("--width", type=int, help="Pixels.  [default: the checkpoint's]"),

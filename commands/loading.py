@@ -63,10 +63,13 @@ def engine_options(command: Command) -> Command:
         click.option(
             "--backend",
             shell_complete=names(REGISTRY),
-            help="onnxruntime, tensorrt or tensorrt-rtx.  [default: what the bundle has engines for here, else "
-            "onnxruntime]",
+            help="onnxruntime, openvino, tensorrt or tensorrt-rtx.  [default: what the bundle has engines for here, "
+            "else onnxruntime]",
         ),
-        click.option("--device", help="cpu, cuda or cuda:N.  [default: cpu for onnxruntime, else cuda]"),
+        click.option(
+            "--device",
+            help="cpu, cuda or cuda:N; gpu for openvino.  [default: cpu for onnxruntime and openvino, else cuda]",
+        ),
         click.option("--threads", type=int, help="CPU threads of each engine.  [default: the cores, up to 16]"),
         click.option(
             "--low-memory", is_flag=True, help="Load the engines of each phase when it comes, free them after it."

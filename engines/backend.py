@@ -7,7 +7,7 @@ On a GPU all engines of a backend share the stream of its arrays: to run one is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -58,6 +58,17 @@ class Backend(Protocol):
         """Library, version and device, for traces and reports."""
 
 
+def check_ends(part: Part, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    """Whether a graph with inputs and outputs of these names takes and makes what its part does. Raises EngineError."""
+    for what, found, specs in (("inputs", inputs, part.inputs), ("outputs", outputs, part.outputs)):
+        names, expected = sorted(found), sorted(spec.name for spec in specs)
+        if names != expected:
+            raise EngineError(
+                f"{part.name}: {part.graph} has {what} {', '.join(names)[:200]}, expected {', '.join(expected)[:200]}; "
+                "export again"
+            )
+
+
 def choose_backend(bundle: Bundle, device: str | None = None) -> str:
     """The backend that a bundle has engines for, built for the GPU at hand; else ONNX Runtime, which needs none.
 
@@ -97,7 +108,7 @@ def create_backend(
 
     `device` None is the backend's own default. `threads` is for CPU backends; None means the number of cores this
     process may use. `cuda_graphs` records every engine once per set of addresses and replays that; TensorRT only.
-    `shared_weights` leaves weights mapped from the bundle, for several processes to share; ONNX Runtime on CPUs only.
+    `shared_weights` leaves weights mapped from the bundle, for several processes to share; on CPUs only.
     """
     if name not in REGISTRY:
         raise InvalidRequest(f"backend: got {name!r}, expected one of {', '.join(REGISTRY)}")

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
+from .cores import available_cores
 from .errors import one_line
-from .onnxruntime import available_cores
 from .tensorrt.library import EDITIONS
 
 LIBRARIES = (
-    "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "msgspec", "av", "pillow", "jinja2",
+    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tokenizers", "msgspec", "av", "pillow", "jinja2",
     "torch", "diffusers", "transformers", "onnx", "onnxscript", "cupy-cuda13x", "tensorrt", "tensorrt-rtx-cu13-libs",
     "polygraphy",
 )  # fmt: skip

@@ -27,13 +27,13 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from .arrays import Array, Arrays, GpuArrays, create_arrays, numpy_dtype
+from .backend import check_ends
 from .bundle import Bundle
+from .cores import engine_threads
 from .errors import Cancelled, EngineError, InvalidRequest, OutOfMemory, one_line
 from .interrupt import is_watched, stoppable
 from .manifest import Part, part_files
 
-MOST_THREADS = 16  # unless asked for more: every session has so many
-CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16, for which numpy has no type that bindings know
 
 # Since 1.24. Before, what is not repacked stays mapped.
@@ -71,12 +71,10 @@ class OnnxRuntimeBackend:
         shared_weights: bool = False,
         optimize: bool = True,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise InvalidRequest(f"threads: got {threads}, expected 1 or more")
+        self.threads = engine_threads(threads)
         self.arrays = create_arrays(device)
         if shared_weights and self.arrays.kind != "cpu":
             raise InvalidRequest(f"shared_weights: got {device}, expected cpu: a GPU has weights of its own")
-        self.threads = threads or min(available_cores(), MOST_THREADS)
         self.shared_weights = shared_weights
         self._optimize = optimize
         self._own_threads = True
@@ -101,16 +99,17 @@ class OnnxRuntimeBackend:
     def _load(self, graph: str | bytes, part: Part, weights: Mapping[str, bytes]) -> OnnxRuntimeEngine:
         if self.arrays.kind == "cpu" and any(spec.dtype == "bf16" for spec in (*part.inputs, *part.outputs)):
             raise EngineError(
-                f"{part.name}: got bf16, which ONNX Runtime cannot run on a CPU, expected fp32 or fp16; export again "
-                "with such a dtype, or use a GPU"
+                f"{part.name}: got bf16, which ONNX Runtime cannot run on a CPU, expected fp32 or fp16; use backend "
+                "openvino or a GPU, or export again with such a dtype"
             )
         try:
             session = self._session(graph, weights)
-            _check_ends(session, part)
+            inputs, outputs = ([end.name for end in ends] for ends in (session.get_inputs(), session.get_outputs()))
         except MemoryError as error:
             raise OutOfMemory(f"{part.name}: no memory is left to load {part.graph}; close others first") from error
         except ORT_ERRORS as error:
             raise EngineError(f"{part.name}: ONNX Runtime cannot load {part.graph}: {one_line(error)}") from error
+        check_ends(part, inputs, outputs)
         _Process.sessions.add(session)
         got = session.get_providers()[0]
         expected = self._provider if isinstance(self._provider, str) else self._provider[0]
@@ -217,30 +216,6 @@ class OnnxRuntimeEngine:
             if run is not None and run.stopped:
                 raise Cancelled(f"request: cancelled while {self._part.name} ran") from error
             raise EngineError(f"{self._part.name}: ONNX Runtime failed: {one_line(error)}") from error
-
-
-def _check_ends(session: ort.InferenceSession, part: Part) -> None:
-    """Whether a graph takes and makes what its part does. Raises EngineError."""
-    for what, got, specs in (
-        ("inputs", session.get_inputs(), part.inputs),
-        ("outputs", session.get_outputs(), part.outputs),
-    ):
-        names, expected = sorted(end.name for end in got), sorted(spec.name for spec in specs)
-        if names != expected:
-            raise EngineError(
-                f"{part.name}: {part.graph} has {what} {', '.join(names)[:200]}, expected {', '.join(expected)[:200]}; "
-                "export again"
-            )
-
-
-def available_cores(cgroup: Path = CGROUP_CPU) -> int:
-    """How many cores this process may use: those it is bound to, and no more than its container's share of time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = map(int, cgroup.read_text(encoding="utf-8").split())
-    except (OSError, ValueError):  # no container, or one without a limit, which says "max"
-        return cores
-    return max(1, min(cores, -(-quota // period)))
 
 
 def _run_options(arrays: Arrays) -> ort.RunOptions:

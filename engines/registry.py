@@ -24,6 +24,7 @@ class BackendRow:
 
 REGISTRY = {
     "onnxruntime": BackendRow("onnxruntime", "OnnxRuntimeBackend", "cpu", ("threads", "shared_weights")),
+    "openvino": BackendRow("openvino", "OpenVinoBackend", "cpu", ("threads", "shared_weights")),
     "tensorrt": BackendRow("tensorrt.backend", "TensorRTBackend", "cuda", ("cuda_graphs",), compiles=True),
     "tensorrt-rtx": BackendRow("tensorrt.backend", "TensorRTRTXBackend", "cuda", ("cuda_graphs",), compiles=True),
     "reference": BackendRow("reference", "ReferenceBackend", "cpu"),

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..engines.arrays import HostArray
+from ..engines.cores import available_cores
 from ..engines.errors import EngineError, InvalidRequest
-from ..engines.onnxruntime import available_cores
 from ..engines.progress import OnProgress, silent
 from ..runtime.pipeline import VideoPipeline
 from ..runtime.policies import POLICIES, Policy
@@ -24,7 +24,7 @@ from .own import policies_as_contenders
 from .peers import PEERS, REFERENCE, Loaded, Peer, contenders_of, without_pipeline
 from .peers.pipeline import DiffusersPipeline
 
-LIBRARIES = ("foresight-engines", "onnxruntime", "numpy", "torch", "diffusers", "transformers", "cache-dit")
+LIBRARIES = ("foresight-engines", "onnxruntime", "openvino", "numpy", "torch", "diffusers", "transformers", "cache-dit")
 OTHERS = 2  # requests of no pair, for what peers measure before
 FIRST_OTHER = 1 << 20  # their seeds
 

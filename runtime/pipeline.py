@@ -246,10 +246,10 @@ def load(
     """Open a bundle, verify all its files, and load its engines.
 
     `backend` None is the one that the bundle has engines for, built for the GPU at hand, else onnxruntime. `device`
-    None is the backend's own: the CPU for onnxruntime, else the first GPU. `threads` is for CPU backends (None: the
-    cores this process may use, up to 16): each engine has as many. `low_memory` loads each phase's engines when a
-    request needs them. `cache_memory` is the most bytes for one request's stream and cache; what finds no room is not
-    cached, chosen by what an earlier request reused if `cache_profile`, its `trace.to_dict()`, is given.
+    None is the backend's own: the CPU for onnxruntime and openvino, else the first GPU. `threads` is for CPU backends
+    (None: the cores this process may use, up to 16): each engine has as many. `low_memory` loads each phase's engines
+    when a request needs them. `cache_memory` is the most bytes for one request's stream and cache; what finds no room
+    is not cached, chosen by what an earlier request reused if `cache_profile`, its `trace.to_dict()`, is given.
     `cuda_graphs`, with TensorRT, records every block's kernels and replays them; the cache then takes twice the memory.
     `shared_weights`, on CPUs, leaves weights mapped from the bundle instead of copying and repacking them: processes
     that serve the same bundle share them, each request takes some per cent longer, and to truncate a file of the

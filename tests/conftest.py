@@ -116,7 +116,7 @@ def demo_half_bundle(bundles: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_bf16_bundle(bundles: Path) -> Path:
-    """The trained demo checkpoint in bf16, which runs on GPUs only."""
+    """The trained demo checkpoint in bf16."""
     return _export(bundles / "demo-bf16", "latte-demo", ExportRequest(dtype="bf16"))
 
 

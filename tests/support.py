@@ -25,6 +25,7 @@ from foresight.engines.files import file_record
 from foresight.engines.interrupt import WATCH
 from foresight.engines.manifest import HeldOut, Part, PolicyProfile
 from foresight.engines.onnxruntime import OnnxRuntimeBackend
+from foresight.engines.openvino import OpenVinoBackend
 from foresight.engines.reference import ReferenceBackend
 from foresight.engines.registry import COMPILERS
 from foresight.engines.tensorrt.backend import TensorRTBackend
@@ -192,7 +193,7 @@ def backend_under_test(bundle: Path | None = None) -> Backend:
 
 def load_graph(backend: Backend, graph: Path, part: Part) -> Engine:
     """The engine of a graph that lies in no bundle; where it has to be compiled, for sizes of 1 to 8."""
-    if isinstance(backend, (OnnxRuntimeBackend, ReferenceBackend)):
+    if isinstance(backend, (OnnxRuntimeBackend, OpenVinoBackend, ReferenceBackend)):
         return backend.load_graph(graph, part)
     assert isinstance(backend, TensorRTBackend)
     dims = {dim for spec in part.inputs for dim in spec.shape if isinstance(dim, str)}

@@ -98,7 +98,7 @@ WITHOUT_TORCH = {"foresight.exporter.registry"}
 WITH_TORCH = {f"{PEERS}.blocks"}
 # Modules of the extras, by the names they are imported by.
 EXTRAS = {*TORCH, "PIL", "av", "cupy", "jinja2", "polygraphy", "psutil", "sentencepiece", "skimage", "tensorrt"}
-EXTRAS |= {"cache_dit", "cdfvd", "lpips", "optuna", "torchmetrics"}
+EXTRAS |= {"cache_dit", "cdfvd", "lpips", "openvino", "optuna", "torchmetrics"}
 
 
 def project() -> dict[str, Any]:

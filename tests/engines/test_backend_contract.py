@@ -136,7 +136,7 @@ class Fallible:
 def fallible(backend: Backend, folder: Path) -> Fallible:
     """A plan refuses shapes that it was not built for; graphs take all, but a reshape may not work out."""
     arrays = backend.arrays
-    if backend.name not in ("onnxruntime", "reference"):
+    if backend.name in COMPILERS:
         tensors = [
             {
                 "x": arrays.from_host(draw(rows)),

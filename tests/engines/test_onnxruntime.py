@@ -10,7 +10,7 @@ import pytest
 
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import EngineError, InvalidRequest
-from foresight.engines.onnxruntime import OnnxRuntimeBackend, available_cores
+from foresight.engines.onnxruntime import OnnxRuntimeBackend
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
@@ -34,15 +34,6 @@ def test_other_sessions_in_the_process_are_left_alone(bundle: Path) -> None:
 
 def test_backends_of_one_process_may_differ_in_threads() -> None:
     assert [OnnxRuntimeBackend(threads=threads).threads for threads in (1, 3)] == [1, 3]
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"), [("50000 100000", 1), ("100000 100000", 1), ("max 100000", None), ("6400000 100000", None)]
-)
-def test_a_containers_share_of_time_limits_the_threads(tmp_path: Path, quota: str, cores: int | None) -> None:
-    (tmp_path / "cpu.max").write_text(quota + "\n")
-    everything = available_cores(tmp_path / "none")
-    assert available_cores(tmp_path / "cpu.max") == (cores or everything)
 
 
 @pytest.mark.parametrize("threads", [0, -1])
