@@ -183,29 +183,40 @@ def forecast_headline(*results: dict[str, Any]) -> str:
 
 def tuned(*results: dict[str, Any]) -> str:
     """The profiles of the demo models, and the goals that were missed."""
-    rows = []
-    for title, result in zip(TITLES.values(), results, strict=True):
-        for goal in result["goals"]:
-            held_out = goal["held_out"] or dict.fromkeys(HELD_OUT)
-            share, speedup = held_out["share_skipped"], held_out["speedup"]
-            rows.append(
-                (
-                    title,
-                    f"`{goal['name']}`{'' if goal['written'] else ', not written'}",
-                    ", ".join(
-                        f"{name} {value}" for name, value in (goal["policy"] or {}).items() if value is not None
-                    ).removeprefix("name "),
-                    goal["rejected"],
-                    "—" if share is None else f"{100 * share:.1f} %",
-                    *("—" if goal["held_out"] is None else _decibels(held_out[name]) for name in HELD_OUT[:3]),
-                    "—" if speedup is None else f"{speedup:.2f}x",
-                )
-            )
-    pairs, header = results[0]["pairs"], ("demo model", "profile", "policy", "rejected", "calls skipped")
-    counted = ", ".join(f"{count} {part.replace('_', ' ')}" for part, count in pairs.items() if count is not False)
-    return f"Pairs: {counted}; {_machine(results[0])}" + table(
-        rows, (*header, "worst PSNR, dB", "mean", "pooled", "speed-up")
+    rows = [
+        (title, tuning["steps"], *_tuned(goal))
+        for title, result in zip(TITLES.values(), results, strict=True)
+        for tuning in result["tunings"]
+        for goal in tuning["goals"]
+    ]
+    header = ("demo model", "steps", "goal", "policy", "skipped, selection", "skipped", "foreseen", "worst PSNR, dB")
+    counted = ", ".join(
+        f"{count} {part.replace('_', ' ')}" for part, count in results[0]["pairs"].items() if count is not False
     )
+    return f"Pairs: {counted}; {_machine(results[0])}" + table(rows, (*header, "mean", "pooled", "speed-up"))
+
+
+def _tuned(goal: dict[str, Any]) -> tuple[str, ...]:
+    """One goal, and what the candidates of all policies skip in selection."""
+    chosen, held_out = goal["policy"] or {}, goal["held_out"] or dict.fromkeys(HELD_OUT)
+    settings = ", ".join(f"{name} {value}" for name, value in chosen.items() if value is not None)
+    candidates = [
+        f"{one['of']} " + ("—" if one["selection"] is None else _percent(one["selection"]["share_skipped"]))
+        for one in goal["candidates"]
+    ]
+    return (
+        f"`{goal['name']}`{'' if goal['written'] else ', not written'}",
+        settings.removeprefix("name ") or "none found",
+        ", ".join(candidates),
+        _percent(held_out["share_skipped"]),
+        "—" if goal["foreseen_worst_psnr_db"] is None else f"{goal['foreseen_worst_psnr_db']:.1f}",
+        *("—" if goal["held_out"] is None else _decibels(held_out[name]) for name in HELD_OUT[:3]),
+        "—" if held_out["speedup"] is None else f"{held_out['speedup']:.2f}x",
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "—" if share is None else f"{100 * share:.1f} %"
 
 
 def _reuse(row: dict[str, Any]) -> tuple[str, ...]:
@@ -351,7 +362,6 @@ PAGES: dict[str, dict[str, tuple[Draw, tuple[str, ...]]]] = {
         "bench agreement": (bench_agreement, tuple(_BENCH.values())),
         **{f"bench {model}": (bench, (file,)) for model, file in _BENCH.items()},
         "tuned": (tuned, tuple(f"{RESULTS}/tuned_{model}.json" for model in TITLES)),
-        "tuned schedules": (tuned, tuple(f"{RESULTS}/tuned_{model}_schedule.json" for model in TITLES)),
         "cache budget": (cache_budget, (f"{RESULTS}/cache_budget.json",)),
         "startup": (startup, (f"{RESULTS}/startup.json",)),
         "shared weights": (shared_weights, (f"{RESULTS}/shared_weights.json",)),

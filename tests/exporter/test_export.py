@@ -395,7 +395,9 @@ def test_a_demo_model_has_the_profiles_that_were_tuned_for_it(name: str) -> None
     profiles = Export(name).profiles
     assert profiles and profiles == row.profiles()
     for profile in profiles:
-        assert profile.steps == row.defaults.steps and profile.guidance == row.defaults.guidance
+        assert (
+            profile.steps in (row.defaults.steps, row.defaults.steps // 2) and profile.guidance == row.defaults.guidance
+        )
         assert policy_of(profile).name == profile.policy
 
 
