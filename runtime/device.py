@@ -73,7 +73,7 @@ class Runtime:
         self._backends = _Backends(backend, device, threads, cuda_graphs, shared_weights)
         self._loading = threading.Lock()
         self._observers: list[Observer] = []
-        self._queue = JobQueue(waiting)
+        self._queue = JobQueue[list[Video]](waiting)
         self._workers = Workers(self._queue, self._make, running)
         self._closed = False
 
@@ -122,7 +122,9 @@ class Runtime:
         if pipeline is not None:
             pipeline.close()
 
-    def submit(self, model: str, request: VideoRequest, *, priority: int = 0, on_event: OnEvent | None = None) -> Job:
+    def submit(
+        self, model: str, request: VideoRequest, *, priority: int = 0, on_event: OnEvent | None = None
+    ) -> Job[list[Video]]:
         """Let a request wait for its turn; what has a higher priority goes first, then what came first.
 
         `on_event` is called with what `VideoPipeline.stream` yields, but for the videos, in the thread that runs it.
@@ -130,8 +132,8 @@ class Runtime:
         """
         self._check_open()
         pipeline = self.models.get(model)
-        self.limits.check(request, pipeline)
-        job = Job(model, request, priority, on_event, pipeline.check(request).seconds)
+        self.limits.check(request, pipeline.manifest)
+        job = Job[list[Video]](model, request, priority, on_event, pipeline.check(request).seconds)
         for observer in self._observers:
             job.watch(observer)
         self._queue.put(job, self._workers.retry_after())
@@ -177,7 +179,7 @@ class Runtime:
         """Close it; on an error, requests that still run are cancelled."""
         self.close(cancel=kind is not None)
 
-    def _make(self, job: Job) -> list[Video]:
+    def _make(self, job: Job[list[Video]]) -> list[Video]:
         put: Callable[..., object] | None = job.on_event
         with self.models.lease(job.model) as pipeline:
             return pipeline.generate(

@@ -9,26 +9,26 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import Any, Literal, TypeAlias
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from ..engines.errors import Cancelled, InvalidRequest, QueueFull
 from .request import VideoRequest
 from .stream import Event
-from .video import Video
 
 Status: TypeAlias = Literal["queued", "running", "completed", "failed", "cancelled"]
 OnEvent: TypeAlias = Callable[[Event], object]
-Observer: TypeAlias = Callable[["Job"], object]
+Observer: TypeAlias = Callable[["Job[Any]"], object]
+T = TypeVar("T")
 
 log = logging.getLogger("foresight")
 
 
-class Job:
-    """A request on its way through a Runtime. Thread-safe.
+class Job(Generic[T]):
+    """A request on its way through a queue. Thread-safe.
 
-    `result` waits for the videos, and so does `await job`; `cancel` ends it wherever it is. Its token is the job
-    itself. `created`, `started` and `ended` are seconds of time.monotonic, None as long as they lie ahead; `estimate`
-    is how long it was expected to run, in seconds, None where that was not known.
+    `result` waits for what comes of it, the videos, and so does `await job`; `cancel` ends it wherever it is.
+    `created`, `started` and `ended` are seconds of time.monotonic, None as long as they lie ahead; `estimate` is how
+    long it was expected to run, in seconds, None where that was not known.
     """
 
     def __init__(
@@ -48,15 +48,18 @@ class Job:
         self.created = time.monotonic()
         self.started: float | None = None
         self.ended: float | None = None
-        self._future: Future[list[Video]] = Future()
+        self._future: Future[T] = Future()
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
         self._observers: list[Observer] = []
-        self._queue: JobQueue | None = None  # in which it waits
+        self._queue: JobQueue[T] | None = None  # in which it waits
 
-    def result(self, timeout: float | None = None) -> list[Video]:
-        """The videos, one a prompt, once they are there. Raises what the request raised, and TimeoutError."""
+    def result(self, timeout: float | None = None) -> T:
+        """What comes of it, once it is there: of a Runtime the videos, one a prompt.
+
+        Raises what the request raised, and TimeoutError.
+        """
         return self._future.result(timeout)
 
     def error(self) -> BaseException | None:
@@ -106,7 +109,7 @@ class Job:
             self._timer.daemon = True
             self._timer.start()
 
-    def run(self, work: Callable[[], list[Video]]) -> None:
+    def run(self, work: Callable[[], T]) -> None:
         """Do it, in this thread; whatever comes of it is the job's outcome."""
         if self._timer is not None:
             self._timer.cancel()
@@ -117,7 +120,7 @@ class Job:
         except BaseException as error:  # noqa: BLE001 - it is told to who waits for the job
             self.end(error)
 
-    def end(self, outcome: list[Video] | BaseException) -> None:
+    def end(self, outcome: T | BaseException) -> None:
         """It has ended; what comes later changes nothing."""
         with self._lock:
             if self.ended is not None:
@@ -135,11 +138,11 @@ class Job:
         """Call it with the job at every change of its status; what it raises is logged."""
         self._observers.append(observer)
 
-    def add_done_callback(self, function: Callable[[Job], object]) -> None:
+    def add_done_callback(self, function: Callable[[Job[T]], object]) -> None:
         """Call it when the job has ended, or now; in whichever thread ends it."""
         self._future.add_done_callback(lambda _: function(self))
 
-    def __await__(self) -> Generator[Any, None, list[Video]]:
+    def __await__(self) -> Generator[Any, None, T]:
         import asyncio
 
         return asyncio.shield(asyncio.wrap_future(self._future)).__await__()
@@ -158,12 +161,12 @@ class Job:
                 log.exception("an observer of requests failed")
 
 
-class JobQueue:
+class JobQueue(Generic[T]):
     """At most `most` jobs that wait; the first out is the one of highest priority, then the one that came first."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._heap: list[tuple[int, int, Job]] = []
+        self._heap: list[tuple[int, int, Job[T]]] = []
         self._count = itertools.count()
         self._changed = threading.Condition()
         self._closed = False
@@ -171,7 +174,7 @@ class JobQueue:
     def __len__(self) -> int:
         return len(self._heap)
 
-    def put(self, job: Job, retry_after: float | None = None) -> None:
+    def put(self, job: Job[T], retry_after: float | None = None) -> None:
         """Let it wait. Raises QueueFull."""
         with self._changed:
             if self._closed:
@@ -187,13 +190,13 @@ class JobQueue:
             job.queued()
             self._changed.notify()
 
-    def get(self) -> Job | None:
+    def get(self) -> Job[T] | None:
         """The next one, once there is one; None when the queue was closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._heap or self._closed)
             return heapq.heappop(self._heap)[2] if self._heap and not self._closed else None
 
-    def remove(self, job: Job) -> bool:
+    def remove(self, job: Job[T]) -> bool:
         """Take it out; False where it is not in it."""
         with self._changed:
             kept = [row for row in self._heap if row[2] is not job]
@@ -202,18 +205,18 @@ class JobQueue:
             self._heap = kept
             return found
 
-    def place(self, job: Job) -> int | None:
+    def place(self, job: Job[T]) -> int | None:
         """How many are before it; None where it does not wait."""
         with self._changed:
             order = [row[2] for row in sorted(self._heap, key=lambda row: row[:2])]
         return order.index(job) if job in order else None
 
-    def waiting(self) -> list[Job]:
+    def waiting(self) -> list[Job[T]]:
         """Those that wait, in no order."""
         with self._changed:
             return [row[2] for row in self._heap]
 
-    def close(self) -> list[Job]:
+    def close(self) -> list[Job[T]]:
         """Let nobody wait any more; returns those that did."""
         with self._changed:
             left = [row[2] for row in self._heap]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..engines.errors import InvalidRequest
-from .pipeline import VideoPipeline
+from ..engines.manifest import Manifest
 from .request import VideoRequest
 
 
@@ -21,9 +21,9 @@ class RequestLimits:
     characters: int | None = None
     work: int | None = None
 
-    def check(self, request: VideoRequest, pipeline: VideoPipeline) -> None:
+    def check(self, request: VideoRequest, manifest: Manifest) -> None:
         """Raises InvalidRequest."""
-        shape, defaults = pipeline.manifest.shape, pipeline.manifest.defaults
+        shape, defaults = manifest.shape, manifest.defaults
         prompts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
         steps = defaults.steps if request.steps is None else request.steps
         asked = {

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 from .jobs import Job, JobQueue
-from .video import Video
+
+T = TypeVar("T")
 
 
-class Workers:
-    """`count` threads that take jobs out of a queue and `make` their videos, until the queue is closed."""
+class Workers(Generic[T]):
+    """`count` threads that take jobs out of a queue and `make` what they ask for, until the queue is closed."""
 
-    def __init__(self, queue: JobQueue, make: Callable[[Job], list[Video]], count: int) -> None:
+    def __init__(self, queue: JobQueue[T], make: Callable[[Job[T]], T], count: int) -> None:
         self._queue = queue
         self._make = make
-        self._running: set[Job] = set()
+        self._running: set[Job[T]] = set()
         self._lock = threading.Lock()
         self._threads = [
             threading.Thread(target=self._work, name=f"foresight-worker-{index}", daemon=True) for index in range(count)
@@ -23,7 +25,7 @@ class Workers:
         for thread in self._threads:
             thread.start()
 
-    def running(self) -> list[Job]:
+    def running(self) -> list[Job[T]]:
         """What they are at."""
         with self._lock:
             return list(self._running)

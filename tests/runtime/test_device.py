@@ -163,7 +163,7 @@ def test_observers_see_every_change_and_cannot_break_anything(
 ) -> None:
     seen: list[tuple[str, int]] = []
 
-    def observe(job: Job) -> None:
+    def observe(job: Job[Any]) -> None:
         seen.append((job.status, runtime.waiting))
         raise RuntimeError("of the observer")
 

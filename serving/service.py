@@ -1,0 +1,240 @@
+"""The service without HTTP: jobs are created, queued, made by workers, kept, and removed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import TypeAlias, cast
+
+import msgspec
+
+from ..engines.errors import EngineError, ForesightError, InvalidRequest, OutputError, QueueFull
+from ..runtime.jobs import Job, JobQueue
+from ..runtime.request import VideoRequest
+from ..runtime.workers import Workers
+from .pool import Pool, VideoJob
+from .settings import ServerSettings
+from .spec import Model, Spec, open_models
+from .store import Record, Status, Store, new_id
+from .worker import Failure, Result, Task
+
+STOP_SECONDS = 10.0  # for a job that is deleted to stop
+SWEEP_SECONDS = 30.0  # between two looks for jobs whose time is over
+RESTARTED = "server: was restarted while it made the video; send the request again"
+
+log = logging.getLogger("foresight.serving")
+
+
+Observer: TypeAlias = Callable[[Record, VideoJob], object]
+
+
+class Conflict(ForesightError):
+    """What is asked contradicts what there is."""
+
+
+class VideoService:
+    """Jobs of all owners. Thread-safe.
+
+    Every job that was accepted ends: it is completed or failed, also where a worker dies or the server is started anew.
+    `observe` is called with each record whose status has changed, and with the job.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        """Raises BundleError, IntegrityError, InvalidRequest, OutputError."""
+        self.settings = settings
+        self.models: dict[str, Model] = open_models(settings.worker)
+        self.store = Store(settings.data)
+        self.observers: list[Observer] = []
+        self.draining = False
+        self._live: dict[str, VideoJob] = {}
+        self._unsaved: dict[str, Record] = {}  # what the disk did not take
+        self._lock = threading.RLock()
+        self._closed = threading.Event()
+        self._queue: JobQueue[Result] = JobQueue(settings.waiting)
+        self._pool = Pool(settings.worker, settings.workers)
+        self._workers = Workers(self._queue, self._make, settings.workers)
+        self._recover()
+        threading.Thread(target=self._sweep, name="foresight-sweep", daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether jobs are accepted and made: a worker has warmed up."""
+        return not self.draining and self._pool.ready
+
+    @property
+    def failure(self) -> str:
+        """Why no worker is ready, where that is known."""
+        return self._pool.failure
+
+    @property
+    def pids(self) -> list[int | None]:
+        """Of the workers' processes."""
+        return [worker.pid for worker in self._pool.workers]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many jobs run and wait."""
+        return len(self._workers.running()), len(self._queue)
+
+    def create(self, owner: str, spec: Spec, key: str | None = None, priority: int = 0) -> Record:
+        """Accept a job. With an idempotency key that was used before, what it made then.
+
+        Raises InvalidRequest; QueueFull where too many wait, in all or of that owner; Conflict where the key was used
+        for another request; OutputError.
+        """
+        if self.draining:
+            raise QueueFull("server: is being shut down, expected no requests; try again later", self.settings.drain)
+        model = self.models.get(spec.model)
+        if model is None:
+            raise InvalidRequest(f"model: got {spec.model[:40]!r}, expected one of {', '.join(self.models)}")
+        request = model.check(spec, self.settings.limits)
+        with self._lock:
+            before = None if key is None else self.store.of_key(owner, key)
+            if before is not None:
+                if before.spec != spec:
+                    raise Conflict("idempotency_key: was used for another request, expected a new one")
+                return before
+            self._check_owner(owner)
+            record = Record(
+                id=new_id(), owner=owner, spec=spec, created_at=time.time(), priority=priority, idempotency_key=key
+            )
+            record = self.store.add(record)
+            try:
+                self._submit(record, request)
+            except QueueFull:
+                self.store.remove(record.id)
+                raise
+        return record
+
+    def get(self, owner: str, job: str) -> Record | None:
+        """A job of an owner's, if there is one."""
+        record = self._unsaved.get(job) or self.store.get(job)
+        return record if record is not None and record.owner == owner else None
+
+    def page(self, owner: str, after: str | None, limit: int, newest_first: bool) -> list[Record]:
+        """See Store.page."""
+        found = self.store.page(owner, after, limit, newest_first)
+        return [self._unsaved.get(record.id, record) for record in found]
+
+    def live(self, record: Record) -> VideoJob | None:
+        """A job that waits or runs here."""
+        return self._live.get(record.id)
+
+    def delete(self, record: Record) -> None:
+        """Stop a job where it runs, and forget it and its video. Raises Conflict where it does not stop in time."""
+        live = self._live.get(record.id)
+        if live is not None:
+            live.cancel()
+            with suppress(ForesightError):
+                try:
+                    live.result(STOP_SECONDS)
+                except TimeoutError as error:
+                    raise Conflict("video: does not stop; try again later") from error
+        self.store.remove(record.id)
+
+    def close(self, drain: float | None = None) -> None:
+        """Accept nothing more, let jobs that run finish for so many seconds, then end all.
+
+        Jobs that wait stay, for the next start; those that were cut off have failed.
+        """
+        self.draining = True
+        waiting = self._queue.close()
+        ends = time.monotonic() + (self.settings.drain if drain is None else drain)
+        running = self._workers.running()
+        for job in running:
+            with suppress(Exception):
+                job.result(max(0.0, ends - time.monotonic()))
+        for job in running:
+            job.cancel()
+        self._workers.join(STOP_SECONDS)
+        self._closed.set()
+        self._pool.close()
+        log.info("server closed", extra={"waiting": len(waiting)})
+        self.store.close()
+
+    def _check_owner(self, owner: str) -> None:
+        most = self.settings.jobs_per_key
+        if len(self.store.active(owner)) >= most:
+            raise QueueFull(
+                f"jobs: got one more while {most} of this key wait or run, expected at most {most}; try again later",
+                self._workers.retry_after(),
+            )
+
+    def _submit(self, record: Record, request: VideoRequest) -> None:
+        task = Task(id=record.id, spec=record.spec, output=str(self.store.output(record.id)))
+        job = VideoJob(task, replace(request, deadline=self.settings.deadline), record.priority)
+        job.watch(lambda job: self._changed(cast(VideoJob, job)))
+        self._live[record.id] = job
+        try:
+            self._queue.put(job, self._workers.retry_after())
+        except QueueFull:
+            del self._live[record.id]
+            raise
+
+    def _make(self, job: Job[Result]) -> Result:
+        return self._pool.make(cast(VideoJob, job))
+
+    def _changed(self, job: VideoJob) -> None:
+        """Write down what has become of a job, and tell who wants to know."""
+        record, now = self._unsaved.get(job.task.id) or self.store.get(job.task.id), time.time()
+        if record is None:  # it was deleted
+            return
+        error = job.error()
+        if job.status == "running":
+            record = msgspec.structs.replace(record, status="in_progress", started_at=now)
+        elif job.status == "completed":
+            record = self._ended(record, "completed", result=job.result(0))
+        elif error is not None:
+            record = self._ended(record, "failed", failure=Failure.of(error))
+        self._save(record)
+        if job.done:
+            self._live.pop(record.id, None)
+        for observer in self.observers:
+            observer(record, job)
+
+    def _ended(self, record: Record, status: Status, **outcome: Result | Failure) -> Record:
+        now = time.time()
+        return msgspec.structs.replace(
+            record, status=status, completed_at=now, expires_at=now + self.settings.retention, **outcome
+        )
+
+    def _save(self, record: Record) -> None:
+        """Keep it in memory for as long as the disk does not take it: nobody is to wait for a job that has ended."""
+        try:
+            self.store.update(record)
+            self._unsaved.pop(record.id, None)
+        except OutputError:
+            self._unsaved[record.id] = record
+            log.exception("a job could not be written down", extra={"id": record.id})
+
+    def _recover(self) -> None:
+        """What an earlier server has left: jobs that waited go on waiting, those that ran have failed."""
+        self.store.sweep()
+        for record in self.store.active():
+            try:
+                if record.status == "in_progress":
+                    raise EngineError(RESTARTED)
+                model = self.models.get(record.spec.model)
+                if model is None:
+                    raise InvalidRequest(f"model: got {record.spec.model[:40]!r}, which is served no longer")
+                self._submit(record, model.check(record.spec, self.settings.limits))
+            except ForesightError as error:
+                self._save(self._ended(record, "failed", failure=Failure.of(error)))
+
+    def _sweep(self) -> None:
+        while not self._closed.wait(SWEEP_SECONDS):
+            self.sweep(time.time())
+
+    def sweep(self, now: float) -> None:
+        """Write down what could not be before, and remove jobs whose time is over."""
+        try:
+            for record in list(self._unsaved.values()):
+                self._save(record)
+            for record in self.store.expired(now):
+                self.store.remove(record.id)
+        except (OSError, OutputError):
+            log.exception("jobs could not be tidied up")

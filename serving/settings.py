@@ -1,0 +1,45 @@
+"""What a server is told when it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..runtime.limits import RequestLimits
+
+DAY_SECONDS = 86400.0
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Of every process that makes videos. `bundles` are those it loads, by the names they are served under."""
+
+    bundles: Mapping[str, Path]
+    backend: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    low_memory: bool = False
+    cache_memory: int | None = None
+    cuda_graphs: bool = False
+    shared_weights: bool = False
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """`data` is the folder of jobs and results. Seconds, bytes and counts are the most there may be.
+
+    `keys` are the API keys; without any, everybody may do everything. `jobs_per_key` counts those that wait or run.
+    """
+
+    worker: WorkerSettings
+    data: Path
+    workers: int = 1
+    waiting: int = 64
+    jobs_per_key: int = 32
+    body_bytes: int = 1 << 20
+    limits: RequestLimits = field(default_factory=lambda: RequestLimits(steps=200, characters=4000))
+    deadline: float | None = None
+    retention: float = DAY_SECONDS
+    drain: float = 30.0
+    keys: tuple[str, ...] = ()

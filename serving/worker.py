@@ -1,0 +1,211 @@
+"""A process that makes videos: it loads the bundles, takes one job at a time, and writes the results.
+
+It is told what to do over a pipe, and tells what happens over the same; when the other end is gone, it ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..engines import errors
+from ..engines.backend import choose_backend, create_backend
+from ..engines.bundle import open_bundle, verify_files
+from ..engines.errors import Cancelled, ForesightError
+from ..engines.progress import Progress
+from ..runtime.memory import MemoryLimits
+from ..runtime.pipeline import VideoPipeline
+from ..runtime.policies import Decision
+from ..runtime.trace import Trace
+from ..runtime.video import Video
+from .settings import WorkerSettings
+from .spec import Spec, request_of
+
+TELL_SECONDS = 0.1  # between two reports of progress
+LETTERS = {Decision.COMPUTE: "C", Decision.REUSE: "R", Decision.DEAD: "D", Decision.FORECAST: "F"}
+SHARES = {"encoding text": (0, 0.02), "denoising": (0.02, 0.93), "decoding": (0.93, 0.99)}  # of a job, by phase
+
+log = logging.getLogger("foresight.serving")
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """One job, and where its video goes."""
+
+    id: str
+    spec: Spec
+    output: str
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job has made. `steps` has a text a step, a letter a block: Computed, Reused, Dead or Forecast."""
+
+    bytes: int
+    frames: int
+    fps: int
+    width: int
+    height: int
+    policy: dict[str, Any]
+    stages: dict[str, float]
+    counts: dict[str, int]
+    share_skipped: float
+    cache_bytes: int
+    peak_bytes: int
+    steps: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a job has made nothing: the name of its error, and what it said."""
+
+    error: str
+    message: str
+    reason: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """What is told of an error; of one that is none of this package's, only its kind, as it may say anything."""
+        if isinstance(error, ForesightError):
+            return cls(error=type(error).__name__, message=str(error), reason=getattr(error, "reason", ""))
+        return cls(error="EngineError", message=f"request: failed with {type(error).__name__}; see the server's log")
+
+    def exception(self) -> ForesightError:
+        """The error again."""
+        kind: type[ForesightError] = getattr(errors, self.error)
+        return Cancelled(self.message, self.reason) if kind is Cancelled else kind(self.message)
+
+
+def main(connection: Connection, settings: WorkerSettings) -> None:
+    """The whole life of the process."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # it ends with its parent, who is told of these
+        signal.signal(number, signal.SIG_IGN)
+    outlet = _Outlet(connection)
+    try:
+        pipelines = dict(_load(settings))
+    except ForesightError as error:
+        outlet.send("fatal", str(error))
+        return
+    outlet.send("ready")
+    current: _Running | None = None
+    while (message := _receive(connection)) is not None:
+        kind, content = message
+        if kind == "make":
+            current = _Running(content, pipelines[content.spec.model], outlet)
+            current.start()
+        elif current is not None and current.task.id == content:
+            current.cancel()
+    if current is not None:
+        current.cancel()
+
+
+def _load(settings: WorkerSettings) -> Iterator[tuple[str, VideoPipeline]]:
+    """All pipelines, verified and warmed up, on one backend where they can share it. Raises ForesightError."""
+    backends: dict[str, Any] = {}
+    for name, path in settings.bundles.items():
+        bundle = open_bundle(path)
+        verify_files(bundle)
+        chosen = settings.backend or choose_backend(bundle, settings.device)
+        if chosen not in backends:
+            backends[chosen] = create_backend(
+                chosen, settings.device, settings.threads, settings.cuda_graphs, settings.shared_weights
+            )
+        limits = MemoryLimits(settings.low_memory, settings.cache_memory, fixed_slots=settings.cuda_graphs)
+        pipeline = VideoPipeline(bundle, backends[chosen], limits)
+        pipeline.warm_up()
+        yield name, pipeline
+
+
+def _receive(connection: Connection) -> tuple[str, Any] | None:
+    try:
+        message: tuple[str, Any] = connection.recv()
+    except (EOFError, OSError):  # the parent is gone
+        return None
+    return message
+
+
+class _Outlet:
+    """Messages to the parent, from any thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, kind: str, *content: Any) -> None:
+        """Where nobody listens any more, nothing is told."""
+        with self._lock, suppress(OSError):
+            self._connection.send((kind, *content))
+
+
+class _Running(threading.Thread):
+    """A job at work; tells how far it is, and what came of it."""
+
+    def __init__(self, task: Task, pipeline: VideoPipeline, outlet: _Outlet) -> None:
+        super().__init__(name=f"foresight-job-{task.id}", daemon=True)
+        self.task = task
+        self._pipeline = pipeline
+        self._outlet = outlet
+        self._cancelled = threading.Event()
+        self._told = 0.0
+
+    def cancel(self) -> None:
+        """Stop within one block."""
+        self._cancelled.set()
+
+    def run(self) -> None:
+        outcome: Result | Failure
+        try:
+            outcome = self._make()
+        except Exception as error:
+            if not isinstance(error, ForesightError):
+                log.exception("a job failed in a way that is none of ours")
+            outcome = Failure.of(error)
+        self._outlet.send("ended", self.task.id, outcome)
+
+    def _make(self) -> Result:
+        pipeline, spec = self._pipeline, self.task.spec
+        request = request_of(spec, pipeline.manifest)
+        (video,) = pipeline.generate(request, on_progress=self._tell, cancel=self._cancelled)
+        started = time.perf_counter()
+        path = video.save(Path(self.task.output))
+        return _result(video, path.stat().st_size, time.perf_counter() - started)
+
+    def _tell(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self._told < TELL_SECONDS:
+            return
+        self._told = now
+        first, last = SHARES.get(progress.phase, (0, 0))
+        percent = int(100 * (first + (last - first) * progress.fraction))
+        self._outlet.send("progress", self.task.id, percent, progress.phase)
+
+
+def _result(video: Video, size: int, encode_seconds: float) -> Result:
+    trace: Trace = video.trace
+    frames, height, width, _ = video.frames.shape
+    return Result(
+        bytes=size,
+        frames=frames,
+        fps=video.fps,
+        width=width,
+        height=height,
+        policy=trace.policy,
+        stages={
+            "text": trace.text_ms / 1e3,
+            "denoising": trace.denoise_ms / 1e3,
+            "decoding": trace.decode_ms / 1e3,
+            "encoding": encode_seconds,
+        },
+        counts={decision.value: trace.count(decision) for decision in Decision},
+        share_skipped=trace.share_skipped,
+        cache_bytes=trace.cache_bytes,
+        peak_bytes=trace.planned_bytes,
+        steps=tuple("".join(LETTERS[Decision(value)] for value in step.decisions) for step in trace.steps),
+    )
