@@ -34,6 +34,7 @@ COMMANDS = (
     "inspect",
     "parity",
     "run",
+    "serve",
     "tune",
     "verify",
 )  # each a module here, and its function

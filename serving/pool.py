@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import queue
@@ -11,6 +12,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ..engines.errors import Cancelled
 from ..runtime.admission import check_cancelled
 from ..runtime.jobs import Job
 from ..runtime.request import VideoRequest
@@ -75,15 +77,15 @@ class Worker:
                     self._send("cancel", job.task.id)
                     told = True
         if isinstance(found, Failure):
-            raise found.exception()
+            error = found.exception()
+            raise Cancelled(f"{error}{job.why}", job.reason) if isinstance(error, Cancelled) else error
         return found
 
     def close(self) -> None:
         """End the process, by force where it does not end by itself."""
         self._closing.set()
-        connection, process = self._connection, self._process
-        if connection is not None:
-            connection.close()
+        self._send("stop", None)
+        process = self._process
         if process is not None:
             process.join(STOP_SECONDS)
             process.kill()
@@ -165,6 +167,7 @@ class Pool:
     def __init__(self, settings: WorkerSettings, count: int) -> None:
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self.workers = [Worker(settings, index, self._idle) for index in range(count)]
+        atexit.register(self.close)  # else Python waits for processes that wait for it
 
     @property
     def ready(self) -> bool:
@@ -187,6 +190,7 @@ class Pool:
 
     def close(self) -> None:
         """End all."""
+        atexit.unregister(self.close)
         for worker in self.workers:
             worker.close()
 

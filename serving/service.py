@@ -76,6 +76,15 @@ class VideoService:
         return [worker.pid for worker in self._pool.workers]
 
     @property
+    def starts(self) -> int:
+        """How often workers were started."""
+        return sum(worker.starts for worker in self._pool.workers)
+
+    def model(self, record: Record) -> Model:
+        """What a job is of; where that is served no longer, another one: what is shown of the job is then little."""
+        return self.models.get(record.spec.model) or next(iter(self.models.values()))
+
+    @property
     def counts(self) -> tuple[int, int]:
         """How many jobs run and wait."""
         return len(self._workers.running()), len(self._queue)

@@ -6,6 +6,7 @@ It is told what to do over a pipe, and tells what happens over the same; when th
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import threading
 import time
@@ -77,6 +78,12 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
             return cls(error=type(error).__name__, message=str(error), reason=getattr(error, "reason", ""))
         return cls(error="EngineError", message=f"request: failed with {type(error).__name__}; see the server's log")
 
+    @property
+    def code(self) -> str:
+        """What kind of failure, as clients see it."""
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.error).lower()
+        return f"{words}_{self.reason}" if self.reason else words
+
     def exception(self) -> ForesightError:
         """The error again."""
         kind: type[ForesightError] = getattr(errors, self.error)
@@ -95,7 +102,7 @@ def main(connection: Connection, settings: WorkerSettings) -> None:
         return
     outlet.send("ready")
     current: _Running | None = None
-    while (message := _receive(connection)) is not None:
+    while (message := _receive(connection)) is not None and message[0] != "stop":
         kind, content = message
         if kind == "make":
             current = _Running(content, pipelines[content.spec.model], outlet)

@@ -1,0 +1,181 @@
+"""`foresight serve`: bundles over HTTP, as OpenAI's /v1/videos."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..engines.errors import InvalidRequest, OutputError
+from ..engines.wording import MEBI
+from .console import print_lines
+from .loading import Engines, engine_options
+from .options import PATH, common, group
+
+if TYPE_CHECKING:
+    from ..serving.settings import ServerSettings
+
+KEYS = "FORESIGHT_API_KEYS"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it listens, and where it keeps what."""
+
+    host: str
+    port: int
+    data: Path
+    api_keys: Path | None
+
+    def keys(self) -> tuple[str, ...]:
+        """One a line of the file, or several between commas in the environment. Raises InvalidRequest."""
+        text = os.environ.get(KEYS, "")
+        if self.api_keys is not None:
+            try:
+                text = self.api_keys.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InvalidRequest(f"api_keys: {self.api_keys} cannot be read ({error})") from error
+        keys = tuple(key.strip() for line in text.splitlines() for key in line.split(",") if key.strip())
+        if self.api_keys is not None and not keys:
+            raise InvalidRequest(f"api_keys: got none in {self.api_keys}, expected one a line")
+        return keys
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much may be asked."""
+
+    workers: int
+    waiting: int
+    jobs_per_key: int
+    max_steps: int
+    deadline: float | None
+    retention: float
+    drain: float
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, metavar="[BUNDLE | NAME=BUNDLE]...")
+@group(
+    "place",
+    Place,
+    click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 for everybody: then give keys."),
+    click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True),
+    click.option("--data", type=PATH, default=Path("served"), show_default=True, help="Folder of jobs and videos."),
+    click.option("--api-keys", type=PATH, help=f"A file with one a line.  [default: {KEYS}, else none are needed]"),
+)
+@group(
+    "bounds",
+    Bounds,
+    click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that make videos."),
+    click.option("--waiting", type=click.IntRange(1), default=64, show_default=True, help="Most jobs that wait."),
+    click.option("--jobs-per-key", type=click.IntRange(1), default=32, show_default=True, help="Most, unfinished."),
+    click.option("--max-steps", type=click.IntRange(1), default=100, show_default=True, help="Of a request."),
+    click.option("--deadline", type=float, help="Seconds from a job's creation to its end.  [default: none]"),
+    click.option("--retention", type=float, default=24.0, show_default=True, help="Hours that videos are kept."),
+    click.option("--drain", type=float, default=30.0, show_default=True, help="Seconds for running jobs at the end."),
+)
+@engine_options
+@common
+def serve(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: Engines, as_json: bool) -> None:
+    """Serve bundles over HTTP: jobs as OpenAI's /v1/videos has them, a page for people, health and metrics."""
+    try:
+        import uvicorn
+
+        from ..serving.api import create_app
+    except ModuleNotFoundError as error:
+        raise OutputError(f'serve: {error.name} is not installed; pip install "foresight-engines[serve]"') from error
+    from ..serving.logs import log_as_json
+    from ..serving.service import VideoService
+
+    settings = _settings(bundles, place, bounds, engines)
+    log_as_json()
+    service = VideoService(settings)
+    if not settings.keys and place.host not in LOCAL:
+        print_lines([f"note: anybody who reaches {place.host} may use this server; give --api-keys"])
+    config = uvicorn.Config(
+        create_app(service),
+        host=place.host,
+        port=place.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, math.ceil(bounds.drain)),
+    )
+    server = uvicorn.Server(config)
+    names = ", ".join(service.models)
+    print_lines([f"serving {names} on http://{place.host}:{place.port}; jobs and videos are kept in {place.data}"])
+    with _signals_left_alone():
+        server.run()
+    if not server.started:
+        service.close(0)
+        raise OutputError(f"serve: cannot listen on {place.host}:{place.port}; choose another port")
+
+
+def _settings(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: Engines) -> ServerSettings:
+    """Raises InvalidRequest, BundleError."""
+    from ..runtime.limits import RequestLimits
+    from ..serving.settings import ServerSettings, WorkerSettings
+
+    for name in ("deadline", "retention", "drain"):
+        value = getattr(bounds, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InvalidRequest(f"{name}: got {value}, expected more than 0")
+    if engines.cache_profile is not None:
+        raise InvalidRequest("cache_profile: got one, expected none: a server's requests are not all alike")
+    worker = WorkerSettings(
+        bundles=_named(bundles),
+        backend=engines.backend,
+        device=engines.device,
+        threads=engines.threads,
+        low_memory=engines.low_memory,
+        cache_memory=None if engines.cache_memory is None else int(engines.cache_memory * MEBI),
+        cuda_graphs=engines.cuda_graphs,
+    )
+    return ServerSettings(
+        worker=worker,
+        data=place.data,
+        workers=bounds.workers,
+        waiting=bounds.waiting,
+        jobs_per_key=bounds.jobs_per_key,
+        limits=RequestLimits(steps=bounds.max_steps),
+        deadline=bounds.deadline,
+        retention=3600 * bounds.retention,
+        drain=bounds.drain,
+        keys=place.keys(),
+    )
+
+
+def _named(bundles: tuple[str, ...]) -> dict[str, Path]:
+    """The bundles by the names they are served under: those given, or of their folders."""
+    from ..engines.bundle import newest_bundle
+
+    named: dict[str, Path] = {}
+    for text in bundles or (str(newest_bundle()),):
+        name, equals, path = text.partition("=")
+        folder = Path(path if equals else text)
+        served_as = name if equals else folder.resolve().name
+        if served_as in named:
+            raise InvalidRequest(f"bundles: got {served_as!r} twice, expected names that differ: NAME={folder}")
+        named[served_as] = folder
+    return named
+
+
+@contextmanager
+def _signals_left_alone() -> Iterator[None]:
+    """The server has handlers of its own, and hands on what came when it has ended; then it has been answered."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

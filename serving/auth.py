@@ -1,0 +1,34 @@
+"""Who asks: API keys, and what is seen of a job by whom."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+ANYBODY = "anybody"
+
+
+class Keys:
+    """The keys of a server. Without any, everybody is the same owner; keys themselves are kept nowhere."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._hashes = [_hash(key) for key in keys]
+
+    @property
+    def needed(self) -> bool:
+        """Whether there are any."""
+        return bool(self._hashes)
+
+    def owner(self, authorization: str | None) -> str | None:
+        """Who a request with that header is; None for nobody who may ask."""
+        if not self._hashes:
+            return ANYBODY
+        scheme, _, key = (authorization or "").partition(" ")
+        given = _hash(key.strip())
+        known = [hmac.compare_digest(given, each) for each in self._hashes]  # all of them: it takes equally long
+        return given[:32] if scheme.lower() == "bearer" and any(known) else None
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,179 @@
+"""Jobs survive what happens to workers, disks and the server itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from foresight.engines.errors import BundleError, InvalidRequest, OutputError
+from foresight.runtime.pipeline import VideoPipeline
+from foresight.serving.service import VideoService
+from foresight.serving.settings import WorkerSettings
+from foresight.serving.spec import Spec
+from foresight.serving.store import Record, Store, new_id
+from tests.serving.conftest import settings_of, wait_for
+
+ME = "me"
+
+
+def spec(**changes: Any) -> Spec:
+    return Spec(**{"model": "tiny", "prompt": "a dog", "steps": 2, **changes})
+
+
+def done(service: VideoService, record: Record) -> Record:
+    def found() -> Record | None:
+        now = service.get(ME, record.id)
+        assert now is not None
+        return now if now.status in ("completed", "failed") else None
+
+    ended: Record = wait_for(found)
+    return ended
+
+
+def test_a_job_is_there_after_a_restart_one_that_waited_goes_on_and_one_that_ran_has_failed(
+    bundle: Path, tmp_path: Path, pipeline: VideoPipeline
+) -> None:
+    service = VideoService(settings_of(bundle, tmp_path))
+    finished = done(service, service.create(ME, spec(seed=3)))
+    running = service.create(ME, spec(steps=100, policy="none"))
+    wait_for(lambda: (service.get(ME, running.id) or running).status == "in_progress")
+    waiting = service.create(ME, spec(seed=5))
+    (tmp_path / "results" / "left-by-a-killed-process").write_bytes(b"")
+    shutil.copytree(tmp_path, tmp_path.parent / "as-it-is-now")  # as a power cut would leave it
+    service.close(0)
+
+    again = VideoService(settings_of(bundle, tmp_path.parent / "as-it-is-now"))
+    assert again.get(ME, finished.id) == finished
+    failed = again.get(ME, running.id)
+    assert failed is not None and failed.status == "failed" and failed.failure is not None
+    assert "was restarted while it made the video" in failed.failure.message
+    assert done(again, waiting).status == "completed"
+    same = pipeline("a dog", steps=2, seed=5).to_bytes("mp4")
+    assert again.store.output(waiting.id).read_bytes() == same
+    assert sorted(path.name for path in (again.store.folder / "results").iterdir()) == sorted(
+        again.store.output(record.id).name for record in (finished, waiting)
+    )
+    again.close(0)
+
+
+def test_after_an_orderly_end_jobs_that_waited_go_on(bundle: Path, tmp_path: Path) -> None:
+    service = VideoService(settings_of(bundle, tmp_path))
+    running = service.create(ME, spec(steps=20))
+    wait_for(lambda: (service.get(ME, running.id) or running).status == "in_progress")
+    waiting = service.create(ME, spec())
+    service.close(30)
+    again = VideoService(settings_of(bundle, tmp_path))
+    finished = again.get(ME, running.id)
+    assert finished is not None and finished.status == "completed"
+    assert done(again, waiting).status == "completed"
+    again.close(0)
+
+
+def test_a_worker_that_is_killed_fails_its_job_alone_and_comes_back(
+    bundle: Path, tmp_path: Path, pipeline: VideoPipeline
+) -> None:
+    service = VideoService(settings_of(bundle, tmp_path))
+    wait_for(lambda: service.ready)
+    running = service.create(ME, spec(steps=100, policy="none"))
+    wait_for(lambda: (service.get(ME, running.id) or running).status == "in_progress")
+    waiting = service.create(ME, spec(seed=6))
+    (pid,) = service.pids
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    failed = done(service, running)
+    assert failed.failure is not None and "worker: ended while it made the video" in failed.failure.message
+    assert not service.ready and time.monotonic() - killed < 20
+    assert done(service, waiting).status == "completed" and service.pids != [pid]
+    assert service.store.output(waiting.id).read_bytes() == pipeline("a dog", steps=2, seed=6).to_bytes("mp4")
+    service.close(0)
+
+
+def test_a_disk_that_is_full_fails_a_job_and_loses_no_word_of_it(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = VideoService(settings_of(bundle, tmp_path))
+    results = service.store.output("x").parent
+    results.rmdir()
+    results.write_text("no folder")  # what a worker writes to can be neither made nor written
+    failed = done(service, service.create(ME, spec()))
+    assert failed.status == "failed" and failed.failure is not None and failed.failure.code == "output_error"
+    results.unlink()
+    results.mkdir()
+
+    def full(record: Record) -> None:
+        raise OutputError("data: database or disk is full")
+
+    update = service.store.update
+    monkeypatch.setattr(service.store, "update", full)
+    record = done(service, service.create(ME, spec()))
+    assert record.status == "completed" and service.page(ME, None, 1, True)[0] == record
+    monkeypatch.setattr(service.store, "update", update)
+    service.sweep(time.time())
+    assert service.store.get(record.id) == record
+    service.close(0)
+
+
+def test_jobs_and_videos_go_when_their_time_is_over(bundle: Path, tmp_path: Path) -> None:
+    service = VideoService(settings_of(bundle, tmp_path, retention=100))
+    record = done(service, service.create(ME, spec()))
+    assert record.expires_at is not None and record.completed_at is not None
+    service.sweep(record.expires_at - 1)
+    assert service.get(ME, record.id) == record
+    service.sweep(record.expires_at + 1)
+    assert service.get(ME, record.id) is None and not service.store.output(record.id).exists()
+    service.close(0)
+
+
+def test_a_deadline_ends_jobs_that_take_too_long(bundle: Path, tmp_path: Path) -> None:
+    service = VideoService(settings_of(bundle, tmp_path, deadline=0.1))
+    wait_for(lambda: service.ready)
+    record = done(service, service.create(ME, spec(steps=100, policy="none")))
+    assert record.failure is not None and record.failure.code == "cancelled_deadline"
+    service.close(0)
+
+
+def test_a_bundle_that_cannot_be_served_is_said_at_once_or_as_not_ready(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError):
+        VideoService(settings_of(tmp_path / "none", tmp_path / "data"))
+    with pytest.raises(InvalidRequest, match="bundles: got none"):
+        VideoService(settings_of(bundle, tmp_path / "data", worker=WorkerSettings({})))
+    broken = shutil.copytree(bundle, tmp_path / "broken")
+    (broken / "block.000.data").write_bytes(b"")
+    service = VideoService(settings_of(broken, tmp_path / "data"))
+    wait_for(lambda: service.failure)
+    assert "block.000.data" in service.failure and not service.ready
+    service.close(0)
+
+
+def test_jobs_of_models_that_are_served_no_longer_have_failed(bundle: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    record = store.add(Record(id=new_id(), owner=ME, spec=spec(model="gone"), created_at=time.time()))
+    store.close()
+    service = VideoService(settings_of(bundle, tmp_path))
+    failed = service.get(ME, record.id)
+    assert failed is not None and failed.failure is not None and "is served no longer" in failed.failure.message
+    service.close(0)
+
+
+def test_a_store_of_another_version_is_left_alone(tmp_path: Path) -> None:
+    import sqlite3
+
+    Store(tmp_path).close()
+    connection = sqlite3.connect(tmp_path / "jobs.sqlite")
+    connection.execute("PRAGMA user_version=7")
+    connection.close()
+    with pytest.raises(OutputError, match="has jobs of schema 7, expected 1"):
+        Store(tmp_path)
+
+
+def test_ids_cannot_be_guessed_and_specs_survive_being_stored() -> None:
+    assert len({new_id() for _ in range(1000)}) == 1000 and len(new_id()) == 38
+    assert msgspec.json.decode(msgspec.json.encode(spec(seed=2**63 - 1)), type=Spec) == spec(seed=2**63 - 1)
