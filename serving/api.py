@@ -110,7 +110,7 @@ def list_videos(
     service, owner = _service(request), _owner(request)
     if after is not None:
         _found(service, owner, after)
-    records = service.page(owner, after, limit + 1, order == "desc")
+    records = service.store.page(owner, after, limit + 1, order == "desc")
     shown = [_shown(service, record) for record in records[:limit]]
     return VideoList(
         data=shown,
@@ -184,7 +184,7 @@ def ready(request: Request) -> JSONResponse:
     service = _service(request)
     if service.ready:
         return JSONResponse({"status": "ready"})
-    why = "draining" if service.draining else "failed" if service.failure else "starting"
+    why = "draining" if service.draining else "failed" if service.pool.failure else "starting"
     return JSONResponse({"status": why}, 503)
 
 

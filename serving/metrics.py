@@ -93,7 +93,7 @@ class _Now(Collector):
             "num_requests_running": ("Requests that run", running),
             "num_requests_waiting": ("Requests that wait", waiting),
             "ready": ("Whether requests are accepted and made", self._service.ready),
-            "worker_starts": ("How often workers were started", self._service.starts),
+            "worker_starts": ("How often workers were started", self._service.pool.starts),
         }
         for name, (words, value) in gauges.items():
             yield GaugeMetricFamily(f"foresight:{name}", words, value=float(value))

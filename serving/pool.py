@@ -179,6 +179,16 @@ class Pool:
         """Why none could be started, where that is known."""
         return next((worker.failure for worker in self.workers if worker.failure), "")
 
+    @property
+    def pids(self) -> list[int | None]:
+        """Of the processes."""
+        return [worker.pid for worker in self.workers]
+
+    @property
+    def starts(self) -> int:
+        """How often any was started."""
+        return sum(worker.starts for worker in self.workers)
+
     def make(self, job: VideoJob) -> Result:
         """Make a job's video in one of them, as soon as one is free. Raises what it raises, and Cancelled."""
         while True:

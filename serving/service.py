@@ -12,14 +12,15 @@ from typing import TypeAlias, cast
 
 import msgspec
 
-from ..engines.errors import EngineError, ForesightError, InvalidRequest, OutputError, QueueFull
+from ..engines.errors import EngineError, ForesightError, InvalidRequest, QueueFull
 from ..runtime.jobs import Job, JobQueue
 from ..runtime.request import VideoRequest
 from ..runtime.workers import Workers
 from .pool import Pool, VideoJob
+from .records import Records
 from .settings import ServerSettings
 from .spec import Model, Spec, open_models
-from .store import Record, Status, Store, new_id
+from .store import Record, Status, new_id
 from .worker import Failure, Result, Task
 
 STOP_SECONDS = 10.0  # for a job that is deleted to stop
@@ -47,38 +48,22 @@ class VideoService:
         """Raises BundleError, IntegrityError, InvalidRequest, OutputError."""
         self.settings = settings
         self.models: dict[str, Model] = open_models(settings.worker)
-        self.store = Store(settings.data)
+        self.store = Records(settings.data)
         self.observers: list[Observer] = []
         self.draining = False
         self._live: dict[str, VideoJob] = {}
-        self._unsaved: dict[str, Record] = {}  # what the disk did not take
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._queue: JobQueue[Result] = JobQueue(settings.waiting)
-        self._pool = Pool(settings.worker, settings.workers)
+        self.pool = Pool(settings.worker, settings.workers)
         self._workers = Workers(self._queue, self._make, settings.workers)
         self._recover()
-        threading.Thread(target=self._sweep, name="foresight-sweep", daemon=True).start()
+        threading.Thread(target=self._tidy, name="foresight-tidy", daemon=True).start()
 
     @property
     def ready(self) -> bool:
         """Whether jobs are accepted and made: a worker has warmed up."""
-        return not self.draining and self._pool.ready
-
-    @property
-    def failure(self) -> str:
-        """Why no worker is ready, where that is known."""
-        return self._pool.failure
-
-    @property
-    def pids(self) -> list[int | None]:
-        """Of the workers' processes."""
-        return [worker.pid for worker in self._pool.workers]
-
-    @property
-    def starts(self) -> int:
-        """How often workers were started."""
-        return sum(worker.starts for worker in self._pool.workers)
+        return not self.draining and self.pool.ready
 
     def model(self, record: Record) -> Model:
         """What a job is of; where that is served no longer, another one: what is shown of the job is then little."""
@@ -121,13 +106,8 @@ class VideoService:
 
     def get(self, owner: str, job: str) -> Record | None:
         """A job of an owner's, if there is one."""
-        record = self._unsaved.get(job) or self.store.get(job)
+        record = self.store.get(job)
         return record if record is not None and record.owner == owner else None
-
-    def page(self, owner: str, after: str | None, limit: int, newest_first: bool) -> list[Record]:
-        """See Store.page."""
-        found = self.store.page(owner, after, limit, newest_first)
-        return [self._unsaved.get(record.id, record) for record in found]
 
     def live(self, record: Record) -> VideoJob | None:
         """A job that waits or runs here."""
@@ -161,7 +141,7 @@ class VideoService:
             job.cancel()
         self._workers.join(STOP_SECONDS)
         self._closed.set()
-        self._pool.close()
+        self.pool.close()
         log.info("server closed", extra={"waiting": len(waiting)})
         self.store.close()
 
@@ -185,11 +165,11 @@ class VideoService:
             raise
 
     def _make(self, job: Job[Result]) -> Result:
-        return self._pool.make(cast(VideoJob, job))
+        return self.pool.make(cast(VideoJob, job))
 
     def _changed(self, job: VideoJob) -> None:
         """Write down what has become of a job, and tell who wants to know."""
-        record, now = self._unsaved.get(job.task.id) or self.store.get(job.task.id), time.time()
+        record, now = self.store.get(job.task.id), time.time()
         if record is None:  # it was deleted
             return
         error = job.error()
@@ -199,7 +179,7 @@ class VideoService:
             record = self._ended(record, "completed", result=job.result(0))
         elif error is not None:
             record = self._ended(record, "failed", failure=Failure.of(error))
-        self._save(record)
+        self.store.update(record)
         if job.done:
             self._live.pop(record.id, None)
         for observer in self.observers:
@@ -211,39 +191,22 @@ class VideoService:
             record, status=status, completed_at=now, expires_at=now + self.settings.retention, **outcome
         )
 
-    def _save(self, record: Record) -> None:
-        """Keep it in memory for as long as the disk does not take it: nobody is to wait for a job that has ended."""
-        try:
-            self.store.update(record)
-            self._unsaved.pop(record.id, None)
-        except OutputError:
-            self._unsaved[record.id] = record
-            log.exception("a job could not be written down", extra={"id": record.id})
+    def _tidy(self) -> None:
+        while not self._closed.wait(SWEEP_SECONDS):
+            self.store.tidy(time.time())
 
     def _recover(self) -> None:
         """What an earlier server has left: jobs that waited go on waiting, those that ran have failed."""
         self.store.sweep()
         for record in self.store.active():
             try:
-                if record.status == "in_progress":
-                    raise EngineError(RESTARTED)
-                model = self.models.get(record.spec.model)
-                if model is None:
-                    raise InvalidRequest(f"model: got {record.spec.model[:40]!r}, which is served no longer")
-                self._submit(record, model.check(record.spec, self.settings.limits))
+                self._submit(record, self._again(record))
             except ForesightError as error:
-                self._save(self._ended(record, "failed", failure=Failure.of(error)))
+                self.store.update(self._ended(record, "failed", failure=Failure.of(error)))
 
-    def _sweep(self) -> None:
-        while not self._closed.wait(SWEEP_SECONDS):
-            self.sweep(time.time())
-
-    def sweep(self, now: float) -> None:
-        """Write down what could not be before, and remove jobs whose time is over."""
-        try:
-            for record in list(self._unsaved.values()):
-                self._save(record)
-            for record in self.store.expired(now):
-                self.store.remove(record.id)
-        except (OSError, OutputError):
-            log.exception("jobs could not be tidied up")
+    def _again(self, record: Record) -> VideoRequest:
+        if record.status == "in_progress":
+            raise EngineError(RESTARTED)
+        if record.spec.model not in self.models:
+            raise InvalidRequest(f"model: got {record.spec.model[:40]!r}, which is served no longer")
+        return self.models[record.spec.model].check(record.spec, self.settings.limits)

@@ -19,6 +19,7 @@ MOST_LINES = {"file": 400, "class": 150, "function": 50}
 LONGER = {
     "foresight.exporter.checkpoint.Checkpoint": "one method a question that the export asks of the files",
     "foresight.runtime.pipeline.VideoPipeline": "its call is typed twice, for one prompt and for several",
+    "foresight.serving.service.VideoService": "all that a job goes through, from its creation to its removal",
 }
 WORDS = {"output", "none", "forecast"}  # that also mean something else
 

@@ -26,7 +26,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12")
-SUBPACKAGES = ("commands", "engines", "evaluation", "exporter", "runtime")
+SUBPACKAGES = ("commands", "engines", "evaluation", "exporter", "runtime", "serving")
 
 PUBLIC_API = [
     "BundleError",
@@ -67,10 +67,11 @@ PUBLIC_API = [
 # What each part of the package may not import from the others.
 FORBIDDEN = {
     "commands": {"cli"},
-    "engines": {"cli", "commands", "evaluation", "exporter", "runtime"},
-    "evaluation": {"cli", "commands", "exporter"},
-    "exporter": {"cli", "commands", "evaluation", "runtime"},
-    "runtime": {"cli", "commands", "evaluation", "exporter"},
+    "engines": {"cli", "commands", "evaluation", "exporter", "runtime", "serving"},
+    "evaluation": {"cli", "commands", "exporter", "serving"},
+    "exporter": {"cli", "commands", "evaluation", "runtime", "serving"},
+    "runtime": {"cli", "commands", "evaluation", "exporter", "serving"},
+    "serving": {"cli", "commands", "evaluation", "exporter"},
 }
 # What only the exporter and the peers of benchmarks may import: the world of torch.
 TORCH = {
@@ -96,9 +97,12 @@ ALLOWED = {
 # Of the exporter, what runs without all of that; and of the peers, what does not.
 WITHOUT_TORCH = {"foresight.exporter.registry"}
 WITH_TORCH = {f"{PEERS}.blocks"}
+# What of the server speaks HTTP.
+WITH_HTTP = {f"foresight.serving.{name}" for name in ("api", "metrics", "middleware", "schemas")}
 # Modules of the extras, by the names they are imported by.
 EXTRAS = {*TORCH, "PIL", "av", "cupy", "jinja2", "polygraphy", "psutil", "sentencepiece", "skimage", "tensorrt"}
 EXTRAS |= {"cache_dit", "cdfvd", "lpips", "openvino", "optuna", "torchmetrics"}
+EXTRAS |= {"fastapi", "multipart", "prometheus_client", "pydantic", "python_multipart", "starlette", "uvicorn"}
 
 
 def project() -> dict[str, Any]:
@@ -139,7 +143,7 @@ def test_importing_foresight_loads_nothing_heavy() -> None:
 
 def test_engines_runtime_and_command_line_import_with_the_base_dependencies_alone() -> None:
     exporter = {name for name in source_files() if name.startswith("foresight.exporter.")}
-    modules = source_files().keys() - (exporter - WITHOUT_TORCH) - WITH_TORCH
+    modules = source_files().keys() - (exporter - WITHOUT_TORCH) - WITH_TORCH - WITH_HTTP
     code = """
 import sys
 extras, modules = (argument.split(",") for argument in sys.argv[1:])

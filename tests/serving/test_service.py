@@ -84,14 +84,14 @@ def test_a_worker_that_is_killed_fails_its_job_alone_and_comes_back(
     running = service.create(ME, spec(steps=100, policy="none"))
     wait_for(lambda: (service.get(ME, running.id) or running).status == "in_progress")
     waiting = service.create(ME, spec(seed=6))
-    (pid,) = service.pids
+    (pid,) = service.pool.pids
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
     failed = done(service, running)
     assert failed.failure is not None and "worker: ended while it made the video" in failed.failure.message
     assert not service.ready and time.monotonic() - killed < 20
-    assert done(service, waiting).status == "completed" and service.pids != [pid]
+    assert done(service, waiting).status == "completed" and service.pool.pids != [pid]
     assert service.store.output(waiting.id).read_bytes() == pipeline("a dog", steps=2, seed=6).to_bytes("mp4")
     service.close(0)
 
@@ -108,16 +108,16 @@ def test_a_disk_that_is_full_fails_a_job_and_loses_no_word_of_it(
     results.unlink()
     results.mkdir()
 
-    def full(record: Record) -> None:
+    def full(store: Store, record: Record) -> None:
         raise OutputError("data: database or disk is full")
 
-    update = service.store.update
-    monkeypatch.setattr(service.store, "update", full)
+    update = Store.update
+    monkeypatch.setattr(Store, "update", full)
     record = done(service, service.create(ME, spec()))
-    assert record.status == "completed" and service.page(ME, None, 1, True)[0] == record
-    monkeypatch.setattr(service.store, "update", update)
-    service.sweep(time.time())
-    assert service.store.get(record.id) == record
+    assert record.status == "completed" and service.store.page(ME, None, 1, True)[0] == record
+    monkeypatch.setattr(Store, "update", update)
+    service.store.tidy(time.time())
+    assert Store.get(service.store, record.id) == record
     service.close(0)
 
 
@@ -125,9 +125,9 @@ def test_jobs_and_videos_go_when_their_time_is_over(bundle: Path, tmp_path: Path
     service = VideoService(settings_of(bundle, tmp_path, retention=100))
     record = done(service, service.create(ME, spec()))
     assert record.expires_at is not None and record.completed_at is not None
-    service.sweep(record.expires_at - 1)
+    service.store.tidy(record.expires_at - 1)
     assert service.get(ME, record.id) == record
-    service.sweep(record.expires_at + 1)
+    service.store.tidy(record.expires_at + 1)
     assert service.get(ME, record.id) is None and not service.store.output(record.id).exists()
     service.close(0)
 
@@ -148,8 +148,8 @@ def test_a_bundle_that_cannot_be_served_is_said_at_once_or_as_not_ready(bundle: 
     broken = shutil.copytree(bundle, tmp_path / "broken")
     (broken / "block.000.data").write_bytes(b"")
     service = VideoService(settings_of(broken, tmp_path / "data"))
-    wait_for(lambda: service.failure)
-    assert "block.000.data" in service.failure and not service.ready
+    wait_for(lambda: service.pool.failure)
+    assert "block.000.data" in service.pool.failure and not service.ready
     service.close(0)
 
 
