@@ -16,7 +16,6 @@ from foresight.serving.api import create_app
 from foresight.serving.service import VideoService
 from tests.serving.conftest import READY_S, settings_of, wait_for
 
-
 # OpenAI shuts its own service down; the interface stays what others speak.
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API is scheduled:DeprecationWarning")
 
