@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from foresight.evaluation.lineup import BenchRequest, run_bench
 from foresight.evaluation.plot import plot
 from foresight.exporter.registry import checkpoint_of
 from foresight.runtime.pipeline import VideoPipeline, load
-from foresight.runtime.policies import FixedSchedule, Policy
+from foresight.runtime.policies import POLICIES, FixedSchedule, Policy
 from foresight.runtime.request import VideoRequest
 
 SCHEDULED = (0.4, 0.5, 0.58, 0.66)  # of the steps, that schedules skip
@@ -45,6 +46,16 @@ def schedules(pipeline: VideoPipeline, model: str, steps: int, bench: Sequence[P
     return tuple(found[steps - round(share * steps)] for share in SCHEDULED)
 
 
+def beside_recorded(document: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """Of the first this package's rows, everything else of the second; every row is held against one of its own."""
+    for name in ("model", "bundle", "steps", "guidance", "threads", "pairs"):
+        if document[name] != recorded[name]:
+            raise SystemExit(f"{name}: got {document[name]}, expected {recorded[name]}, as recorded; run all anew")
+    peers = [row for row in recorded["rows"] if row["kind"] != document["rows"][0]["kind"]]
+    measured = {"own_machine": document["machine"], "notes": document["notes"]}
+    return {**recorded, **measured, "rows": [*document["rows"], *peers]}
+
+
 def told(row: dict[str, Any]) -> tuple[object, ...]:
     """A row in short, while it is looked at."""
     return row["name"], row["kind"], row["psnr_db"], row["worst_psnr_db"], row["cpu_speedup"]["median"]
@@ -58,6 +69,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--steps", type=int, help="[default: the bundle's]")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--own", action="store_true", help="policies alone; peers stay as they are recorded")
     parser.add_argument("--save", action="store_true", help="write results/bench_MODEL.json and .svg")
     options = parser.parse_args()
     name = f"bench_{options.model}"
@@ -71,7 +83,11 @@ def main() -> None:
         optional=True,
         own=schedules(pipeline, options.model, steps, pairs),
     )
-    document = run_bench(pipeline, request)
+    if options.own:
+        recorded = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        document = beside_recorded(run_bench(pipeline, replace(request, only=tuple(POLICIES))), recorded)
+    else:
+        document = run_bench(pipeline, request)
     rows = document["rows"]
     print(table(map(told, rows), ("contender", "kind", "PSNR, dB", "worst, dB", "speed-up")))
     if options.save:

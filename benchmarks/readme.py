@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_verdict import bench_verdict
 from benchmarks.common import table
 from foresight.runtime.policies import Forecast
 from zoo import FAMILIES
@@ -239,6 +240,7 @@ def bench(result: dict[str, Any]) -> str:
             f"`{row['name']}`",
             row["kind"],
             *_held_against(row),
+            _saved(row.get("block_work_saved")),
             f"{row['cpu_ms'] / 1e3:.2f} s",
             "{median:.2f}x ({low:.2f} to {high:.2f})".format(**row["cpu_speedup"]),
             f"{row['wall_speedup']['median']:.2f}x",
@@ -246,7 +248,7 @@ def bench(result: dict[str, Any]) -> str:
         )
         for row in result["rows"]
     ]
-    header = ("", "", "PSNR, dB", "mean", "worst", "CPU", "speed-up, CPU", "wall", "after an abort")
+    header = ("", "", "PSNR, dB", "mean", "worst", "work saved", "CPU", "speed-up, CPU", "wall", "after an abort")
     threads = "one thread" if result["threads"] == 1 else f"{result['threads']} threads"
     asked = f"{len(result['pairs'])} pairs, {result['steps']} steps, guidance {result['guidance']:g}, {threads}; "
     return f"{asked}{_machine(result, 'torch', 'diffusers', 'cache-dit', 'onnxruntime')}{table(rows, header)}"
@@ -270,6 +272,10 @@ def _held_against(row: dict[str, Any]) -> tuple[str, ...]:
     if row["psnr_db"] is None:
         return "identical", "", ""
     return tuple(f"{row[key]:.1f}" for key in ("psnr_db", "mean_psnr_db", "worst_psnr_db"))
+
+
+def _saved(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def _after_abort(found: dict[str, Any]) -> str:
@@ -361,6 +367,7 @@ PAGES: dict[str, dict[str, tuple[Draw, tuple[str, ...]]]] = {
         **{f"reuse quality {model}": (reuse_quality, (file,)) for model, file in _REUSE.items()},
         "bench agreement": (bench_agreement, tuple(_BENCH.values())),
         **{f"bench {model}": (bench, (file,)) for model, file in _BENCH.items()},
+        "bench verdict": (bench_verdict, tuple(_BENCH.values())),
         "tuned": (tuned, tuple(f"{RESULTS}/tuned_{model}.json" for model in TITLES)),
         "cache budget": (cache_budget, (f"{RESULTS}/cache_budget.json",)),
         "startup": (startup, (f"{RESULTS}/startup.json",)),

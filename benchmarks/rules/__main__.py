@@ -35,7 +35,7 @@ from foresight.runtime.policies.base import Calibration
 from foresight.runtime.request import VideoRequest
 
 SHARES = (0.4, 0.52, 0.64)  # of the block calls
-PAIRS = 24  # held out
+PAIRS = 20  # held out
 TRIED_ON, TRIALS = 3, 7  # of the tuning pairs, and values a constant
 NEAR = 0.04  # how far from the share a constant may leave a rule and it still counts
 LOW, HIGH = 1e-4, 3.0  # between which constants are looked for
@@ -84,36 +84,37 @@ class Tuner:
         return best[1] if best[0] <= NEAR else None
 
 
-def with_constants(pipeline: VideoPipeline, calibration: Calibration) -> dict[tuple[str, str], OfConstant]:
-    """Rules by name and value, made of a constant for a pair."""
+def with_constants(pipeline: VideoPipeline, calibration: Calibration) -> dict[str, dict[str, OfConstant]]:
+    """Rules by name, and by what stands in for what they skip: each made of a constant, for a pair."""
     ratios = ratios_of(calibration)
-    made: dict[tuple[str, str], OfConstant] = {
-        ("forecast", EXTRAPOLATED): lambda constant, pair: Forecast(constant),
-        ("last quarter, by forecast", HELD): lambda constant, pair: LastQuarterForecast(Forecast(constant)),
+
+    def of_samples(rule: type[EasyCache | SeaCache], extrapolates: bool) -> OfConstant:
+        return lambda constant, pair: rule(constant, extrapolates, noise_of(pipeline, pair.seed))
+
+    def of_magnitudes(extrapolates: bool) -> OfConstant:
+        return lambda constant, pair: MagCache(constant, extrapolates, ratios)
+
+    return {
+        "forecast": {EXTRAPOLATED: lambda constant, pair: Forecast(constant)},
+        "last quarter, by forecast": {HELD: lambda constant, pair: LastQuarterForecast(Forecast(constant))},
+        "EasyCache": {value: of_samples(EasyCache, extrapolates) for value, extrapolates in VALUES.items()},
+        "SeaCache": {value: of_samples(SeaCache, extrapolates) for value, extrapolates in VALUES.items()},
+        "MagCache": {value: of_magnitudes(extrapolates) for value, extrapolates in VALUES.items()},
     }
-    for value, extrapolates in VALUES.items():
-        made["EasyCache", value] = lambda constant, pair, extrapolates=extrapolates: EasyCache(  # type: ignore[misc]
-            constant, extrapolates, noise_of(pipeline, pair.seed)
-        )
-        made["SeaCache", value] = lambda constant, pair, extrapolates=extrapolates: SeaCache(  # type: ignore[misc]
-            constant, extrapolates, noise_of(pipeline, pair.seed)
-        )
-        made["MagCache", value] = lambda constant, pair, extrapolates=extrapolates: MagCache(  # type: ignore[misc]
-            constant, extrapolates, ratios
-        )
-    return made
 
 
 def candidates(pipeline: VideoPipeline, model: str) -> list[Candidate]:
-    """All that take part, with constants found on the tuning half."""
+    """All that take part, with constants found on the tuning half; one for both of what may stand in."""
     pairs = tuning_pairs(model)
     calibration = calibration_of(pipeline, VideoRequest(""), pairs, silent)
     tuner, found = Tuner(pipeline, pairs[:TRIED_ON]), []
-    for (rule, value), make in with_constants(pipeline, calibration).items():
+    for rule, values in with_constants(pipeline, calibration).items():
         for share in SHARES:
-            constant = tuner.find(make, share)
+            constant = tuner.find(list(values.values())[-1], share)
             if constant is not None:
-                found.append(Candidate(rule, value, share, constant, _with(make, constant)))
+                found += [
+                    Candidate(rule, value, share, constant, _with(make, constant)) for value, make in values.items()
+                ]
     return [*found, *_scheduled(calibration), *_fixed()]
 
 
