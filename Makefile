@@ -26,7 +26,7 @@ MODELS := latte cogvideox-2b open-sora
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-rtx test-gpu test-simulated-gpu bench-gpu lint format demo-train clean
+.PHONY: help demo test test-all test-page test-rtx test-gpu test-simulated-gpu bench-gpu lint format demo-train clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 27
@@ -47,10 +47,14 @@ test: $(READY) ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 test-all: $(READY) ## run all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(SPREAD) $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not browser" $(SPREAD) $(ARGS)
 
 test-rtx: $(READY) ## build engines of real size with TensorRT-RTX, without a GPU, and check their memory
 	$(BIN)/python -m pytest -m rtx $(ARGS)
+
+test-page: $(READY) ## the server's page in a browser: needs Chromium, CHROMIUM says where
+	$(BIN)/python -m pip install "playwright>=1.50" $(PIP_ARGS)
+	$(BIN)/python -m pytest -m browser tests/serving $(ARGS)
 
 test-gpu: $(GPU_READY) ## on a machine with an NVIDIA GPU: contract, parity and isolation on every backend there is
 	$(BIN)/python -m tests.gpu $(ARGS)
