@@ -17,6 +17,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from ..engines.errors import ForesightError, InvalidRequest, OutputError, QueueFull
@@ -79,6 +80,7 @@ def create_app(service: VideoService) -> FastAPI:
     app.add_exception_handler(ForesightError, _ours)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(Exception, _unexpected)
     app.include_router(videos)
     app.include_router(around)
@@ -309,6 +311,10 @@ async def _invalid(request: Request, error: Exception) -> Response:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return problem(error.status_code, str(error.detail), **dict(error.headers or {}))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    return problem(400, "body: its client left before all of it had come")  # nobody reads it
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

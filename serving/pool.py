@@ -8,9 +8,10 @@ import multiprocessing
 import queue
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..engines.errors import Cancelled
 from ..runtime.admission import check_cancelled
@@ -18,6 +19,8 @@ from ..runtime.jobs import Job
 from ..runtime.request import VideoRequest
 from .settings import WorkerSettings
 from .worker import Failure, Result, Task, main
+
+Main: TypeAlias = Callable[[Connection, WorkerSettings], object]  # what a process does; importable by its name
 
 POLL_SECONDS = 0.05  # between two looks at whether a job was cancelled
 STOP_SECONDS = 5.0  # for a process to end by itself
@@ -39,13 +42,14 @@ class VideoJob(Job[Result]):
 class Worker:
     """One process, which is started again whenever it has ended. `ready` says whether it takes jobs."""
 
-    def __init__(self, settings: WorkerSettings, index: int, idle: queue.SimpleQueue[Worker]) -> None:
+    def __init__(self, settings: WorkerSettings, index: int, idle: queue.SimpleQueue[Worker], main: Main) -> None:
         self.index = index
         self.ready = False
         self.starts = 0
         self.failure = ""  # why it could not be started
         self._settings = settings
         self._idle = idle
+        self._main = main
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._connection: Connection | None = None
@@ -63,7 +67,7 @@ class Worker:
         """Have it make a job's video, and wait for it. Raises what the job raises; EngineError where it has died."""
         outcome: queue.SimpleQueue[Result | Failure] = queue.SimpleQueue()
         with self._lock:
-            if not self.ready or self._connection is None:
+            if not self.ready or self._connection is None or self._job is not None:
                 raise _Gone
             self._job = job, outcome
             self._send("make", job.task)
@@ -104,7 +108,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
         process = context.Process(
-            target=main, args=(there, self._settings), name=f"foresight-worker-{self.index}", daemon=True
+            target=self._main, args=(there, self._settings), name=f"foresight-worker-{self.index}", daemon=True
         )
         process.start()
         there.close()
@@ -158,15 +162,15 @@ class Worker:
 
 
 class _Gone(Exception):
-    """A worker that seemed idle has ended."""
+    """A worker that seemed idle has ended, or was started again since and is at another job already."""
 
 
 class Pool:
     """`count` workers; a job is made by whichever is free first."""
 
-    def __init__(self, settings: WorkerSettings, count: int) -> None:
+    def __init__(self, settings: WorkerSettings, count: int, main: Main = main) -> None:
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        self.workers = [Worker(settings, index, self._idle) for index in range(count)]
+        self.workers = [Worker(settings, index, self._idle, main) for index in range(count)]
         atexit.register(self.close)  # else Python waits for processes that wait for it
 
     @property

@@ -10,18 +10,18 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
 from ..engines import errors
-from ..engines.backend import choose_backend, create_backend
+from ..engines.backend import Backend, choose_backend, create_backend
 from ..engines.bundle import open_bundle, verify_files
-from ..engines.errors import Cancelled, ForesightError
+from ..engines.errors import Cancelled, ForesightError, OutputError
 from ..engines.progress import Progress
 from ..runtime.memory import MemoryLimits
 from ..runtime.pipeline import VideoPipeline
@@ -31,7 +31,10 @@ from ..runtime.video import Video
 from .settings import WorkerSettings
 from .spec import Spec, request_of
 
+CreateBackend: TypeAlias = Callable[..., Backend]
+
 TELL_SECONDS = 0.1  # between two reports of progress
+PATHS = re.compile(r"(?<![\w:/])/[^\s:;]*/")  # folders, which are nobody's business but the server's
 LETTERS = {Decision.COMPUTE: "C", Decision.REUSE: "R", Decision.DEAD: "D", Decision.FORECAST: "F"}
 SHARES = {"encoding text": (0, 0.02), "denoising": (0.02, 0.93), "decoding": (0.93, 0.99)}  # of a job, by phase
 
@@ -73,9 +76,11 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """What is told of an error; of one that is none of this package's, only its kind, as it may say anything."""
+        """What is told of an error, no folders; of one that is none of this package's, only its kind."""
         if isinstance(error, ForesightError):
-            return cls(error=type(error).__name__, message=str(error), reason=getattr(error, "reason", ""))
+            return cls(
+                error=type(error).__name__, message=PATHS.sub("", str(error)), reason=getattr(error, "reason", "")
+            )
         return cls(error="EngineError", message=f"request: failed with {type(error).__name__}; see the server's log")
 
     @property
@@ -90,13 +95,13 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
         return Cancelled(self.message, self.reason) if kind is Cancelled else kind(self.message)
 
 
-def main(connection: Connection, settings: WorkerSettings) -> None:
-    """The whole life of the process."""
+def main(connection: Connection, settings: WorkerSettings, create: CreateBackend = create_backend) -> None:
+    """The whole life of the process; `create` makes its backends, see create_backend."""
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends with its parent, who is told of these
         signal.signal(number, signal.SIG_IGN)
     outlet = _Outlet(connection)
     try:
-        pipelines = dict(_load(settings))
+        pipelines = dict(_load(settings, create))
     except ForesightError as error:
         outlet.send("fatal", str(error))
         return
@@ -113,15 +118,15 @@ def main(connection: Connection, settings: WorkerSettings) -> None:
         current.cancel()
 
 
-def _load(settings: WorkerSettings) -> Iterator[tuple[str, VideoPipeline]]:
+def _load(settings: WorkerSettings, create: CreateBackend) -> Iterator[tuple[str, VideoPipeline]]:
     """All pipelines, verified and warmed up, on one backend where they can share it. Raises ForesightError."""
-    backends: dict[str, Any] = {}
+    backends: dict[str, Backend] = {}
     for name, path in settings.bundles.items():
         bundle = open_bundle(path)
         verify_files(bundle)
         chosen = settings.backend or choose_backend(bundle, settings.device)
         if chosen not in backends:
-            backends[chosen] = create_backend(
+            backends[chosen] = create(
                 chosen, settings.device, settings.threads, settings.cuda_graphs, settings.shared_weights
             )
         limits = MemoryLimits(settings.low_memory, settings.cache_memory, fixed_slots=settings.cuda_graphs)
@@ -174,6 +179,8 @@ class _Running(threading.Thread):
             if not isinstance(error, ForesightError):
                 log.exception("a job failed in a way that is none of ours")
             outcome = Failure.of(error)
+            if isinstance(error, OutputError):
+                log.error("a video could not be written", extra={"reason": str(error)})  # noqa: TRY400 - it says all
         self._outlet.send("ended", self.task.id, outcome)
 
     def _make(self) -> Result:

@@ -12,8 +12,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from foresight.serving.api import create_app
+from foresight.serving.pool import Main
 from foresight.serving.service import VideoService
 from foresight.serving.settings import ServerSettings, WorkerSettings
+from foresight.serving.worker import main as usual
 
 READY_S, ENDED_S = 60, 60
 Serve: TypeAlias = Callable[..., Any]
@@ -34,9 +36,11 @@ def settings_of(bundle: Path, data: Path, **changes: Any) -> ServerSettings:
 
 
 @contextmanager
-def served(settings: ServerSettings, ready: bool = True) -> Iterator[tuple[TestClient, VideoService]]:
+def served(
+    settings: ServerSettings, ready: bool = True, main: Main = usual
+) -> Iterator[tuple[TestClient, VideoService]]:
     """A server, with a client of it."""
-    service = VideoService(settings)
+    service = VideoService(settings, main)
     with TestClient(create_app(service), raise_server_exceptions=False) as client:
         if ready:
             wait_for(lambda: service.ready, READY_S)
