@@ -11,7 +11,7 @@ from typing import Any
 from foresight.evaluation import machine as machines
 
 RESULTS = Path(__file__).parent / "results"
-LIBRARIES = ("torch", "diffusers", "onnx", "onnxruntime", "numpy")
+LIBRARIES = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "numpy")
 # Where they are installed.
 GPU_LIBRARIES = ("cupy-cuda13x", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-bindings")
 

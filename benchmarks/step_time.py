@@ -1,10 +1,11 @@
-"""One denoising step without reuse: ONNX Runtime, in several settings, against torch eager and torch.compile.
+"""One denoising step without reuse: ONNX Runtime, in several settings, and OpenVINO, against torch, in fp32 and bf16.
 
 Every candidate lives in a process of its own, so that thread pools and allocators do not disturb each other; the
 processes wait on a pipe while it is another's turn, and take turns round by round. What is timed is the transformer
 alone, a guided batch of two rows: `LatteTransformer3DModel.forward` for torch, prologue, blocks and epilogue for the
-engines, called as the runtime calls them. Theory: the multiply-adds of a step, to see what share of the processor is
-used.
+engines, called as the runtime calls them. All are given the same inputs; PSNR is that of a step's output against torch
+eager's in fp32. Theory: the multiply-adds of a step, to see what share of the processor is used. Processor time is what
+a step took of it in all threads, those that spin while they wait included; it does not count what others took.
 
     python -m benchmarks.step_time --save
 """
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,43 +30,53 @@ from benchmarks.common import finish, median, reason_of, table
 SIZE = {"heads": 6, "head_dim": 64, "pairs": 8, "frames": 8, "sample_size": 32}
 ROWS = 2
 TEXT_TOKENS = 16
+EAGER = "torch eager"
 CRASHED = "its process crashed"
 
-Step = Callable[[], None]
+Step = Callable[[], Any]  # returns its output, (rows, …) fp32, where that is compared
 # What makes a step in the process it is called in, and its arguments.
 Function = tuple[Callable[..., Step], tuple[Any, ...]]
 
 
-def torch_step(checkpoint: Path, threads: int, compiled: bool) -> Step:
-    """One forward of the diffusers transformer."""
+def draw_inputs(caption_channels: int) -> dict[str, Any]:
+    """What every candidate is given: latents, text states and timestep, fp32."""
+    generator, size = np.random.default_rng(0), SIZE["sample_size"]
+    return {
+        "latents": generator.standard_normal((ROWS, 4, SIZE["frames"], size, size), dtype=np.float32),
+        "text_states": generator.standard_normal((ROWS, TEXT_TOKENS, caption_channels), dtype=np.float32),
+        "timestep": np.full(ROWS, 500, np.float32),
+    }
+
+
+def torch_step(checkpoint: Path, threads: int, compiled: bool, dtype: str = "float32") -> Step:
+    """One forward of the diffusers transformer; timesteps are embedded in fp32, as diffusers does it."""
     import torch
     from diffusers import LatteTransformer3DModel
 
     torch.set_num_threads(threads)
-    model = LatteTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer").eval()
+    kind = getattr(torch, dtype)
+    model = LatteTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer", torch_dtype=kind).eval()
     forward = torch.compile(model) if compiled else model
-    latents = torch.randn(ROWS, 4, SIZE["frames"], SIZE["sample_size"], SIZE["sample_size"])
-    text = torch.randn(ROWS, TEXT_TOKENS, model.config.caption_channels)
-    timestep = torch.tensor([500] * ROWS)
+    given = {name: torch.from_numpy(values) for name, values in draw_inputs(model.config.caption_channels).items()}
+    latents, text = given["latents"].to(kind), given["text_states"].to(kind)
 
-    def step() -> None:
+    def step() -> Any:
         with torch.no_grad():
-            forward(latents, timestep, text, return_dict=False)
+            output = forward(latents, given["timestep"], text, return_dict=False)[0].float().numpy()
+        return output[:, : latents.shape[1]]  # without the variance, which no sampler here reads
 
     return step
 
 
-def engine_step(bundle: Path, threads: int, pool: str) -> Step:
-    """One step of the bundle's engines.
+def onnx_runtime(threads: int, pool: str) -> Any:
+    """The backend.
 
-    `pool` is "own" for the backend's way, threads per session that sleep while they wait; "spinning" for threads per
-    session that do not; "shared" for one pool of the process, whose threads spin as well.
+    `pool` is "own" for its own way, threads per session that sleep while they wait; "spinning" for threads per session
+    that do not; "shared" for one pool of the process, whose threads spin as well.
     """
     import onnxruntime as ort
 
     from foresight.engines import onnxruntime as backend_module
-    from foresight.engines.bundle import open_bundle
-    from foresight.runtime.caches import Layout, create_cache, find_mode
 
     class Spinning(backend_module.OnnxRuntimeBackend):
         def _options(self, weights: Any) -> Any:
@@ -76,26 +88,45 @@ def engine_step(bundle: Path, threads: int, pool: str) -> Step:
     if pool == "shared":
         ort.set_global_thread_pool_sizes(threads, 1)
         backend._own_threads = False
-    opened = open_bundle(bundle)
+    return backend
+
+
+def openvino(threads: int) -> Any:
+    """The backend."""
+    from foresight.engines.backend import create_backend
+
+    return create_backend("openvino", threads=threads)
+
+
+def engine_step(bundle: Path, backend_of: Callable[..., Any], *arguments: Any) -> Step:
+    """One step of the bundle's engines."""
+    from foresight.engines.arrays import numpy_dtype
+    from foresight.engines.bundle import open_bundle
+    from foresight.runtime.caches import Layout, create_cache, find_mode
+
+    backend, opened = backend_of(*arguments), open_bundle(bundle)
     manifest = opened.manifest
-    parts = (manifest.prologue, *manifest.blocks, manifest.epilogue)
+    parts = (manifest.condition, *manifest.transformer)
     engines = {part.name: backend.load(opened, part) for part in parts}
     sizes = manifest.largest(batch=ROWS, text=TEXT_TOKENS)
-    generator = np.random.default_rng(0)
+    given = draw_inputs(int(manifest.condition.input("text_states").shape[-1]))
+    given["text_mask"] = np.ones((ROWS, TEXT_TOKENS), np.int64)
     tensors: dict[str, Any] = {}
     for part in parts:
         for spec in (*part.inputs, *part.outputs):
-            if spec.name not in tensors:
-                tensors[spec.name] = generator.standard_normal(spec.resolve(sizes), dtype=np.float32)
+            dtype = numpy_dtype(spec.dtype)
+            tensors.setdefault(spec.name, given.get(spec.name, np.zeros(spec.resolve(sizes), dtype)).astype(dtype))
+    engines["condition"].run(tensors)
     cache = create_cache(Layout(find_mode("output")), manifest, backend.arrays, ROWS, (True,) * len(manifest.blocks))
 
-    def step() -> None:
+    def step() -> Any:
         engines["prologue"].run({**tensors, **cache.enter(0)})
         for index, block in enumerate(manifest.blocks):
             stream, _ = cache.bind(index)
             engines[block.name].run({**tensors, **stream})
             cache.commit(index)
         engines["epilogue"].run({**tensors, **cache.stream})
+        return tensors["model_output"]
 
     return step
 
@@ -104,11 +135,16 @@ def serve(pipe: Connection, make: Callable[..., Step], arguments: tuple[Any, ...
     """A candidate's process: time one step whenever asked. Where it fails, it sends the reason and ends."""
     try:
         step = make(*arguments)
-        step()
+        output = step()
         pipe.send("ready")
-        while pipe.recv() == "step":
-            started = time.perf_counter()
-            step()
+        spent: list[float] = []
+        while (word := pipe.recv()) != "stop":
+            if word == "result":
+                pipe.send((output, spent))
+                continue
+            started, before = time.perf_counter(), time.process_time()
+            output = step()
+            spent.append(time.process_time() - before)
             pipe.send(time.perf_counter() - started)
     except Exception as error:  # noqa: BLE001 - of any library
         pipe.send(reason_of(error))
@@ -192,58 +228,100 @@ class Runner:
             self.reason = answer
         return None
 
+    def result(self) -> tuple[Any, list[float]]:
+        """The output of the last step, and each step's seconds of the processor. Raises RuntimeError if it failed."""
+        answer: Any = self._answer("result") if self.reason is None else self.reason
+        if answer in (self.reason, CRASHED):
+            raise RuntimeError(answer)
+        output, spent = answer
+        return output, spent
+
     def stop(self) -> None:
         """End the process, and wait until it is gone, and with it what it had of the device's memory."""
         with suppress(OSError):  # it is gone already
             self._pipe.send("stop")
         self._process.join()
 
-    def _answer(self, word: str | None = None) -> float | str:
-        """What the process says: a time, `"ready"`, or the reason why there is neither."""
+    def _answer(self, word: str | None = None) -> Any:
+        """What the process says: a time, a result, `"ready"`, or the reason why there is none."""
         try:
             if word is not None:
                 self._pipe.send(word)
-            answer: float | str = self._pipe.recv()
+            return self._pipe.recv()
         except (EOFError, OSError):
             return CRASHED
-        return answer
 
 
-def measure(candidates: Mapping[str, Function], rounds: int) -> dict[str, list[float]]:
-    """Seconds per step, taken in turns: A, B, C and again A, B, C. Raises RuntimeError where one fails."""
+@dataclass
+class Measured:
+    """One candidate's steps: seconds, seconds of the processor, and what the last one made."""
+
+    seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    output: Any = None
+
+
+def measure(candidates: Mapping[str, Function], rounds: int) -> dict[str, Measured]:
+    """Every candidate's steps, taken in turns: A, B, C and again A, B, C. Raises RuntimeError where one fails."""
     runners = {name: Runner(function) for name, function in candidates.items()}
-    times: dict[str, list[float]] = {name: [] for name in runners}
+    measured = {name: Measured() for name in runners}
     for _ in range(rounds):
         for name, runner in runners.items():
             seconds = runner.step()
             if seconds is None:
                 raise RuntimeError(f"{name}: {runner.reason}")
-            times[name].append(seconds)
-    for runner in runners.values():
+            measured[name].seconds.append(seconds)
+    for name, runner in runners.items():
+        measured[name].output, measured[name].processor = runner.result()
         runner.stop()
-    return times
+    return measured
 
 
 def candidates_of(folder: Path, threads: int) -> Iterator[tuple[str, Function]]:
     """Every way to run the step that is compared, by name."""
     from foresight.exporter.export import Export
+    from foresight.exporter.models.base import ExportRequest
     from zoo import latte
 
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
         latte.write_random(checkpoint, **SIZE)  # type: ignore[arg-type]
-    yield "torch eager", (torch_step, (checkpoint, threads, False))
+    yield EAGER, (torch_step, (checkpoint, threads, False))
+    yield "torch eager, bf16", (torch_step, (checkpoint, threads, False, "bfloat16"))
     yield "torch.compile", (torch_step, (checkpoint, threads, True))
     for opset in (18, 20, 23):
         bundle = folder / f"opset-{opset}"
         Export("latte-demo", checkpoint=str(checkpoint), output=bundle, opset=opset).run()
-        yield f"ONNX Runtime, opset {opset}", (engine_step, (bundle, threads, "own"))
-    fused = folder / "fused"
+        yield f"ONNX Runtime, opset {opset}", (engine_step, (bundle, onnx_runtime, threads, "own"))
+    newest, fused, bf16 = folder / "opset-23", folder / "fused", folder / "bf16"
     if not fused.exists():
-        fuse_attention(folder / "opset-23", fused)
-    yield "opset 23, MultiHeadAttention", (engine_step, (fused, threads, "own"))
-    yield "opset 23, threads that spin", (engine_step, (folder / "opset-23", threads, "spinning"))
-    yield "opset 23, one pool for all", (engine_step, (folder / "opset-23", threads, "shared"))
+        fuse_attention(newest, fused)
+    yield "opset 23, MultiHeadAttention", (engine_step, (fused, onnx_runtime, threads, "own"))
+    yield "opset 23, threads that spin", (engine_step, (newest, onnx_runtime, threads, "spinning"))
+    yield "opset 23, one pool for all", (engine_step, (newest, onnx_runtime, threads, "shared"))
+    yield "OpenVINO", (engine_step, (newest, openvino, threads))
+    Export("latte-demo", ExportRequest(dtype="bf16"), str(checkpoint), bf16).run()
+    yield "OpenVINO, bf16", (engine_step, (bf16, openvino, threads))
+
+
+def psnr(output: Any, expected: Any) -> float | None:
+    """Of one step's output against another's, in dB; None where they are identical."""
+    error = float(np.mean((output.astype(np.float64) - expected) ** 2))
+    return round(float(10 * np.log10(np.ptp(expected) ** 2 / error)), 1) if error else None
+
+
+def row_of(measured: Measured, eager: Measured, work: float) -> dict[str, Any]:
+    """What is recorded of a candidate, beside torch eager in fp32."""
+    ratios = [value / other for value, other in zip(measured.seconds, eager.seconds, strict=True)]
+    return {
+        "step_ms": median(1e3 * value for value in measured.seconds),
+        "fastest_ms": float(f"{1e3 * min(measured.seconds):.4g}"),
+        "processor_ms": median(1e3 * value for value in measured.processor),
+        "ratio_to_eager": median(ratios),
+        "ratio_range": [float(f"{bound:.3g}") for bound in (min(ratios), max(ratios))],
+        "psnr_db": psnr(measured.output, eager.output),
+        "gflops": round(2 * work / median(measured.seconds) / 1e9),
+    }
 
 
 def main() -> None:
@@ -258,19 +336,13 @@ def main() -> None:
     work = multiply_adds(SIZE["pairs"], SIZE["frames"], tokens, dim)
     results: dict[str, Any] = {}
     for threads in options.threads:
-        times = measure(dict(candidates_of(options.work, threads)), options.rounds)
-        eager = times["torch eager"]
-        rows = {
-            name: {
-                "step_ms": median(1e3 * value for value in values),
-                "ratio_to_eager": median(value / other for value, other in zip(values, eager, strict=True)),
-                "gflops": round(2 * work / median(values) / 1e9),
-            }
-            for name, values in times.items()
-        }
+        measured = measure(dict(candidates_of(options.work, threads)), options.rounds)
+        rows = {name: row_of(steps, measured[EAGER], work) for name, steps in measured.items()}
         results[str(threads)] = rows
-        cells = [(name, row["step_ms"], row["ratio_to_eager"], row["gflops"]) for name, row in rows.items()]
-        print(f"\n{threads} thread(s)\n" + table(cells, ("candidate", "ms a step", "of eager", "GFLOP/s")))
+        columns = ("step_ms", "fastest_ms", "processor_ms", "ratio_to_eager", "psnr_db", "gflops")
+        cells = [(name, *(row[column] for column in columns)) for name, row in rows.items()]
+        header = ("candidate", "ms a step", "fastest", "of the processor", "of eager", "PSNR", "GFLOP/s")
+        print(f"\n{threads} thread(s)\n" + table(cells, header))
     finish("step_time", {"size": SIZE | {"rows": ROWS, "text": TEXT_TOKENS}, "by_threads": results}, options.save)
 
 

@@ -27,6 +27,7 @@ FOLLOWED = (
     "docs/export",
     "docs/commands",
     "docs/memory",
+    "docs/openvino",
     "docs/tensorrt",
     "docs/embedding",
     "docs/reuse",

@@ -159,9 +159,9 @@ def test_ratios_are_to_torch_eagers_steps_of_the_same_turns() -> None:
 
 
 def test_on_a_cpu_all_take_turns(tmp_path: Path) -> None:
-    times = measure(logged(tmp_path, "a", "b", "c"), 2)
+    measured = measure(logged(tmp_path, "a", "b", "c"), 2)
     assert steps_in(tmp_path) == ["a of 3", "b of 3", "c of 3"] * 2
-    assert all(len(seconds) == 2 for seconds in times.values())
+    assert all(len(steps.seconds) == len(steps.processor) == 2 for steps in measured.values())
     with pytest.raises(RuntimeError, match="^b: RuntimeError: b fails"):
         measure(logged(tmp_path, "a", "b", b=2), 2)
 
