@@ -84,14 +84,26 @@ def demo_scores(*results: dict[str, Any]) -> str:
 
 
 def step_time(result: dict[str, Any]) -> str:
-    """Every candidate's time per step, by number of threads."""
+    """Every candidate's time per step, by number of threads, and what its output is worth."""
     counts = list(result["by_threads"])
     rows = []
     for name in result["by_threads"][counts[0]]:
         cells = [result["by_threads"][count][name] for count in counts]
-        rows.append((name, *(x for cell in cells for x in (f"{cell['step_ms']:.0f}", f"{cell['ratio_to_eager']:.2f}"))))
-    header = [x for count in counts for x in (f"{count} thread{'s' * (count != '1')}, ms", "of eager")]
-    return _machine(result) + table(rows, ("one step without reuse", *header))
+        times = (
+            text
+            for cell in cells
+            for text in (
+                f"{cell['step_ms']:.0f}",
+                f"{cell['ratio_to_eager']:.2f} ({cell['ratio_range'][0]:.2f} to {cell['ratio_range'][1]:.2f})",
+                f"{cell['processor_ms']:.0f}",
+            )
+        )
+        rows.append((name, *times, _decibels(cells[0]["psnr_db"])))
+    heads = [f"{count} thread{'s' * (count != '1')}" for count in counts]
+    header = [x for head in heads for x in (f"{head}, ms", "of eager", "of the processor, ms")]
+    return _machine(result, "torch", "onnxruntime", "openvino") + table(
+        rows, ("one step without reuse", *header, "PSNR, dB")
+    )
 
 
 def real_size(result: dict[str, Any]) -> str:
