@@ -13,6 +13,7 @@ a step took of it in all threads, those that spin while they wait included; it d
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import tempfile
 import time
@@ -154,10 +155,15 @@ def fuse_attention(bundle: Path, target: Path) -> Path:
     """A copy of a bundle whose self-attention is ONNX Runtime's own MultiHeadAttention operator."""
     import shutil
 
+    import msgspec
     import onnx
     from onnx import helper
 
+    from foresight.engines.bundle import MANIFEST
+    from foresight.engines.files import file_record
+
     shutil.copytree(bundle, target)
+    document = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
     for path in target.glob("block.*.onnx"):
         model = onnx.load(path, load_external_data=False)
         for node in [n for n in model.graph.node if n.op_type == "Attention" and len(n.input) == 3]:
@@ -171,6 +177,8 @@ def fuse_attention(bundle: Path, target: Path) -> Path:
             _replace_attention(model, node, flat)
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
         onnx.save(model, path)
+        document["files"][path.name] = msgspec.to_builtins(file_record(path))
+    (target / MANIFEST).write_text(json.dumps(document), encoding="utf-8")
     return target
 
 
