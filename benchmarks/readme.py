@@ -95,12 +95,13 @@ def step_time(result: dict[str, Any]) -> str:
             for text in (
                 f"{cell['step_ms']:.0f}",
                 f"{cell['ratio_to_eager']:.2f} ({cell['ratio_range'][0]:.2f} to {cell['ratio_range'][1]:.2f})",
+                f"{cell['ratio_to_eager_bf16']:.2f}",
                 f"{cell['processor_ms']:.0f}",
             )
         )
         rows.append((name, *times, _decibels(cells[0]["psnr_db"])))
     heads = [f"{count} thread{'s' * (count != '1')}" for count in counts]
-    header = [x for head in heads for x in (f"{head}, ms", "of eager", "of the processor, ms")]
+    header = [x for head in heads for x in (f"{head}, ms", "of eager", "of eager, bf16", "of the processor, ms")]
     return _machine(result, "torch", "onnxruntime", "openvino") + table(
         rows, ("one step without reuse", *header, "PSNR, dB")
     )

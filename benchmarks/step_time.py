@@ -31,7 +31,7 @@ from benchmarks.common import finish, median, reason_of, table
 SIZE = {"heads": 6, "head_dim": 64, "pairs": 8, "frames": 8, "sample_size": 32}
 ROWS = 2
 TEXT_TOKENS = 16
-EAGER = "torch eager"
+EAGER, EAGER_BF16 = "torch eager", "torch eager, bf16"
 CRASHED = "its process crashed"
 
 Step = Callable[[], Any]  # returns its output, (rows, …) fp32, where that is compared
@@ -268,6 +268,10 @@ class Measured:
     processor: list[float] = field(default_factory=list)
     output: Any = None
 
+    def ratios(self, other: Measured) -> list[float]:
+        """Seconds of every step over those of another's in the same round."""
+        return [own / others for own, others in zip(self.seconds, other.seconds, strict=True)]
+
 
 def measure(candidates: Mapping[str, Function], rounds: int) -> dict[str, Measured]:
     """Every candidate's steps, taken in turns: A, B, C and again A, B, C. Raises RuntimeError where one fails."""
@@ -295,7 +299,7 @@ def candidates_of(folder: Path, threads: int) -> Iterator[tuple[str, Function]]:
     if not checkpoint.exists():
         latte.write_random(checkpoint, **SIZE)  # type: ignore[arg-type]
     yield EAGER, (torch_step, (checkpoint, threads, False))
-    yield "torch eager, bf16", (torch_step, (checkpoint, threads, False, "bfloat16"))
+    yield EAGER_BF16, (torch_step, (checkpoint, threads, False, "bfloat16"))
     yield "torch.compile", (torch_step, (checkpoint, threads, True))
     for opset in (18, 20, 23):
         bundle = folder / f"opset-{opset}"
@@ -318,14 +322,15 @@ def psnr(output: Any, expected: Any) -> float | None:
     return round(float(10 * np.log10(np.ptp(expected) ** 2 / error)), 1) if error else None
 
 
-def row_of(measured: Measured, eager: Measured, work: float) -> dict[str, Any]:
-    """What is recorded of a candidate, beside torch eager in fp32."""
-    ratios = [value / other for value, other in zip(measured.seconds, eager.seconds, strict=True)]
+def row_of(measured: Measured, eager: Measured, eager_bf16: Measured, work: float) -> dict[str, Any]:
+    """What is recorded of a candidate, beside torch eager in fp32 and in bf16."""
+    ratios = measured.ratios(eager)
     return {
         "step_ms": median(1e3 * value for value in measured.seconds),
         "fastest_ms": float(f"{1e3 * min(measured.seconds):.4g}"),
         "processor_ms": median(1e3 * value for value in measured.processor),
         "ratio_to_eager": median(ratios),
+        "ratio_to_eager_bf16": median(measured.ratios(eager_bf16)),
         "ratio_range": [float(f"{bound:.3g}") for bound in (min(ratios), max(ratios))],
         "psnr_db": psnr(measured.output, eager.output),
         "gflops": round(2 * work / median(measured.seconds) / 1e9),
@@ -345,11 +350,28 @@ def main() -> None:
     results: dict[str, Any] = {}
     for threads in options.threads:
         measured = measure(dict(candidates_of(options.work, threads)), options.rounds)
-        rows = {name: row_of(steps, measured[EAGER], work) for name, steps in measured.items()}
+        rows = {name: row_of(steps, measured[EAGER], measured[EAGER_BF16], work) for name, steps in measured.items()}
         results[str(threads)] = rows
-        columns = ("step_ms", "fastest_ms", "processor_ms", "ratio_to_eager", "psnr_db", "gflops")
+        columns = (
+            "step_ms",
+            "fastest_ms",
+            "processor_ms",
+            "ratio_to_eager",
+            "ratio_to_eager_bf16",
+            "psnr_db",
+            "gflops",
+        )
         cells = [(name, *(row[column] for column in columns)) for name, row in rows.items()]
-        header = ("candidate", "ms a step", "fastest", "of the processor", "of eager", "PSNR", "GFLOP/s")
+        header = (
+            "candidate",
+            "ms a step",
+            "fastest",
+            "of the processor",
+            "of eager",
+            "of eager in bf16",
+            "PSNR",
+            "GFLOP/s",
+        )
         print(f"\n{threads} thread(s)\n" + table(cells, header))
     finish("step_time", {"size": SIZE | {"rows": ROWS, "text": TEXT_TOKENS}, "by_threads": results}, options.save)
 
