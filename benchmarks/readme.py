@@ -84,27 +84,20 @@ def demo_scores(*results: dict[str, Any]) -> str:
 
 
 def step_time(result: dict[str, Any]) -> str:
-    """Every candidate's time per step, by number of threads, and what its output is worth."""
-    counts = list(result["by_threads"])
-    rows = []
-    for name in result["by_threads"][counts[0]]:
+    """Every candidate's time per step by number of threads, of the processor on one, and what its output is worth."""
+    counts, rows = list(result["by_threads"]), []
+    alone = result["by_threads"][counts[0]]
+    for name, row in alone.items():
         cells = [result["by_threads"][count][name] for count in counts]
-        times = (
-            text
-            for cell in cells
-            for text in (
-                f"{cell['step_ms']:.0f}",
-                f"{cell['ratio_to_eager']:.2f} ({cell['ratio_range'][0]:.2f} to {cell['ratio_range'][1]:.2f})",
-                f"{cell['ratio_to_eager_bf16']:.2f}",
-                f"{cell['processor_ms']:.0f}",
-            )
-        )
-        rows.append((name, *times, _decibels(cells[0]["psnr_db"])))
-    heads = [f"{count} thread{'s' * (count != '1')}" for count in counts]
-    header = [x for head in heads for x in (f"{head}, ms", "of eager", "of eager, bf16", "of the processor, ms")]
-    return _machine(result, "torch", "onnxruntime", "openvino") + table(
-        rows, ("one step without reuse", *header, "PSNR, dB")
-    )
+        times = (x for cell in cells for x in (f"{cell['step_ms']:.0f}", f"{cell['ratio_to_eager']:.2f}"))
+        taken = row["processor_ms"]
+        shares = (f"{taken / alone[other]['processor_ms']:.2f}" for other in ("torch eager", "torch eager, bf16"))
+        quality = "—" if row["psnr_db"] is None else f"{row['psnr_db']:.0f}"
+        rows.append((name, *times, f"{taken:.0f}", *shares, quality))
+    threads = [f"{count} thread{'s' * (count != '1')}" for count in counts]
+    header = [x for text in threads for x in (f"{text}, ms", "of eager")]
+    header += [f"processor time, {threads[0]}, ms", "of eager's", "of eager's in bf16", "PSNR, dB"]
+    return _machine(result, "torch", "onnxruntime", "openvino") + table(rows, ("one step without reuse", *header))
 
 
 def real_size(result: dict[str, Any]) -> str:
