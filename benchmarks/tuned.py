@@ -1,8 +1,8 @@
 """What `tune` makes of the demo models: profiles for 45, 40 and 35 dB, and what they do on pairs held out.
 
-Captions, some of them of combinations that the model was not trained on, with three seeds each, for the model's own
-number of steps and for half of it. Seeds begin at FIRST_SEED: what other seeds showed was used to choose how tuning
-works. An export of the demo model takes its profiles from what is recorded.
+Captions, some of them of combinations that the model was not trained on, with three seeds each. Seeds begin at
+FIRST_SEED: what other seeds showed was used to choose how tuning works. An export of the demo model takes its profiles
+from what is recorded.
 
     python -m benchmarks.tuned --model latte --save
 """
@@ -33,7 +33,7 @@ from foresight.runtime.policies import FixedSchedule, Forecast
 from foresight.runtime.request import VideoRequest
 
 MODELS = {row.family: model for model, row in REGISTRY.items() if row.comes_with_a_clone}
-PROMPTS, SEEDS, FIRST_SEED = 34, 3, 30_000
+PROMPTS, SEEDS, FIRST_SEED = 34, 3, 60_000
 POLICIES = (Forecast(), FixedSchedule())
 HEADER = ("steps", "goal", "policy", "foreseen", "kept", "pairs", "worst", "mean", "pooled", "share", "x")
 
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="[default: that of the family's demo model]")
     parser.add_argument("--trials", type=int, default=4, help="of each policy for each goal")
     parser.add_argument("--threads", type=int, help="[default: all processors]")
+    parser.add_argument("--steps", type=int, action="append", help="may be given again  [default: the model's own]")
     parser.add_argument("--speedup", type=float, help="a goal more, for the model's own number of steps")
     parser.add_argument("--save", action="store_true", help="write results/tuned_MODEL.json, and the bundle's profiles")
     options = parser.parse_args()
@@ -69,8 +70,8 @@ def main() -> None:
     own, job = pipeline.manifest.defaults.steps, Tunings(pipeline, options.trials)
     extra = [] if options.speedup is None else [Speedup(options.speedup)]
     documents, profiles = [], []
-    for steps, goals in ((own, GOALS | {goal.slug: goal for goal in extra}), (own // 2, GOALS)):
-        document, found = job.run(steps, goals)
+    for steps in options.steps or (own,):
+        document, found = job.run(steps, GOALS | {goal.slug: goal for goal in extra if steps == own})
         documents.append(document)
         profiles += [profile for profile in found if profile.name in GOALS]
         print(table(_rows(document), HEADER), flush=True)

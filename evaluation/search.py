@@ -18,8 +18,8 @@ SEED = 0
 RANDOM = 4  # settings that are tried before the first that is chosen by those before it
 ASKED = 10  # times as many settings are asked for as are to be tried, since some come again
 DIGITS = 3  # of a number that is tried
-WARMUP, LATER = SearchRange(0.1, 0.4, of_steps=True), SearchRange(0.05, 0.4, of_steps=True)
-FIRST_SHARES = ((0.3, 0.15), (0.2, 0.2), (0.2, 0.12), (0.1, 0.2))  # steps that run at first, and later
+WARMUP, LATER = SearchRange(0.2, 0.4, of_steps=True), SearchRange(0.05, 0.4, of_steps=True)
+FIRST_SHARES = ((0.3, 0.15), (0.2, 0.2), (0.3, 0.3), (0.2, 0.12))  # steps that run at first, and later
 
 
 def check_optuna() -> None:

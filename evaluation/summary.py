@@ -13,7 +13,7 @@ from .metrics import PSNR, Metric
 from .quality import PEAK
 
 WORST = 3  # videos that are named
-RESAMPLED = 4  # chosen on other pairs than any that a result is reported of
+RESAMPLED = 8  # chosen on other pairs than any that a result is reported of
 OUTER = 4  # one in so many is left out at either end of what is called the middle
 
 

@@ -78,13 +78,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of one goal: the best of the candidates, one of each policy, and what it did on the pairs held out."""
+    """What came of one goal: the best of the candidates, one of each policy, and what it did on the pairs held out.
+
+    Where that missed the goal, it is `missed`, and `best` is the one of another goal, if one keeps this goal too.
+    """
 
     name: str
     goal: Goal
     best: Candidate
     candidates: tuple[Candidate, ...]
     held_out: Summary | None = None
+    missed: Tuned | None = None
 
     @property
     def policy(self) -> Policy | None:
@@ -100,6 +104,24 @@ class Tuned:
     def written(self) -> bool:
         """Whether the goal was kept, or missed by so little that it is a profile."""
         return self.held_out is not None and self.goal.margin(self.held_out) >= -self.goal.slack
+
+    def or_another(self, others: Sequence[Tuned]) -> Tuned:
+        """Where the goal was missed, with the setting that was chosen for another goal and keeps this one on all parts.
+
+        Of several the best in selection. Videos held out choose nothing here either: they only tell what was missed.
+        """
+        if self.written or self.held_out is None:
+            return self
+        gains = {
+            self.goal.gain(one.best.selection): one
+            for one in others
+            if one.best.selection and one.best.choosing and one.held_out
+            if self.goal.foreseen(one.best.choosing) >= 0 and self.goal.margin(one.held_out) >= 0
+        }
+        if not gains:
+            return self
+        other = gains[max(gains)]
+        return replace(self, best=other.best, held_out=other.held_out, missed=self)
 
 
 @dataclass(frozen=True)
@@ -185,7 +207,8 @@ class Tuning:
         again = self.parts.reports_what_chose
         summaries = self._measure(policies, self.parts.held_out, on_progress, cancel, keeps_references=again)
         of = dict(zip(policies, summaries, strict=True))
-        return [replace(found, held_out=of[found.policy]) if found.policy else found for found in chosen]
+        measured = [replace(found, held_out=of[found.policy]) if found.policy else found for found in chosen]
+        return [one.or_another(measured) for one in measured]
 
     def _measure(
         self,

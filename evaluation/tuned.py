@@ -85,10 +85,17 @@ def notes_on_tuning(job: Tuning, tuned: Sequence[Tuned]) -> list[str]:
 
 
 def _note(one: Tuned) -> str | None:
+    if one.missed is not None:
+        return (
+            f"{one.name}: the setting that was chosen first missed the goal on the pairs held out; that of another "
+            "goal, which keeps this one too, takes its place"
+        )
     if one.kept:
         return None
     if one.written:
-        return f"{one.name}: written, though the goal was missed on the pairs held out, by little; see its PSNR there"
+        return (
+            f"{one.name}: written, though the goal was missed on the pairs held out, by little; see what it did there"
+        )
     if one.held_out is not None:
         return (
             f"{one.name}: not written, as the goal was missed on the pairs held out; give more prompts, or a stricter "
@@ -112,8 +119,15 @@ def _profile(one: Tuned) -> dict[str, Any]:
         "written": one.written,
         "foreseen_worst_psnr_db": _foreseen(one.best),
         **{name: None if part is None else _part(part) for name, part in parts.items()},
+        "missed": None if one.missed is None else _missed(one.missed),
         "candidates": [_candidate(candidate) for candidate in one.candidates],
     }
+
+
+def _missed(one: Tuned) -> dict[str, Any]:
+    """A setting that was chosen first, and missed the goal on the pairs held out."""
+    assert one.policy is not None and one.held_out is not None
+    return {"policy": text_of(one.policy), "held_out": _part(one.held_out)}
 
 
 def _candidate(one: Candidate) -> dict[str, Any]:

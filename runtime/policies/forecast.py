@@ -46,7 +46,7 @@ class Forecast(Policy):
         metadata={
             "help": "Steps before any reuse.",
             "default": f"{100 * WARMUP_SHARE:.0f} % of all",
-            "search": SearchRange(0.1, 0.3, of_steps=True),
+            "search": SearchRange(WARMUP_SHARE, 0.4, of_steps=True),  # a shorter one made videos fall far
         },
     )
 

@@ -16,7 +16,7 @@ from foresight.evaluation.folder import opened
 from foresight.evaluation.goals import Goal, Quality, Speedup
 from foresight.evaluation.parts import Parts, parts_of
 from foresight.evaluation.summary import Summary
-from foresight.evaluation.tune import GOALS, InMemory, Tuned, Tuning, strictening
+from foresight.evaluation.tune import GOALS, Candidate, InMemory, Tuned, Tuning, strictening
 from foresight.evaluation.tuned import profiles_of, tuning_document
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import FixedSchedule, Forecast, Policy, Static
@@ -205,6 +205,28 @@ def test_of_several_policies_the_one_that_is_best_in_selection_is_taken(pipeline
     (profile,) = tuning_document(job, [one], {})["profiles"]
     assert profile["policy"]["gain"] == 3.0
     assert [candidate["policy"].count("gain") for candidate in profile["candidates"]] == [0, 1, 1]
+
+
+def tuned(name: str, goal: float, worst: float, skipped: float) -> Tuned:
+    """A goal whose setting has that worst video everywhere but held out, where it has 10 dB less."""
+    chosen, held_out = summary(worst=worst, skipped=skipped), summary(worst=worst - 10, skipped=skipped)
+    best = Candidate("dial", 0, Dial(dial=skipped), chosen, chosen, chosen)
+    return Tuned(name, Quality(goal), best, (best,), held_out)
+
+
+def test_a_goal_that_was_missed_takes_the_setting_of_another_that_keeps_it() -> None:
+    fast, others = tuned("fast", 35, 36, 0.8), [tuned("quality", 45, 60, 0.3), tuned("balanced", 40, 49, 0.6)]
+    assert not fast.written
+    taken = fast.or_another([*others, fast])
+    assert (taken.policy, taken.held_out, taken.missed) == (others[1].policy, others[1].held_out, fast)
+    assert (taken.name, taken.goal, taken.kept) == ("fast", Quality(35), True)
+    assert [one.or_another([*others, fast]) for one in others] == others
+
+
+def test_no_setting_is_taken_that_was_not_chosen_for_as_strict_a_goal() -> None:
+    quality = tuned("quality", 45, 46, 0.5)
+    lucky = replace(tuned("fast", 35, 36, 0.8), held_out=summary(worst=50, skipped=0.8))
+    assert quality.or_another([quality, lucky]) == quality
 
 
 def test_videos_held_out_choose_nothing(pipeline: VideoPipeline) -> None:
