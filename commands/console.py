@@ -35,6 +35,7 @@ COMMANDS = (
     "parity",
     "run",
     "serve",
+    "sign",
     "tune",
     "verify",
 )  # each a module here, and its function

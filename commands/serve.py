@@ -34,6 +34,7 @@ class Place:
     port: int
     data: Path
     api_keys: Path | None
+    signed_by: tuple[Path, ...]
 
     def keys(self) -> tuple[str, ...]:
         """One a line of the file, or several between commas in the environment. Raises InvalidRequest."""
@@ -71,6 +72,7 @@ class Bounds:
     click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True),
     click.option("--data", type=PATH, default=Path("served"), show_default=True, help="Folder of jobs and videos."),
     click.option("--api-keys", type=PATH, help=f"A file with one a line.  [default: {KEYS}, else none are needed]"),
+    click.option("--signed-by", type=PATH, multiple=True, help="Public key, PEM; loads only what one of these signed."),
 )
 @group(
     "bounds",
@@ -122,6 +124,7 @@ def serve(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: Engin
 
 def _settings(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: Engines) -> ServerSettings:
     """Raises InvalidRequest, BundleError."""
+    from ..engines.signatures import read_public_keys
     from ..runtime.limits import RequestLimits
     from ..serving.settings import ServerSettings, WorkerSettings
 
@@ -139,6 +142,7 @@ def _settings(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: E
         low_memory=engines.low_memory,
         cache_memory=None if engines.cache_memory is None else int(engines.cache_memory * MEBI),
         cuda_graphs=engines.cuda_graphs,
+        signed_by=read_public_keys(place.signed_by or None),
     )
     return ServerSettings(
         worker=worker,

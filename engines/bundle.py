@@ -2,8 +2,8 @@
 
 A bundle is a folder with `manifest.json`, one ONNX graph per part with its weights beside it, `tokenizer.json` and
 `sampler.npz`. The manifest is typed and versioned and holds the SHA-256 of every other file; `open_bundle` reads it,
-and `verify_files` refuses whatever it does not vouch for. Hashes prove that nothing was damaged or swapped; where a
-bundle came from is for the reader to know. Nothing vouches for the manifest's own numbers, profiles among them: they
+and `verify_files` refuses whatever it does not vouch for. Hashes prove that nothing was damaged or swapped; who made a
+bundle, only a signature of its manifest says. Nothing vouches for the manifest's own numbers, profiles among them: they
 are checked when it is read.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from .files import PARTIAL, TEMPORARY, document_of
 from .limits import MANIFEST_BYTES, MOST_NAME, excesses
 from .manifest import PLAIN_NAME, Manifest, part_files
 from .progress import Counter, OnProgress
+from .signatures import SIGNATURE, SIGNATURES, PublicKey, check_signature
 from .verify import Stamp, changed, read_small, read_unchanged, unreadable, verify_file
 from .wording import command
 
@@ -39,13 +41,15 @@ FROM_HUBS = (".cache", ".git", ".gitattributes", ".gitignore", "README.md", "LIC
 class Bundle:
     """An opened bundle. `id` is the SHA-256 of its manifest less the profiles, and so of its whole content.
 
-    `stamps` are those of its files when `verify_files`, which fills them in, had hashed them.
+    `stamps` are those of its files when `verify_files`, which fills them in, had hashed them. `keys` are those one of
+    which signed the manifest and must have signed compiled engines; where there are none, nobody need have.
     """
 
     path: Path
     manifest: Manifest
     id: str
     stamps: dict[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
+    keys: tuple[PublicKey, ...] = field(default=(), compare=False, repr=False)
 
     def file(self, name: str) -> Path:
         """The path of one of the bundle's files."""
@@ -56,11 +60,12 @@ class Bundle:
         return read_unchanged(self.path, name, self.stamps.get(name), self.manifest.files[name])
 
 
-def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+def open_bundle(path: str | os.PathLike[str], keys: Sequence[PublicKey] = ()) -> Bundle:
     """Read a bundle's manifest; the files themselves are checked by `verify_files`.
 
+    With `keys`, one of them must have signed it; nothing of it is read before that is known.
     Raises BundleError where there is no bundle, it cannot be read or it needs a newer version, IntegrityError where
-    the manifest is not a valid one, InvalidRequest for what is no path.
+    the manifest is not a valid one or not signed as it should be, InvalidRequest for what is no path.
     """
     try:
         folder = Path(path)
@@ -76,6 +81,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     except OSError as error:
         raise unreadable(folder, MANIFEST, error) from error
     raw = read_small(folder, MANIFEST, MANIFEST_BYTES)
+    check_signature(folder, MANIFEST, SIGNATURE, raw, keys)
     try:
         schema = msgspec.json.decode(raw, type=_SchemaOnly).schema
         if schema < 1:
@@ -95,7 +101,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         raise IntegrityError(f"bundle {folder}: manifest.json is not one of a bundle: {excess}; export again")
     for contradiction in contradictions(manifest):
         raise IntegrityError(f"bundle {folder}: manifest.json contradicts itself: {contradiction}; export again")
-    return Bundle(path=folder, manifest=manifest, id=id_of_manifest(raw))
+    return Bundle(path=folder, manifest=manifest, id=id_of_manifest(raw), keys=tuple(keys))
 
 
 def id_of_manifest(raw: bytes) -> str:
@@ -153,7 +159,7 @@ def verify_files(bundle: Bundle, on_progress: OnProgress | None = None) -> None:
     except OSError as error:
         raise unreadable(bundle.path, "it", error) from error
     for entry in entries:
-        if entry.name not in {*expected, *FROM_HUBS, MANIFEST, UNFINISHED, COMPILED}:
+        if entry.name not in {*expected, *FROM_HUBS, *SIGNATURES, MANIFEST, UNFINISHED, COMPILED}:
             raise IntegrityError(f"bundle {bundle.path}: {entry.name[:200]!r} is not in its manifest; remove it")
     check_compiled_folder(bundle.path)
     weights = {}
@@ -227,7 +233,11 @@ class _SchemaOnly(msgspec.Struct):
 def _check_names(folder: Path, manifest: Manifest) -> None:
     named = {part.graph for part in manifest.parts} | {manifest.text.tokenizer, manifest.sampler.table}
     for name in sorted(named | set(manifest.files)):
-        if not PLAIN_NAME.fullmatch(name) or len(name) > MOST_NAME or name in (MANIFEST, UNFINISHED, COMPILED):
+        if (
+            not PLAIN_NAME.fullmatch(name)
+            or len(name) > MOST_NAME
+            or name in {MANIFEST, UNFINISHED, COMPILED, *SIGNATURES}
+        ):
             raise IntegrityError(
                 f"bundle {folder}: file name {name[:MOST_NAME]!r} leaves the bundle or is not plain; export again"
             )

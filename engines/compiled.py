@@ -2,14 +2,15 @@
 
 They lie in `<bundle>/engines/<backend>-<fingerprint>/`: one file per part, and `engines.json` with the hash of each.
 A plan is code, run as it is. So it is handed to a library only where the index belongs to this very bundle and to
-this target, and vouches for every byte of it.
+this target, and vouches for every byte of it; of a bundle that was opened with keys, only where one of them has
+signed the index.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .errors import BundleError, IntegrityError
 from .files import PARTIAL
 from .limits import INDEX_BYTES, MOST_NUMBER
 from .manifest import PLAIN_NAME, FileRecord
+from .signatures import INDEX_SIGNATURE, SIGNATURES, PublicKey, check_signature
 from .verify import Stamp, open_plain, read_small
 from .wording import command
 
@@ -113,7 +115,7 @@ def find_compiled(bundle: Bundle, backend: str, target: Mapping[str, str]) -> Co
     check_compiled_folder(bundle.path)
     folder = compiled_folder(bundle, backend, target)
     if folder.is_dir():
-        compiled = open_compiled(folder)
+        compiled = open_compiled(folder, bundle.keys)
         if compiled.index.bundle == bundle.id and compiled.index.target == dict(target):
             return compiled
         raise BundleError(
@@ -131,13 +133,17 @@ def list_compiled(bundle: Bundle) -> list[Compiled]:
     """All finished plans of a bundle, for whatever machine. Raises IntegrityError."""
     check_compiled_folder(bundle.path)
     folders = sorted((bundle.path / COMPILED).glob("*"))
-    return [open_compiled(folder) for folder in folders if folder.is_dir() and folder.suffix != PARTIAL]
+    return [open_compiled(folder, bundle.keys) for folder in folders if folder.is_dir() and folder.suffix != PARTIAL]
 
 
-def open_compiled(folder: Path) -> Compiled:
-    """Read the index of a folder of plans; the plans are checked as they are read. Raises IntegrityError."""
+def open_compiled(folder: Path, keys: Sequence[PublicKey] = ()) -> Compiled:
+    """Read the index of a folder of plans, signed with one of these keys; the plans are checked as they are read.
+
+    Raises IntegrityError.
+    """
     try:
         raw = read_small(folder, INDEX, INDEX_BYTES, "engines", "remove the folder")
+        check_signature(folder, INDEX, INDEX_SIGNATURE, raw, keys, "engines")
         index = msgspec.json.decode(raw, type=Index)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"engines {folder}: {INDEX} cannot be read ({error}); remove the folder") from error
@@ -162,7 +168,7 @@ def verify_compiled(compiled: Compiled) -> None:
             f"engines {compiled.folder}: are for {', '.join(compiled.index.target.values())}, expected in a folder "
             f"{expected}; {compiled._remedy}"
         )
-    known = {part.file for part in compiled.index.parts.values()} | {INDEX, TIMING_CACHE}
+    known = {part.file for part in compiled.index.parts.values()} | {INDEX, TIMING_CACHE, *SIGNATURES}
     for entry in sorted(compiled.folder.iterdir()):
         if entry.name not in known or entry.is_symlink():
             raise IntegrityError(f"engines {compiled.folder}: {entry.name} is not in {INDEX}; remove it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from ..engines.backend import Backend, choose_backend, create_backend
 from ..engines.bundle import Bundle, open_bundle, verify_files
 from ..engines.errors import Cancelled, InvalidRequest
 from ..engines.progress import OnProgress
+from ..engines.signatures import KeyFile, read_public_keys
 from .callbacks import check_callbacks
 from .jobs import Job, JobQueue, Observer, OnEvent
 from .limits import RequestLimits
@@ -62,6 +63,7 @@ class Runtime:
         threads: int | None = None,
         cuda_graphs: bool = False,
         shared_weights: bool = False,
+        keys: Iterable[KeyFile] | None = None,
         running: int = 1,
         waiting: int = 16,
         limits: RequestLimits | None = None,
@@ -69,6 +71,7 @@ class Runtime:
         for name, value in (("threads", threads), ("running", running), ("waiting", waiting)):
             check_count(name, value)
         self.models = Models()
+        self._keys = read_public_keys(keys)
         self.limits = limits or RequestLimits()
         self._backends = _Backends(backend, device, threads, cuda_graphs, shared_weights)
         self._loading = threading.Lock()
@@ -96,7 +99,7 @@ class Runtime:
         """
         check_callbacks(None, None, on_progress)
         check_count("cache_memory", cache_memory)
-        opened = open_bundle(bundle)
+        opened = open_bundle(bundle, self._keys)
         served_as = Path(bundle).resolve().name if name is None else name
         with self._loading:
             self._check_open()

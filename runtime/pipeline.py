@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, overload
 
 from ..engines.arrays import Array
@@ -12,6 +12,7 @@ from ..engines.backend import Backend, choose_backend, create_backend
 from ..engines.bundle import Bundle, open_bundle, verify_files
 from ..engines.errors import InvalidRequest
 from ..engines.progress import OnProgress
+from ..engines.signatures import KeyFile, read_public_keys
 from .admission import CancelToken, MemoryReservations
 from .budget import Profile
 from .callbacks import OnFrames, check_callbacks
@@ -241,6 +242,7 @@ def load(
     cache_profile: Mapping[str, Any] | None = None,
     cuda_graphs: bool = False,
     shared_weights: bool = False,
+    keys: Iterable[KeyFile] | None = None,
     on_progress: OnProgress | None = None,
 ) -> VideoPipeline:
     """Open a bundle, verify all its files, and load its engines.
@@ -253,15 +255,16 @@ def load(
     `cuda_graphs`, with TensorRT, records every block's kernels and replays them; the cache then takes twice the memory.
     `shared_weights`, on CPUs, leaves weights mapped from the bundle instead of copying and repacking them: processes
     that serve the same bundle share them, each request takes some per cent longer, and to truncate a file of the
-    bundle while a request runs ends the process. `on_progress` is called with a Progress as bytes are verified,
-    then loaded.
+    bundle while a request runs ends the process. `keys` are PEM files of public Ed25519 keys, one of which must have
+    signed the bundle, and its compiled engines where they are used; None takes any bundle. `on_progress` is called with
+    a Progress as bytes are verified, then loaded.
     Raises BundleError, IntegrityError, EngineError, InvalidRequest.
     """
     check_callbacks(None, None, on_progress)
     check_count("threads", threads)
     check_count("cache_memory", cache_memory)
     profile = None if cache_profile is None else Profile.from_trace(cache_profile)
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, read_public_keys(keys))
     check_profiles(opened)
     verify_files(opened, *(() if on_progress is None else (on_progress,)))
     return VideoPipeline(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..engines.signatures import PublicKey
 from ..runtime.limits import RequestLimits
 
 DAY_SECONDS = 86400.0
@@ -13,7 +14,10 @@ DAY_SECONDS = 86400.0
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """Of every process that makes videos. `bundles` are those it loads, by the names they are served under."""
+    """Of every process that makes videos. `bundles` are those it loads, by the names they are served under.
+
+    With `signed_by`, one of these keys must have signed each of them.
+    """
 
     bundles: Mapping[str, Path]
     backend: str | None = None
@@ -23,6 +27,7 @@ class WorkerSettings:
     cache_memory: int | None = None
     cuda_graphs: bool = False
     shared_weights: bool = False
+    signed_by: tuple[PublicKey, ...] = ()
 
 
 @dataclass(frozen=True)

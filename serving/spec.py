@@ -11,6 +11,7 @@ from ..engines.arrays import Arrays
 from ..engines.bundle import Bundle, open_bundle
 from ..engines.errors import InvalidRequest
 from ..engines.manifest import Manifest
+from ..engines.verify import verify_file
 from ..runtime.limits import RequestLimits
 from ..runtime.policies import Policy
 from ..runtime.policies.notation import policy_from_text
@@ -88,8 +89,9 @@ def open_models(settings: WorkerSettings) -> dict[str, Model]:
         raise InvalidRequest("bundles: got none, expected at least one to serve")
     models = {}
     for name, path in settings.bundles.items():
-        bundle = open_bundle(path)
+        bundle = open_bundle(path, settings.signed_by)
         check_profiles(bundle)
         sampler = bundle.manifest.sampler
+        verify_file(bundle.path, sampler.table, bundle.manifest.files[sampler.table], lambda count: None)
         models[name] = Model(name, bundle, load_table(bundle.file(sampler.table), sampler.max_steps))
     return models

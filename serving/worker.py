@@ -122,7 +122,7 @@ def _load(settings: WorkerSettings, create: CreateBackend) -> Iterator[tuple[str
     """All pipelines, verified and warmed up, on one backend where they can share it. Raises ForesightError."""
     backends: dict[str, Backend] = {}
     for name, path in settings.bundles.items():
-        bundle = open_bundle(path)
+        bundle = open_bundle(path, settings.signed_by)
         verify_files(bundle)
         chosen = settings.backend or choose_backend(bundle, settings.device)
         if chosen not in backends:

@@ -101,7 +101,7 @@ WITH_TORCH = {f"{PEERS}.blocks"}
 WITH_HTTP = {f"foresight.serving.{name}" for name in ("api", "metrics", "middleware", "schemas")}
 # Modules of the extras, by the names they are imported by.
 EXTRAS = {*TORCH, "PIL", "av", "cupy", "jinja2", "polygraphy", "psutil", "sentencepiece", "skimage", "tensorrt"}
-EXTRAS |= {"cache_dit", "cdfvd", "lpips", "openvino", "optuna", "torchmetrics"}
+EXTRAS |= {"cache_dit", "cdfvd", "cryptography", "lpips", "openvino", "optuna", "torchmetrics"}
 EXTRAS |= {"fastapi", "multipart", "prometheus_client", "pydantic", "python_multipart", "starlette", "uvicorn"}
 
 

@@ -18,6 +18,7 @@ def test_verify_vouches_for_a_whole_bundle(foresight_cli: Cli, bundle: Path) -> 
         "files": len(opened.manifest.files),
         "engines": [],
         "intact": True,
+        "signed": False,
     }
 
 
