@@ -9,6 +9,8 @@
 #   ARGS        more arguments for pytest: make test ARGS="-k sampler"
 #   WORKERS     processes that share the tests: make test WORKERS=0 runs them in pytest's own
 #   MODELS      what to measure: make bench-gpu MODELS=cogvideox-5b
+#   MINUTES     how long a soak takes: make soak MINUTES=60
+#   ADDRESS     which server to send cases to: make fuzz ADDRESS=http://127.0.0.1:8000
 #   GPU_EXTRAS  what test-gpu and bench-gpu need besides; without TensorRT: make test-gpu GPU_EXTRAS=cuda
 
 PYTHONS := python3.11 python3.12 python3.10 python3
@@ -23,10 +25,12 @@ GPU_READY := $(VENV)/ready-$(GPU_EXTRAS)
 GPU_INDEX := https://pypi.nvidia.com
 DEMO := out/demo
 MODELS := latte cogvideox-2b open-sora
+MINUTES := 10
+ADDRESS := http://127.0.0.1:8000
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-page test-rtx test-gpu test-simulated-gpu bench-gpu lint format demo-train clean
+.PHONY: help demo test test-all test-page test-rtx test-gpu test-simulated-gpu bench-gpu soak fuzz lint format demo-train clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 27
@@ -64,6 +68,13 @@ test-simulated-gpu: $(READY) ## what test-gpu runs, on a simulated GPU: everythi
 
 bench-gpu: $(GPU_READY) ## on a machine with an NVIDIA GPU: measure models of real size, those in MODELS
 	for model in $(MODELS); do $(BIN)/python -m benchmarks.gpu --model $$model --save $(ARGS) || exit 1; done
+
+soak: $(READY) ## a server under mixed, cancelled and failing requests for MINUTES, 10 unless told; needs the bundle of make demo
+	$(BIN)/python -m tests.serving.soak --minutes $(MINUTES) $(ARGS)
+
+fuzz: $(READY) ## 2,000 cases of the OpenAPI document, sent to the server at ADDRESS; installs schemathesis
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "schemathesis>=4.32" $(PIP_ARGS)
+	$(BIN)/python -m tests.serving.fuzz --address $(ADDRESS) $(ARGS)
 
 lint: $(READY) $(VENV)/stubs ## check style and types
 	$(BIN)/ruff check

@@ -88,7 +88,8 @@ def _write_mp4(frames: HostArray, fps: int, path: Path, metadata: Metadata, coun
         if metadata:
             container.metadata["title"] = metadata.get("prompt", "").replace("\0", "\N{REPLACEMENT CHARACTER}")
             container.metadata["comment"] = _comment(metadata)
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
+        # mbtree reads memory that nobody has written where frames are small: the same frames gave other files
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "12", "mbtree": "0"})
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context

@@ -35,7 +35,6 @@ from foresight.runtime.memory import MemoryLimits
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import Context
 from foresight.runtime.sampler import Schedule
-from zoo import latte
 
 Floats = npt.NDArray[np.float32]
 Json = dict[str, Any]
@@ -46,6 +45,8 @@ DEVICE = os.environ.get("FORESIGHT_TEST_DEVICE")
 
 def tiny_latte(folder: Path, **sizes: Any) -> Path:
     """A random checkpoint whose blocks change the stream enough for a mistake in one of them to show."""
+    from zoo import latte  # which needs torch, and workers of a server import this file
+
     return latte.write_random(folder, gates=8, **sizes)
 
 

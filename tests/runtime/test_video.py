@@ -41,6 +41,20 @@ def test_an_mp4_has_the_frames_and_the_rate(tmp_path: Path) -> None:
     assert np.abs(read.astype(int) - frames).mean() < 6
 
 
+def test_the_same_frames_are_the_same_mp4_whatever_memory_held_before(tmp_path: Path) -> None:
+    """Small frames: of those, encoders read further than they have written."""
+    chance = np.random.default_rng(0)
+    frames = moving_square(8, 32, 32)
+    made = set()
+    for number in range(60):
+        junk = [np.full(chance.integers(100, 60_000), chance.integers(256), np.uint8) for _ in range(60)]
+        del junk
+        path = tmp_path / f"{number}.mp4"
+        save_frames(frames, 8, path)
+        made.add(path.read_bytes())
+    assert len(made) == 1
+
+
 def test_an_mp4_of_odd_sides_is_made_even(tmp_path: Path) -> None:
     read, _ = read_mp4(save_frames(moving_square(height=31, width=47), 8, tmp_path / "video.mp4"))
     assert read.shape[1:] == (32, 48, 3)
