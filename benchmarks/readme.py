@@ -294,6 +294,18 @@ def startup(result: dict[str, Any]) -> str:
     return table([row], ("`import foresight`", "process start to ready for the first step", "peak memory of a run"))
 
 
+def serving_load(result: dict[str, Any]) -> str:
+    """What a server adds."""
+    row = (
+        f"{result['completed']} of {result['requests']}",
+        f"{100 * result['overhead']:.1f} %",
+        f"{100 * result['server_cpu_share']:.1f} %",
+        *(f"{result[name]:.0f} ms" for name in ("p50_ms", "p95_ms", "p99_ms")),
+    )
+    header = ("videos", "HTTP and queue", "processor time of the server", "GET, median", "95 %", "99 %")
+    return _machine(result, "onnxruntime") + table([row], header)
+
+
 def shared_weights(result: dict[str, Any]) -> str:
     """What two processes take, with weights of their own and with the same."""
     titles = {"own": "of its own", "shared": "shared"}
@@ -377,6 +389,7 @@ PAGES: dict[str, dict[str, tuple[Draw, tuple[str, ...]]]] = {
         "tuned": (tuned, tuple(f"{RESULTS}/tuned_{model}.json" for model in TITLES)),
         "cache budget": (cache_budget, (f"{RESULTS}/cache_budget.json",)),
         "startup": (startup, (f"{RESULTS}/startup.json",)),
+        "serving load": (serving_load, (f"{RESULTS}/serving_load.json",)),
         "shared weights": (shared_weights, (f"{RESULTS}/shared_weights.json",)),
         "real size": (real_size, (f"{RESULTS}/real_size.json",)),
         "engine build": (engine_build, (f"{RESULTS}/engine_build.json",)),
