@@ -26,7 +26,7 @@ from foresight.runtime.request import VideoRequest
 
 PAIRS = 50  # held out
 GUIDANCE = 5.0
-TOLERANCES = (0.0007, 0.0015, 0.003, 0.005, 0.008, 0.012, 0.018, 0.03)
+TOLERANCES = (0.0007, 0.0015, 0.003, 0.005, 0.008, 0.01, 0.012, 0.018, 0.03, 0.05, 0.08)
 SHARES = (0.38, 0.48, 0.52, 0.56, 0.6, 0.64)  # of the steps, that schedules skip
 LEAST_PERCENT, LEAST_DB = 10.0, 35.0  # skipped, and mean PSNR, of a setting that is of use
 

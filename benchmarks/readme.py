@@ -13,8 +13,16 @@ from typing import Any
 
 from benchmarks.bench_verdict import bench_verdict
 from benchmarks.common import table
-from foresight.runtime.policies import Forecast
-from zoo import FAMILIES
+from benchmarks.quality_tables import (
+    TITLES,
+    forecast_headline,
+    gains_at_quality,
+    gains_at_share,
+    gains_verdict,
+    rules,
+    rules_verdict,
+    steadiness,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 MIB, GIB = 2**20, 2**30
@@ -153,39 +161,6 @@ def reuse_summary(*results: dict[str, Any]) -> str:
         if row["gamma"] == SUMMARY_GAMMA and row["cycle"] in SUMMARY_CYCLES
     ]
     return table(rows, ("demo model", "cache", "cycle", "calls skipped", "PSNR, dB", "SSIM", "speed-up"))
-
-
-def forecast_quality(*results: dict[str, Any]) -> str:
-    """Every setting on the held-out half of each demo model's pairs; and its share and worst video on the other."""
-    rows = [
-        (
-            title,
-            row["setting"],
-            f"{row['skipped_percent']:.1f} %",
-            row["pooled_psnr_db"],
-            row["mean_psnr_db"],
-            row["worst_psnr_db"],
-            f"{tuned['skipped_percent']:.1f} %",
-            tuned["worst_psnr_db"],
-        )
-        for title, result in zip(TITLES.values(), results, strict=True)
-        for row, tuned in zip(result["held-out"], result["tuning"], strict=True)
-    ]
-    header = ("demo model", "policy", "skipped", "pooled, dB", "mean, dB", "worst, dB", "tuning: skipped", "worst, dB")
-    return f"{results[0]['pairs']} pairs in each half; {_machine(results[0])}{table(rows, header)}"
-
-
-def forecast_headline(*results: dict[str, Any]) -> str:
-    """What the default settings do on the demo models, in a sentence."""
-    rows = [row for result in results for row in result["held-out"] if row["setting"] == DEFAULT]
-    skipped, decibels, worst = (
-        [row[name] for row in rows] for name in ("skipped_percent", "pooled_psnr_db", "worst_psnr_db")
-    )
-    return (
-        f"On the three demo models the default settings skip {min(skipped):.1f} to {max(skipped):.1f} % of the block "
-        f"calls, and the frames have a PSNR\nof {min(decibels):.1f} to {max(decibels):.1f} dB against those of the "
-        f"same seed without reuse ({min(worst):.1f} dB in the worst video)."
-    )
 
 
 def tuned(*results: dict[str, Any]) -> str:
@@ -358,16 +333,14 @@ def _machine(result: dict[str, Any], *libraries: str) -> str:
     return f"{machine['processor']}, {machine['cores']} cores; {versions}.\n\n"
 
 
-# The demo models, by the names of their records.
-TITLES = {name: family.title for name, family in FAMILIES.items()}
 # Libraries whose distributions have other names.
 LIBRARIES = {"tensorrt-rtx-cu13-bindings": "TensorRT-RTX"}
-DEFAULT = f"forecast {Forecast().tolerance}"
 HELD_OUT = ("worst_psnr_db", "mean_psnr_db", "psnr_db", "share_skipped", "speedup")
 SUMMARY_GAMMA = 0.5
 SUMMARY_CYCLES = ("N1R2", "N2R3")
 RESULTS = "benchmarks/results"
 _FORECAST = tuple(f"{RESULTS}/forecast_quality_{model}.json" for model in TITLES)
+_RULES = tuple(f"{RESULTS}/rules_{model}.json" for model in TITLES)
 BENCHED = ("cogvideox", "latte")
 _BENCH = {model: f"{RESULTS}/bench_{model}.json" for model in BENCHED}
 _REUSE = {model: f"{RESULTS}/reuse_quality_{model}.json" for model in TITLES}
@@ -380,7 +353,12 @@ PAGES: dict[str, dict[str, tuple[Draw, tuple[str, ...]]]] = {
     "benchmarks/README.md": {
         "step time": (step_time, (f"{RESULTS}/step_time.json",)),
         "skipping": (skipping, (f"{RESULTS}/skipping.json",)),
-        "forecast quality": (forecast_quality, _FORECAST),
+        "gains verdict": (gains_verdict, _FORECAST),
+        "gains at quality": (gains_at_quality, _FORECAST),
+        "gains at share": (gains_at_share, _FORECAST),
+        "steadiness": (steadiness, (f"{RESULTS}/steadiness.json",)),
+        "rules verdict": (rules_verdict, _RULES),
+        "rules": (rules, _RULES),
         "reuse summary": (reuse_summary, tuple(_REUSE.values())),
         **{f"reuse quality {model}": (reuse_quality, (file,)) for model, file in _REUSE.items()},
         "bench agreement": (bench_agreement, tuple(_BENCH.values())),
