@@ -84,6 +84,7 @@ def measure(case: Case, work: Path, requests: int) -> dict[str, Any]:
 def facts(export: Export, case: Case, manifest: Manifest) -> dict[str, Any]:
     """A row of the result; sizes in bytes, memory as it is planned for one guided prompt."""
     memory, low_memory = (plan_memory(manifest, low_memory=low) for low in (False, True))
+    forecast = plan_memory(manifest, slots=0, outputs=foresight.Forecast.outputs)
     return {
         "model": case.model,
         "checkpoint": f"demo/{export.row.family}" if case.is_demo else _first(export.row.checkpoint),
@@ -97,6 +98,7 @@ def facts(export: Export, case: Case, manifest: Manifest) -> dict[str, Any]:
         "cache_bytes": memory.cache,
         "memory_bytes": memory.total,
         "low_memory_bytes": low_memory.total,
+        "forecast_bytes": forecast.total,
     }
 
 
@@ -136,7 +138,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
             rows.append(measure(case, work, options.requests) if case.is_demo else count(case, work))
-    names = ("model", "dtype", "parameters", "bundle_bytes", "memory_bytes", "low_memory_bytes", "step_ms")
+    names = (
+        "model",
+        "dtype",
+        "parameters",
+        "bundle_bytes",
+        "memory_bytes",
+        "low_memory_bytes",
+        "forecast_bytes",
+        "step_ms",
+    )
     print(table([[row.get(name, "") for name in names] for row in rows], names))
     finish("models", {"rows": rows}, options.save)
 

@@ -15,12 +15,12 @@ from benchmarks.bench_verdict import bench_verdict
 from benchmarks.common import table
 from benchmarks.quality_tables import (
     TITLES,
-    forecast_headline,
     gains_at_quality,
     gains_at_share,
     gains_verdict,
     rules,
     rules_verdict,
+    side_by_side,
     steadiness,
 )
 
@@ -51,12 +51,13 @@ def models(result: dict[str, Any], real_size: dict[str, Any]) -> str:
             f"`{row['checkpoint']}`",
             _video(row),
             _count(row["parameters"]),
-            *(_size(row[name]) for name in ("bundle_bytes", "memory_bytes", "low_memory_bytes")),
+            *(_size(row[name]) for name in ("bundle_bytes", "memory_bytes", "forecast_bytes", "low_memory_bytes")),
             _time(seconds.get(row["model"])),
         )
         for row in result["rows"]
     ]
-    header = ("`--model`", "checkpoint", "video", "parameters", "bundle", "memory", "with `--low-memory`", "step")
+    memory = ("memory", "with `forecast`", "with `--low-memory`")
+    header = ("`--model`", "checkpoint", "video", "parameters", "bundle", *memory, "step")
     return table(rows, header)
 
 
@@ -340,6 +341,7 @@ SUMMARY_GAMMA = 0.5
 SUMMARY_CYCLES = ("N1R2", "N2R3")
 RESULTS = "benchmarks/results"
 _FORECAST = tuple(f"{RESULTS}/forecast_quality_{model}.json" for model in TITLES)
+_TUNED = tuple(f"{RESULTS}/tuned_{model}.json" for model in TITLES)
 _RULES = tuple(f"{RESULTS}/rules_{model}.json" for model in TITLES)
 BENCHED = ("cogvideox", "latte")
 _BENCH = {model: f"{RESULTS}/bench_{model}.json" for model in BENCHED}
@@ -347,7 +349,7 @@ _REUSE = {model: f"{RESULTS}/reuse_quality_{model}.json" for model in TITLES}
 # page -> section -> how to draw it, and from what
 PAGES: dict[str, dict[str, tuple[Draw, tuple[str, ...]]]] = {
     "README.md": {
-        "forecast headline": (forecast_headline, _FORECAST),
+        "side by side": (side_by_side, (*_FORECAST, *_TUNED)),
         "models": (models, (f"{RESULTS}/models.json", f"{RESULTS}/real_size.json")),
     },
     "benchmarks/README.md": {
@@ -364,7 +366,7 @@ PAGES: dict[str, dict[str, tuple[Draw, tuple[str, ...]]]] = {
         "bench agreement": (bench_agreement, tuple(_BENCH.values())),
         **{f"bench {model}": (bench, (file,)) for model, file in _BENCH.items()},
         "bench verdict": (bench_verdict, tuple(_BENCH.values())),
-        "tuned": (tuned, tuple(f"{RESULTS}/tuned_{model}.json" for model in TITLES)),
+        "tuned": (tuned, _TUNED),
         "cache budget": (cache_budget, (f"{RESULTS}/cache_budget.json",)),
         "startup": (startup, (f"{RESULTS}/startup.json",)),
         "serving load": (serving_load, (f"{RESULTS}/serving_load.json",)),
