@@ -213,7 +213,8 @@ def test_what_a_bundle_cannot_do_is_left_out_of_the_ladder(
     monkeypatch.setattr(pipeline, "check", check)
     policies, notes = ladder(pipeline, VideoRequest("a dog"))
     assert {policy.name for policy in policies} == {"foresight", "static"}
-    assert len(notes) == 3 and notes[0] == "left out forecast: policy: got forecast for a sampler, expected others"
+    rungs = (text_of(Forecast(**settings)) for settings in Forecast.ladder)
+    assert notes == [f"left out {rung}: policy: got forecast for a sampler, expected others" for rung in rungs]
 
 
 def test_what_is_wrong_with_the_request_is_no_matter_of_the_ladder(pipeline: VideoPipeline) -> None:
