@@ -121,7 +121,7 @@ def test_a_command_that_is_ended_leaves_no_process(
     command += ["--jobs", "2", "--level", "5"]  # which takes long enough to be seen at work
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as build:
         workers: list[psutil.Process] = []
-        while not any(seconds_of(worker) > 0.5 for worker in workers):  # one is at work
+        while not any(seconds_of(worker) > 0.1 for worker in workers):  # one is at work
             assert build.poll() is None
             workers = psutil.Process(build.pid).children(recursive=True)
         build.send_signal(number)

@@ -20,6 +20,7 @@ CODES = {
     "EngineError": 1,
     "OutOfMemory": 1,
     "OutputError": 1,
+    "QueueFull": 1,
     "Cancelled": 1,
 }
 

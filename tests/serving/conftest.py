@@ -16,6 +16,7 @@ from foresight.serving.pool import Main
 from foresight.serving.service import VideoService
 from foresight.serving.settings import ServerSettings, WorkerSettings
 from foresight.serving.worker import main as usual
+from tests.serving import slow
 
 READY_S, ENDED_S = 60, 60
 Serve: TypeAlias = Callable[..., Any]
@@ -50,7 +51,7 @@ def served(
 @pytest.fixture(scope="session")
 def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, VideoService]]:
     """A server that needs no key."""
-    with served(settings_of(bundle, tmp_path_factory.mktemp("served"))) as both:
+    with served(settings_of(bundle, tmp_path_factory.mktemp("served")), main=slow.main) as both:
         yield both
 
 

@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.serving.service import VideoService
+from tests.serving import slow
 from tests.serving.conftest import create, ended, served, settings_of, wait_for
 
 LONG: dict[str, Any] = {"num_inference_steps": 100, "policy": "none"}
@@ -184,7 +185,7 @@ def test_the_same_idempotency_key_is_the_same_job(client: TestClient) -> None:
 
 
 def test_a_full_queue_says_when_to_try_again(bundle: Path, tmp_path: Path) -> None:
-    with served(settings_of(bundle, tmp_path, waiting=2)) as (client, service):
+    with served(settings_of(bundle, tmp_path, waiting=2), main=slow.main) as (client, service):
         running = create(client, **LONG)
         wait_for(lambda: service.counts == (1, 0))
         waiting = [create(client) for _ in range(2)]

@@ -18,6 +18,7 @@ from foresight.serving.service import VideoService
 from foresight.serving.settings import WorkerSettings
 from foresight.serving.spec import Spec
 from foresight.serving.store import Record, Store, new_id
+from tests.serving import slow
 from tests.serving.conftest import settings_of, wait_for
 
 ME = "me"
@@ -40,7 +41,7 @@ def done(service: VideoService, record: Record) -> Record:
 def test_a_job_is_there_after_a_restart_one_that_waited_goes_on_and_one_that_ran_has_failed(
     bundle: Path, tmp_path: Path, pipeline: VideoPipeline
 ) -> None:
-    service = VideoService(settings_of(bundle, tmp_path))
+    service = VideoService(settings_of(bundle, tmp_path), slow.main)
     finished = done(service, service.create(ME, spec(seed=3)))
     running = service.create(ME, spec(steps=100, policy="none"))
     wait_for(lambda: (service.get(ME, running.id) or running).status == "in_progress")
@@ -64,7 +65,7 @@ def test_a_job_is_there_after_a_restart_one_that_waited_goes_on_and_one_that_ran
 
 
 def test_after_an_orderly_end_jobs_that_waited_go_on(bundle: Path, tmp_path: Path) -> None:
-    service = VideoService(settings_of(bundle, tmp_path))
+    service = VideoService(settings_of(bundle, tmp_path), slow.main)
     running = service.create(ME, spec(steps=20))
     wait_for(lambda: (service.get(ME, running.id) or running).status == "in_progress")
     waiting = service.create(ME, spec())
@@ -79,7 +80,7 @@ def test_after_an_orderly_end_jobs_that_waited_go_on(bundle: Path, tmp_path: Pat
 def test_a_worker_that_is_killed_fails_its_job_alone_and_comes_back(
     bundle: Path, tmp_path: Path, pipeline: VideoPipeline
 ) -> None:
-    service = VideoService(settings_of(bundle, tmp_path))
+    service = VideoService(settings_of(bundle, tmp_path), slow.main)
     wait_for(lambda: service.ready)
     running = service.create(ME, spec(steps=100, policy="none"))
     wait_for(lambda: (service.get(ME, running.id) or running).status == "in_progress")
@@ -133,7 +134,7 @@ def test_jobs_and_videos_go_when_their_time_is_over(bundle: Path, tmp_path: Path
 
 
 def test_a_deadline_ends_jobs_that_take_too_long(bundle: Path, tmp_path: Path) -> None:
-    service = VideoService(settings_of(bundle, tmp_path, deadline=0.1))
+    service = VideoService(settings_of(bundle, tmp_path, deadline=0.1), slow.main)
     wait_for(lambda: service.ready)
     record = done(service, service.create(ME, spec(steps=100, policy="none")))
     assert record.failure is not None and record.failure.code == "cancelled_deadline"
