@@ -48,20 +48,20 @@ def served(
         yield client, service
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, VideoService]]:
-    """A server that needs no key."""
+    """A server that needs no key; it goes with the module, as other tests look at the processes that there are."""
     with served(settings_of(bundle, tmp_path_factory.mktemp("served")), main=slow.main) as both:
         yield both
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(server: tuple[TestClient, VideoService]) -> TestClient:
     """A client of the server."""
     return server[0]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def service(server: tuple[TestClient, VideoService]) -> VideoService:
     """What the server serves."""
     return server[1]
