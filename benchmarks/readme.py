@@ -137,10 +137,13 @@ def skipping(result: dict[str, Any]) -> str:
             f"{row['speedup']:.2f}x",
             f"{row['efficiency']:.2f}",
             f"{row['loop_share_percent']:.1f} %",
+            f"{row['planned_bytes'] / MIB:.0f} MiB",
+            f"{row['measured_bytes'] / MIB:.0f} MiB",
         )
         for name, row in result["policies"].items()
     ]
-    return table(rows, ("static policy", "blocks run", "speed-up", "efficiency", "loop's own share"))
+    header = ("static policy", "blocks run", "speed-up", "efficiency", "loop's own share", "memory planned", "measured")
+    return table(rows, header)
 
 
 def reuse_quality(result: dict[str, Any]) -> str:
