@@ -8,6 +8,7 @@ On a GPU all engines of a backend share the stream of its arrays: to run one is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -119,3 +120,26 @@ def create_backend(
             check_option(name, option)
     create = cast(Callable[..., Backend], getattr(import_module(f".{row.module}", __package__), row.factory))
     return create(row.device if device is None else device, **{option: options[option] for option in row.options})
+
+
+@dataclass(frozen=True)
+class SharedBackends:
+    """One backend for all bundles that it runs, so that they share its stream and memory; see `create_backend`.
+
+    `name` None is what each bundle has engines for. `create` makes them.
+    """
+
+    name: str | None
+    device: str | None
+    threads: int | None
+    cuda_graphs: bool
+    shared_weights: bool
+    create: Callable[..., Backend] = create_backend
+    made: dict[str, Backend] = field(default_factory=dict)
+
+    def of(self, bundle: Bundle) -> Backend:
+        """The one that was asked for, or that the bundle has engines for. Raises EngineError, InvalidRequest."""
+        name = self.name or choose_backend(bundle, self.device)
+        if name not in self.made:
+            self.made[name] = self.create(name, self.device, self.threads, self.cuda_graphs, self.shared_weights)
+        return self.made[name]

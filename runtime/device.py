@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-from ..engines.backend import Backend, choose_backend, create_backend
-from ..engines.bundle import Bundle, open_bundle, verify_files
+from ..engines.backend import SharedBackends
+from ..engines.bundle import open_bundle, verify_files
 from ..engines.errors import Cancelled, InvalidRequest
 from ..engines.progress import OnProgress
 from ..engines.signatures import KeyFile, read_public_keys
@@ -26,25 +26,6 @@ from .video import Video
 from .workers import Workers
 
 CLOSED = "as the runtime was closed"
-
-
-@dataclass(frozen=True)
-class _Backends:
-    """One backend for all bundles that it runs, so that they share its stream and memory."""
-
-    name: str | None
-    device: str | None
-    threads: int | None
-    cuda_graphs: bool
-    shared_weights: bool
-    made: dict[str, Backend] = field(default_factory=dict)
-
-    def of(self, bundle: Bundle) -> Backend:
-        """The one that was asked for, or that the bundle has engines for. Raises EngineError, InvalidRequest."""
-        name = self.name or choose_backend(bundle, self.device)
-        if name not in self.made:
-            self.made[name] = create_backend(name, self.device, self.threads, self.cuda_graphs, self.shared_weights)
-        return self.made[name]
 
 
 class Runtime:
@@ -73,7 +54,7 @@ class Runtime:
         self.models = Models()
         self._keys = read_public_keys(keys)
         self.limits = limits or RequestLimits()
-        self._backends = _Backends(backend, device, threads, cuda_graphs, shared_weights)
+        self._backends = SharedBackends(backend, device, threads, cuda_graphs, shared_weights)
         self._loading = threading.Lock()
         self._observers: list[Observer] = []
         self._queue = JobQueue[list[Video]](waiting)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..engines.errors import Cancelled
@@ -18,6 +19,7 @@ from ..runtime.admission import check_cancelled
 from ..runtime.jobs import Job
 from ..runtime.request import VideoRequest
 from .settings import WorkerSettings
+from .store import Record
 from .worker import Failure, Result, Task, main
 
 Main: TypeAlias = Callable[[Connection, WorkerSettings], object]  # what a process does; importable by its name
@@ -30,11 +32,12 @@ log = logging.getLogger("foresight.serving")
 
 
 class VideoJob(Job[Result]):
-    """A job of the server's: `percent` is how far it is, in the phase `phase`."""
+    """A job of the server's: `percent` is how far it is, in the phase `phase`; `record` is what is kept of it."""
 
-    def __init__(self, task: Task, request: VideoRequest, priority: int = 0) -> None:
-        super().__init__(task.spec.model, request, priority)
-        self.task = task
+    def __init__(self, record: Record, output: Path, request: VideoRequest) -> None:
+        super().__init__(record.spec.model, request, record.priority)
+        self.record = record
+        self.task = Task(id=record.id, spec=record.spec, output=str(output))
         self.percent = 0
         self.phase = "queued"
 

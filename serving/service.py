@@ -21,7 +21,7 @@ from .records import Records
 from .settings import ServerSettings
 from .spec import Model, Spec, open_models
 from .store import Record, Status, new_id
-from .worker import Failure, Result, Task, main
+from .worker import Failure, Result, main
 
 STOP_SECONDS = 10.0  # for a job that is deleted to stop
 SWEEP_SECONDS = 30.0  # between two looks for jobs whose time is over
@@ -154,8 +154,8 @@ class VideoService:
             )
 
     def _submit(self, record: Record, request: VideoRequest) -> None:
-        task = Task(id=record.id, spec=record.spec, output=str(self.store.output(record.id)))
-        job = VideoJob(task, replace(request, deadline=self.settings.deadline), record.priority)
+        request = replace(request, deadline=self.settings.deadline)
+        job = VideoJob(record, self.store.output(record.id), request)
         job.watch(lambda job: self._changed(cast(VideoJob, job)))
         self._live[record.id] = job
         try:
@@ -169,16 +169,14 @@ class VideoService:
 
     def _changed(self, job: VideoJob) -> None:
         """Write down what has become of a job, and tell who wants to know."""
-        record, now = self.store.get(job.task.id), time.time()
-        if record is None:  # it was deleted
-            return
-        error = job.error()
+        record, error = job.record, job.error()
         if job.status == "running":
-            record = msgspec.structs.replace(record, status="in_progress", started_at=now)
+            record = msgspec.structs.replace(record, status="in_progress", started_at=time.time())
         elif job.status == "completed":
             record = self._ended(record, "completed", result=job.result(0))
         elif error is not None:
             record = self._ended(record, "failed", failure=Failure.of(error))
+        job.record = record
         self.store.update(record)
         if job.done:
             self._live.pop(record.id, None)

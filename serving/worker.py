@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from ..engines import errors
-from ..engines.backend import Backend, choose_backend, create_backend
+from ..engines.backend import Backend, SharedBackends, create_backend
 from ..engines.bundle import open_bundle, verify_files
 from ..engines.errors import Cancelled, ForesightError, OutputError
 from ..engines.progress import Progress
@@ -120,17 +120,19 @@ def main(connection: Connection, settings: WorkerSettings, create: CreateBackend
 
 def _load(settings: WorkerSettings, create: CreateBackend) -> Iterator[tuple[str, VideoPipeline]]:
     """All pipelines, verified and warmed up, on one backend where they can share it. Raises ForesightError."""
-    backends: dict[str, Backend] = {}
+    backends = SharedBackends(
+        settings.backend,
+        settings.device,
+        settings.threads,
+        settings.cuda_graphs,
+        settings.shared_weights,
+        create,
+    )
     for name, path in settings.bundles.items():
         bundle = open_bundle(path, settings.signed_by)
         verify_files(bundle)
-        chosen = settings.backend or choose_backend(bundle, settings.device)
-        if chosen not in backends:
-            backends[chosen] = create(
-                chosen, settings.device, settings.threads, settings.cuda_graphs, settings.shared_weights
-            )
         limits = MemoryLimits(settings.low_memory, settings.cache_memory, fixed_slots=settings.cuda_graphs)
-        pipeline = VideoPipeline(bundle, backends[chosen], limits)
+        pipeline = VideoPipeline(bundle, backends.of(bundle), limits)
         pipeline.warm_up()
         yield name, pipeline
 

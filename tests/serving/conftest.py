@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 from foresight.serving.api import create_app
@@ -46,6 +49,23 @@ def served(
         if ready:
             wait_for(lambda: service.ready, READY_S)
         yield client, service
+
+
+@contextmanager
+def listening(settings: ServerSettings) -> Iterator[str]:
+    """A server on a real socket; its address."""
+    service = VideoService(settings)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None))
+        thread = threading.Thread(target=server.run, args=([found],))
+        thread.start()
+        wait_for(lambda: service.ready, READY_S)
+        try:
+            yield f"http://127.0.0.1:{found.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
-import uvicorn
 
 from foresight.runtime.pipeline import VideoPipeline
-from foresight.serving.api import create_app
-from foresight.serving.service import VideoService
-from tests.serving.conftest import READY_S, settings_of, wait_for
+from tests.serving.conftest import listening, settings_of
 
 # OpenAI shuts its own service down; the interface stays what others speak.
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API is scheduled:DeprecationWarning")
@@ -22,16 +17,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Sora API is scheduled:Deprec
 
 @pytest.fixture(scope="module")
 def address(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    service = VideoService(settings_of(bundle, tmp_path_factory.mktemp("served"), keys=("secret",)))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None))
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        wait_for(lambda: service.ready, READY_S)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        server.should_exit = True
-        thread.join()
+    settings = settings_of(bundle, tmp_path_factory.mktemp("served"), keys=("secret",))
+    with listening(settings) as address:
+        yield f"{address}/v1"
 
 
 def test_a_video_is_created_polled_downloaded_and_deleted(address: str, pipeline: VideoPipeline) -> None:

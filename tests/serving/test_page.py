@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
-from foresight.serving.api import create_app
-from foresight.serving.service import VideoService
-from tests.serving.conftest import READY_S, settings_of, wait_for
+from tests.serving.conftest import listening, settings_of, wait_for
 
 pytestmark = pytest.mark.browser
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -29,22 +24,6 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-backgroun
 PICTURES = Path(__file__).parents[2] / "docs"
 WIDTHS = {1280: 900, 390: 844}
 MADE_MS = 60_000
-
-
-@contextmanager
-def serving(bundle: Path, data: Path, *keys: str) -> Iterator[str]:
-    service = VideoService(settings_of(bundle, data, keys=keys))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None))
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        wait_for(lambda: service.ready, READY_S)
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @contextmanager
@@ -77,7 +56,7 @@ def make(page: Any, prompt: str, **fields: str) -> Any:
 
 
 def test_a_video_is_asked_for_watched_and_shown(demo_bundle: Path, tmp_path: Path) -> None:
-    with serving(demo_bundle, tmp_path) as address, browsing() as page:
+    with listening(settings_of(demo_bundle, tmp_path)) as address, browsing() as page:
         asked, wrong = [], []
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
@@ -97,7 +76,7 @@ def test_a_video_is_asked_for_watched_and_shown(demo_bundle: Path, tmp_path: Pat
 
 
 def test_prompts_are_text_and_errors_are_shown(demo_bundle: Path, tmp_path: Path) -> None:
-    with serving(demo_bundle, tmp_path) as address, browsing(390) as page:
+    with listening(settings_of(demo_bundle, tmp_path)) as address, browsing(390) as page:
         page.goto(address)
         until(page, "document.querySelector('[name=model]').options.length == 1")
         article = make(page, "<img src=x onerror=alert(1)>", steps="4")
@@ -113,7 +92,7 @@ def test_prompts_are_text_and_errors_are_shown(demo_bundle: Path, tmp_path: Path
 
 
 def test_a_key_is_asked_for_where_one_is_needed(demo_bundle: Path, tmp_path: Path) -> None:
-    with serving(demo_bundle, tmp_path, "secret") as address, browsing() as page:
+    with listening(settings_of(demo_bundle, tmp_path, keys=("secret",))) as address, browsing() as page:
         page.goto(address)
         page.locator("input[name=key]").wait_for()
         page.fill("input[name=key]", "secret")
@@ -123,7 +102,7 @@ def test_a_key_is_asked_for_where_one_is_needed(demo_bundle: Path, tmp_path: Pat
 
 
 def _pictures(bundle: Path) -> None:
-    with tempfile.TemporaryDirectory() as data, serving(bundle, Path(data)) as address:
+    with tempfile.TemporaryDirectory() as data, listening(settings_of(bundle, Path(data))) as address:
         for width in WIDTHS:
             with browsing(width) as page:
                 page.goto(address)

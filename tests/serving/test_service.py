@@ -122,6 +122,26 @@ def test_a_disk_that_is_full_fails_a_job_and_loses_no_word_of_it(
     service.close(0)
 
 
+def test_a_disk_that_cannot_even_be_read_while_a_job_ends_leaves_nobody_waiting(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = VideoService(settings_of(bundle, tmp_path), slow.main)
+    wait_for(lambda: service.ready)
+    record = service.create(ME, spec(steps=20))
+
+    def broken(*_: object) -> None:
+        raise OutputError("data: disk I/O error")
+
+    with monkeypatch.context() as patch:
+        for name in ("_select", "update"):
+            patch.setattr(Store, name, broken)
+        wait_for(lambda: service.live(record) is None)
+    service.store.tidy(time.time())
+    found = Store.get(service.store, record.id)
+    assert found is not None and found.status == "completed"
+    service.close(0)
+
+
 def test_jobs_and_videos_go_when_their_time_is_over(bundle: Path, tmp_path: Path) -> None:
     service = VideoService(settings_of(bundle, tmp_path, retention=100))
     record = done(service, service.create(ME, spec()))
