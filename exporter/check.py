@@ -11,7 +11,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from ..engines.arrays import HostArray, numpy_dtype
 from ..engines.errors import ExportError
@@ -54,30 +56,18 @@ def _expected(plan: PartPlan, sizes: Mapping[str, int], seed: int) -> tuple[dict
     """Random inputs and what the reference makes of them; bf16 weights are computed with in fp32."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {i.spec.name: i.example(sizes, generator) for i in plan.inputs}
-    with torch.no_grad(), _in_fp32(plan.module):
+    with torch.no_grad(), _InFp32():
         results = plan.reference(**{name: _without_bf16(tensor).clone() for name, tensor in inputs.items()})
     results = results if isinstance(results, tuple) else (results,)
     return inputs, [result.float().numpy() for result in results]
 
 
-@contextmanager
-def _in_fp32(module: nn.Module) -> Iterator[None]:
-    """Compute with fp32 copies of a module's bf16 parameters and buffers for a while."""
-    owners: list[dict[str, Any]] = [owner for part in module.modules() for owner in (part._parameters, part._buffers)]
-    kept = [
-        (owner, name, value)
-        for owner in owners
-        for name, value in owner.items()
-        if value is not None and value.dtype == torch.bfloat16
-    ]
-    try:
-        for owner, name, value in kept:
-            wide = value.float()
-            owner[name] = nn.Parameter(wide, requires_grad=False) if isinstance(value, nn.Parameter) else wide
-        yield
-    finally:
-        for owner, name, value in kept:
-            owner[name] = value
+class _InFp32(TorchFunctionMode):
+    """Computes in fp32 what is in bf16: weights become fp32 one by one, where they are used, and never all at once."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map(_without_bf16, (args, kwargs or {}))
+        return _without_bf16(func(*args, **kwargs))
 
 
 @contextmanager
@@ -87,15 +77,18 @@ def _runnable(plan: PartPlan, graph: Path) -> Iterator[tuple[Path, Part]]:
     if not any(parameter.dtype == torch.bfloat16 for parameter in plan.module.parameters()):
         yield graph, part
         return
-    with tempfile.TemporaryDirectory(dir=graph.parent, prefix="check-") as folder:
-        widen(graph, Path(folder) / graph.name)
+    with tempfile.NamedTemporaryFile(dir=graph.parent, prefix="check-", suffix=".onnx") as wide:
+        widen(graph, Path(wide.name))
         specs = [tuple(_widened(spec) for spec in specs) for specs in (part.inputs, part.outputs)]
-        yield Path(folder) / graph.name, msgspec.structs.replace(part, inputs=specs[0], outputs=specs[1])
+        yield Path(wide.name), msgspec.structs.replace(part, inputs=specs[0], outputs=specs[1])
 
 
 def _widened(spec: TensorSpec) -> TensorSpec:
     return msgspec.structs.replace(spec, dtype="fp32") if spec.dtype == "bf16" else spec
 
 
-def _without_bf16(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+def _without_bf16(value: Any) -> Any:
+    """A bf16 tensor, or that type itself, as fp32."""
+    if isinstance(value, torch.dtype):
+        return torch.float32 if value == torch.bfloat16 else value
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value

@@ -112,10 +112,15 @@ def write_graph(graph: Graph, parameters: Callable[[str], Tensor], path: Path) -
 def widen(path: Path, target: Path) -> None:
     """Write the graph at `path` with fp32 wherever it has bf16: the same graph for a runtime that has no bf16.
 
-    It shows that a graph computes what it should, but for the rounding of what lies between its operators.
+    It shows that a graph computes what it should, but for the rounding of what lies between its operators. `target` is
+    in the same folder: weights stay in the file they are in, and become fp32 one by one, each where it is used.
     """
+    assert target.parent == path.parent, "the graph's weights are found beside it"
     model = ir.load(path)
+    _cast_weights(model)
     for value in (*model.graph.inputs, *model.graph.initializers.values(), *_results(model)):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            continue
         if value.dtype == ir.DataType.BFLOAT16:
             value.dtype = ir.DataType.FLOAT
         if value.const_value is not None and value.const_value.dtype == ir.DataType.BFLOAT16:
@@ -126,7 +131,18 @@ def widen(path: Path, target: Path) -> None:
                 node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(ir.DataType.FLOAT))
             elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == ir.DataType.BFLOAT16:
                 node.attributes[attribute.name] = ir.AttrTensor(attribute.name, _widened(attribute.value))
-    ir.save(model, target, external_data=f"{target.stem}.data")
+    ir.save(model, target)
+
+
+def _cast_weights(model: ir.Model) -> None:
+    """Let whatever reads a bf16 weight of the data file read it as fp32."""
+    for weight in model.graph.initializers.values():
+        if weight.dtype == ir.DataType.BFLOAT16 and isinstance(weight.const_value, ir.ExternalTensor):
+            cast = ir.node("Cast", [weight], {"to": int(ir.DataType.FLOAT)})
+            cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.FLOAT, weight.shape
+            ir.convenience.replace_all_uses_with(weight, cast.outputs[0])
+            cast.replace_input_with(0, weight)
+            model.graph.insert_before(model.graph[0], cast)
 
 
 def _results(model: ir.Model) -> Iterator[ir.Value]:

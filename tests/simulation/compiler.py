@@ -245,12 +245,12 @@ class OnnxParser:
             tensor.name: tensor.type.tensor_type.elem_type for tensor in (*graph.input, *graph.output)
         }
         self._network.inputs = [_Tensor(tensor.name) for tensor in graph.input]
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix="wide-", suffix=".onnx") as wide:
             readable = path
             if _has_bf16(graph):  # ONNX Runtime has no kernels for it on a CPU
                 from foresight.exporter.graph import widen  # imports torch
 
-                readable = Path(folder) / "wide.onnx"
+                readable = Path(wide.name)
                 widen(path, readable)
             self._network.model = onnx.load(readable)
         _session(self._network.model.SerializeToString())  # what it refuses cannot be run
