@@ -56,13 +56,13 @@ def _expected(plan: PartPlan, sizes: Mapping[str, int], seed: int) -> tuple[dict
     """Random inputs and what the reference makes of them; bf16 weights are computed with in fp32."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {i.spec.name: i.example(sizes, generator) for i in plan.inputs}
-    with torch.no_grad(), _InFp32():
+    with torch.no_grad(), in_fp32():
         results = plan.reference(**{name: _without_bf16(tensor).clone() for name, tensor in inputs.items()})
     results = results if isinstance(results, tuple) else (results,)
     return inputs, [result.float().numpy() for result in results]
 
 
-class _InFp32(TorchFunctionMode):
+class in_fp32(TorchFunctionMode):
     """Computes in fp32 what is in bf16: weights become fp32 one by one, where they are used, and never all at once."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers.activations import NewGELUActivation
 
 from ...engines.errors import CheckpointError
 from ...engines.manifest import Dtype, TensorSpec
@@ -35,7 +36,15 @@ def load_encoder(checkpoint: Checkpoint, dtype: Dtype) -> T5EncoderModel:
     encoder = without_values(lambda: T5EncoderModel(T5Config.from_dict(checkpoint.config("text_encoder"))), dtype)
     encoder.set_input_embeddings(encoder.shared)  # one tensor under two names
     keep_in_fp32(encoder)
+    name_activation(encoder)
     return encoder
+
+
+def name_activation(encoder: T5EncoderModel) -> None:
+    """Have GELU by its name instead of by its formula, whose numbers a graph in 16 bits would round."""
+    for module in encoder.modules():
+        if isinstance(getattr(module, "act", None), NewGELUActivation):
+            module.act = nn.GELU(approximate="tanh")
 
 
 def keep_in_fp32(encoder: T5EncoderModel) -> None:

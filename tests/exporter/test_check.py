@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import T5Config, T5EncoderModel
 
+import zoo.latte
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import ExportError
-from foresight.exporter.check import TOLERANCES, check_part
+from foresight.exporter.check import TOLERANCES, check_part, in_fp32
 from foresight.exporter.checkpoint import Checkpoint
+from foresight.exporter.export import graph_from_plan
+from foresight.exporter.graph import write_graph
 from foresight.exporter.models import split_checkpoint
 from foresight.exporter.models.base import ExportRequest, PartPlan, Split, assign_parameters
+from foresight.exporter.models.t5 import TextEncoder
+from zoo.components import TINY_T5
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +55,25 @@ def test_swapped_weights_would_be_far_off(
     part = open_bundle(bundle).manifest.blocks[block]
     with pytest.raises(ExportError, match=r"differs from eager by [0-9.]+, expected at most 0.00"):
         check_part(loaded(block, other), bundle / part.graph, TOLERANCES["fp32"])
+
+
+def test_weights_in_bf16_are_computed_with_in_single_precision() -> None:
+    narrow = TextEncoder(T5EncoderModel(T5Config(**TINY_T5)).eval().bfloat16())
+    wide = copy.deepcopy(narrow).float()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = wide(ids)
+        with in_fp32():
+            states = narrow(ids)
+    assert states.dtype == torch.float32
+    assert torch.equal(states, expected)
+
+
+def test_the_activation_of_t5_is_not_rounded_in_bf16(tmp_path: Path) -> None:
+    wide = {"d_ff": 2048, "num_layers": 4}
+    files = Checkpoint("tiny", zoo.latte.write_random(tmp_path, text=wide))
+    plan = split_checkpoint("latte", files, ExportRequest(dtype="bf16")).text_encoder
+    graph = graph_from_plan(plan, 23)
+    assign_parameters(plan.module, lambda name: plan.parameter(files, name))
+    path, _ = write_graph(graph, plan.module.get_parameter, tmp_path / plan.part.graph)
+    assert check_part(plan, path, TOLERANCES["bf16"]) < 1e-4  # 2e-3 where its constants are rounded

@@ -18,7 +18,7 @@ from foresight.engines.backend import create_backend
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import ExportError
 from foresight.engines.manifest import Part, TensorSpec
-from foresight.exporter.graph import Graph, graph_from_module, write_graph
+from foresight.exporter.graph import Graph, graph_from_module, widen, write_graph
 from foresight.exporter.models.base import assign_parameters, mean_squared_change
 from tests.support import load_graph
 
@@ -174,6 +174,20 @@ def test_the_metric_does_not_overflow_in_half_precision(half_bundle: Path) -> No
         assert np.isfinite(tensors["new_hidden"]).all()
         np.testing.assert_allclose(tensors["distance"], (change**2).mean((1, 2, 3)), rtol=1e-4)
         assert (tensors["distance"] > 1e7).all()
+
+
+def test_a_graph_in_bf16_is_widened_beside_its_weights(tmp_path: Path) -> None:
+    module = TwoLayers().to(torch.bfloat16)
+    x = torch.randn(2, WIDTH, dtype=torch.bfloat16)
+    graph = graph_from_module(module, {"x": x}, ["y"], {"x": {0: "batch"}}, opset=23)
+    path, data = write_graph(graph, module.get_parameter, tmp_path / "tiny.onnx")
+    widen(path, wide := tmp_path / "wide.onnx")
+    assert sorted(tmp_path.iterdir()) == [data, path, wide]
+    specs = [TensorSpec(name=name, dtype="fp32", shape=("batch", WIDTH)) for name in "xy"]
+    part = Part(name="wide", kind="wide", graph="wide.onnx", inputs=(specs[0],), outputs=(specs[1],), max_difference=0)
+    y = np.empty(x.shape, np.float32)
+    load_graph(create_backend(), wide, part).run({"x": x.float().numpy(), "y": y})
+    np.testing.assert_allclose(y, module.float()(x.float()).detach().numpy(), atol=1e-6)
 
 
 SECRETS = [str(Path(foresight.__file__).parent).encode(), b"site-packages", str(Path.home()).encode() + b"/"]
