@@ -26,6 +26,7 @@ from .progress import displayed
 
 Row = dict[str, Any]  # of one video, as --json shows it
 COMMANDS = (
+    "batch",
     "bench",
     "build",
     "env",

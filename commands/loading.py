@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from .options import PATH, Command, group
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import VideoPipeline
+    from ..serving.settings import WorkerSettings
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,7 @@ class Engines:
         from ..runtime.pipeline import load
         from .outputs import read_trace
 
-        megabytes = self.cache_memory
-        if megabytes is not None and not 0 < megabytes < math.inf:
-            raise InvalidRequest(f"cache_memory: got {megabytes} MiB, expected more than 0")
+        cache_memory = self.cache_bytes()
         with progress() as show:
             return load(
                 bundle or newest_bundle(),
@@ -48,11 +48,36 @@ class Engines:
                 device=self.device,
                 threads=self.threads,
                 low_memory=self.low_memory,
-                cache_memory=None if megabytes is None else int(megabytes * MEBI),
+                cache_memory=cache_memory,
                 cache_profile=read_trace(self.cache_profile) if self.cache_profile else None,
                 cuda_graphs=self.cuda_graphs,
                 on_progress=show,
             )
+
+    def cache_bytes(self) -> int | None:
+        """Most memory for stream and cache; None where there is no limit. Raises InvalidRequest."""
+        megabytes = self.cache_memory
+        if megabytes is not None and not 0 < megabytes < math.inf:
+            raise InvalidRequest(f"cache_memory: got {megabytes} MiB, expected more than 0")
+        return None if megabytes is None else int(megabytes * MEBI)
+
+    def worker(self, bundles: Mapping[str, Path], signed_by: Iterable[Path] = ()) -> WorkerSettings:
+        """What other processes load these bundles with. Raises InvalidRequest."""
+        from ..engines.signatures import read_public_keys
+        from ..serving.settings import WorkerSettings
+
+        if self.cache_profile is not None:
+            raise InvalidRequest("cache_profile: got one, expected none: requests that come are not all alike")
+        return WorkerSettings(
+            bundles=bundles,
+            backend=self.backend,
+            device=self.device,
+            threads=self.threads,
+            low_memory=self.low_memory,
+            cache_memory=self.cache_bytes(),
+            cuda_graphs=self.cuda_graphs,
+            signed_by=read_public_keys(tuple(signed_by) or None),
+        )
 
 
 def engine_options(command: Command) -> Command:

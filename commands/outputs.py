@@ -123,10 +123,15 @@ def save_array(path: Path, array: HostArray) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a UTF-8 file, one a line; blank lines count for nothing. Raises InvalidRequest.
+    """The prompts of a UTF-8 file, one a line; blank lines count for nothing. Raises InvalidRequest."""
+    return [line for _, line in read_lines(path, "prompt")]
+
+
+def read_lines(path: Path, what: str) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 file of prompts that are not blank, with their numbers from 1. Raises InvalidRequest.
 
     Lines end at line feeds, with or without a carriage return: whatever else Unicode calls a line break is part of a
-    prompt. A byte order mark, which some systems put first, is not.
+    prompt. A byte order mark, which some systems put first, is not. `what` is on each, for messages.
     """
     try:
         raw = path.read_bytes()
@@ -138,10 +143,10 @@ def read_prompts(path: Path) -> list[str]:
         raise InvalidRequest(f"prompts {path}: cannot be read ({error.strerror or error}); check the path") from error
     if "\0" in text:
         raise InvalidRequest(f"prompts {path}: got characters of value 0, expected UTF-8 text; save it as UTF-8")
-    prompts = [line.strip(" \t\r") for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise InvalidRequest(f"prompts {path}: has no prompt, expected one a line")
-    return prompts
+    lines = [(number, line.strip(" \t\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise InvalidRequest(f"prompts {path}: has no {what}, expected one a line")
+    return lines
 
 
 def read_trace(path: Path) -> Any:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import click
 
 from ..engines.errors import InvalidRequest, OutputError
-from ..engines.wording import MEBI
 from .console import print_lines
 from .loading import Engines, engine_options
 from .options import PATH, common, group
@@ -124,28 +123,15 @@ def serve(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: Engin
 
 def _settings(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: Engines) -> ServerSettings:
     """Raises InvalidRequest, BundleError."""
-    from ..engines.signatures import read_public_keys
     from ..runtime.limits import RequestLimits
-    from ..serving.settings import ServerSettings, WorkerSettings
+    from ..serving.settings import ServerSettings
 
     for name in ("deadline", "retention", "drain"):
         value = getattr(bounds, name)
         if value is not None and not 0 < value < math.inf:
             raise InvalidRequest(f"{name}: got {value}, expected more than 0")
-    if engines.cache_profile is not None:
-        raise InvalidRequest("cache_profile: got one, expected none: a server's requests are not all alike")
-    worker = WorkerSettings(
-        bundles=_named(bundles),
-        backend=engines.backend,
-        device=engines.device,
-        threads=engines.threads,
-        low_memory=engines.low_memory,
-        cache_memory=None if engines.cache_memory is None else int(engines.cache_memory * MEBI),
-        cuda_graphs=engines.cuda_graphs,
-        signed_by=read_public_keys(place.signed_by or None),
-    )
     return ServerSettings(
-        worker=worker,
+        worker=engines.worker(_named(bundles), place.signed_by),
         data=place.data,
         workers=bounds.workers,
         waiting=bounds.waiting,

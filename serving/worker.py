@@ -101,7 +101,7 @@ def main(connection: Connection, settings: WorkerSettings, create: CreateBackend
         signal.signal(number, signal.SIG_IGN)
     outlet = _Outlet(connection)
     try:
-        pipelines = dict(_load(settings, create))
+        pipelines = dict(load_pipelines(settings, create))
     except ForesightError as error:
         outlet.send("fatal", str(error))
         return
@@ -118,7 +118,9 @@ def main(connection: Connection, settings: WorkerSettings, create: CreateBackend
         current.cancel()
 
 
-def _load(settings: WorkerSettings, create: CreateBackend) -> Iterator[tuple[str, VideoPipeline]]:
+def load_pipelines(
+    settings: WorkerSettings, create: CreateBackend = create_backend
+) -> Iterator[tuple[str, VideoPipeline]]:
     """All pipelines, verified and warmed up, on one backend where they can share it. Raises ForesightError."""
     backends = SharedBackends(
         settings.backend,

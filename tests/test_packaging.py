@@ -99,9 +99,11 @@ WITHOUT_TORCH = {"foresight.exporter.registry"}
 WITH_TORCH = {f"{PEERS}.blocks"}
 # What of the server speaks HTTP.
 WITH_HTTP = {f"foresight.serving.{name}" for name in ("api", "metrics", "middleware", "schemas")}
+# And what runs on Ray.
+WITH_RAY = {f"foresight.serving.{name}" for name in ("batch_ray",)}
 # Modules of the extras, by the names they are imported by.
 EXTRAS = {*TORCH, "PIL", "av", "cupy", "jinja2", "polygraphy", "psutil", "sentencepiece", "skimage", "tensorrt"}
-EXTRAS |= {"cache_dit", "cdfvd", "cryptography", "lpips", "openvino", "optuna", "torchmetrics"}
+EXTRAS |= {"cache_dit", "cdfvd", "cryptography", "lpips", "openvino", "optuna", "ray", "torchmetrics"}
 EXTRAS |= {"fastapi", "multipart", "prometheus_client", "pydantic", "python_multipart", "starlette", "uvicorn"}
 
 
@@ -143,7 +145,7 @@ def test_importing_foresight_loads_nothing_heavy() -> None:
 
 def test_engines_runtime_and_command_line_import_with_the_base_dependencies_alone() -> None:
     exporter = {name for name in source_files() if name.startswith("foresight.exporter.")}
-    modules = source_files().keys() - (exporter - WITHOUT_TORCH) - WITH_TORCH - WITH_HTTP
+    modules = source_files().keys() - (exporter - WITHOUT_TORCH) - WITH_TORCH - WITH_HTTP - WITH_RAY
     code = """
 import sys
 extras, modules = (argument.split(",") for argument in sys.argv[1:])

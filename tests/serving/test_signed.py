@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from foresight.engines.backend import create_backend
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import IntegrityError
 from foresight.engines.signatures import generate_key, read_private_key, read_public_keys
@@ -14,7 +13,7 @@ from foresight.engines.signing import sign_bundle
 from foresight.serving.service import VideoService
 from foresight.serving.settings import ServerSettings, WorkerSettings
 from foresight.serving.spec import open_models
-from foresight.serving.worker import _load
+from foresight.serving.worker import load_pipelines
 from tests.serving.conftest import create, ended, served, settings_of
 from tests.support import copy_bundle
 
@@ -42,7 +41,7 @@ def test_no_process_opens_what_was_not_signed(signed: tuple[Path, WorkerSettings
     (folder / "manifest.sig").write_bytes(bytes(64))
     for attempt in (
         lambda: open_models(worker),
-        lambda: dict(_load(worker, create_backend)),
+        lambda: dict(load_pipelines(worker)),
         lambda: VideoService(settings(signed, tmp_path / "data")),
     ):
         with pytest.raises(IntegrityError, match="is no signature of its manifest"):
