@@ -107,7 +107,7 @@ def engine_step(bundle: Path, backend_of: Callable[..., Any], *arguments: Any) -
 
     backend, opened = backend_of(*arguments), open_bundle(bundle)
     manifest = opened.manifest
-    parts = (manifest.condition, *manifest.transformer)
+    parts = (manifest.condition, *manifest.experts[0].transformer)
     engines = {part.name: backend.load(opened, part) for part in parts}
     sizes = manifest.largest(batch=ROWS, text=TEXT_TOKENS)
     given = draw_inputs(int(manifest.condition.input("text_states").shape[-1]))

@@ -35,6 +35,7 @@ class Asked:
     negative_prompt: str | None
     steps: int | None
     guidance: float | None
+    guidance_2: float | None
     seed: int
 
 
@@ -69,6 +70,7 @@ class Outputs:
     click.option("--negative-prompt", help="[default: the bundle's]"),
     click.option("--steps", type=int, help="Denoising steps, 1 to 100.  [default: the bundle's]"),
     click.option("--guidance", type=float, help="1 switches it off.  [default: the bundle's]"),
+    click.option("--guidance-2", type=float, help="Of a second transformer.  [default: --guidance, or the bundle's]"),
     click.option(
         "--seed", type=int, default=0, show_default=True, help="Of the initial noise; line i of a file adds i."
     ),
@@ -114,7 +116,14 @@ def run(
     policy = policy if profile is None else pipeline.profile(profile, asked.steps)
     requests = [
         VideoRequest(
-            text, asked.negative_prompt, asked.steps, asked.guidance, asked.seed + line, policy=policy, latents=noise
+            text,
+            asked.negative_prompt,
+            asked.steps,
+            asked.guidance,
+            asked.seed + line,
+            policy=policy,
+            latents=noise,
+            guidance_2=asked.guidance_2,
         )
         for line, text in enumerate(texts)
     ]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from .manifest import (
     FRAME_MEANS,
     PLAIN_NAME,
+    Expert,
     Manifest,
     Part,
     Stage,
@@ -81,7 +82,7 @@ def _in_defaults(manifest: Manifest) -> Iterator[str]:
 def _in_tensors(manifest: Manifest) -> Iterator[str]:
     """Whether every input is provided, by its name and type, by what runs before it."""
     shape, tokens = manifest.shape, ("batch", manifest.text.max_tokens)
-    text_encoder, condition, prologue = manifest.text_encoder, manifest.condition, manifest.prologue
+    text_encoder = manifest.text_encoder
     yield from _unmet(text_encoder, {"input_ids": ("int64", tokens), "attention_mask": ("int64", tokens)})
     states = next((spec for spec in text_encoder.outputs if spec.name == "text_states"), None)
     if states is None or len(states.shape) != 3:
@@ -92,8 +93,18 @@ def _in_tensors(manifest: Manifest) -> Iterator[str]:
         "text_mask": ("int64", ("batch", "text")),
         "unconditional": ("int64", ("batch",)),
     }
-    yield from _unmet(condition, wanted)
     latents: tuple[int | str, ...] = ("batch", *shape.latents)
+    for expert in manifest.experts:
+        yield from _in_expert(manifest, expert, wanted, latents)
+    yield from _between_experts(manifest)
+    yield from _in_decoder(manifest)
+
+
+def _in_expert(
+    manifest: Manifest, expert: Expert, wanted: dict[str, _Type], latents: tuple[int | str, ...]
+) -> Iterator[str]:
+    condition, prologue = expert.condition, expert.prologue
+    yield from _unmet(condition, wanted)
     fixed = _types(condition.outputs)
     yield from _unmet(prologue, fixed | {"latents": ("fp32", latents), "timestep": ("fp32", ("batch",))})
     streams = {name: kind for name, kind in _types(prologue.outputs).items() if name in manifest.streams}
@@ -102,16 +113,32 @@ def _in_tensors(manifest: Manifest) -> Iterator[str]:
         yield f"streams are {', '.join(manifest.streams) or 'none'}, the prologue makes {', '.join(streams) or 'none'}"
     cached = {f"cached_{name}": kind for name, kind in streams.items()}
     made = {f"new_{name}": kind for name, kind in streams.items()} | {"distance": ("fp32", ("batch",))}
-    for block in manifest.blocks:
+    for block in expert.blocks:
         yield from _unmet(block, fixed | streams | cached)
         if not set(streams) | set(cached) <= {spec.name for spec in block.inputs}:
             yield f"{block.name}: does not read every stream and what was cached of it"
         if _types(block.outputs) != made:
             yield f"{block.name}: its outputs are not {', '.join(made)}, of the streams' types"
-    yield from _unmet(manifest.epilogue, fixed | streams)
-    if _types(manifest.epilogue.outputs) != {"model_output": ("fp32", latents)}:
-        yield "epilogue: its output is not model_output, of the latents' shape"
-    yield from _in_decoder(manifest)
+    yield from _unmet(expert.epilogue, fixed | streams)
+    if _types(expert.epilogue.outputs) != {"model_output": ("fp32", latents)}:
+        yield f"{expert.epilogue.name}: its output is not model_output, of the latents' shape"
+
+
+def _between_experts(manifest: Manifest) -> Iterator[str]:
+    """They take turns in one set of buffers, and are told apart by timesteps alone."""
+    first, *later = manifest.experts
+    bounds = [expert.below for expert in later]
+    if any(not (0 < below < math.inf) for below in bounds) or bounds != sorted(set(bounds), reverse=True):
+        yield f"its experts take over below the timesteps {', '.join(map(str, bounds))}, which do not fall"
+    for expert in later:
+        if not (math.isfinite(expert.guidance) and expert.guidance >= 1):
+            yield f"{expert.prologue.name}: the default guidance is {expert.guidance}"
+        if [block.kind for block in expert.blocks] != [block.kind for block in first.blocks]:
+            yield f"{expert.prologue.name}: its blocks are not of the kinds of the first expert's"
+        for name in ("condition", "prologue", "epilogue"):
+            own, other = getattr(expert, name), getattr(first, name)
+            if (own.inputs, own.outputs) != (other.inputs, other.outputs):
+                yield f"{own.name}: does not take and make what {other.name} does"
 
 
 def _in_decoder(manifest: Manifest) -> Iterator[str]:

@@ -116,6 +116,26 @@ class Shape(_Record, frozen=True, kw_only=True):
     max_batch: int
 
 
+class Expert(_Record, frozen=True, kw_only=True):
+    """One transformer of several that take turns: it runs the steps whose timestep is below `below`.
+
+    The next one takes over below its own. All of a bundle make and read the same tensors, and have blocks of the same
+    kinds. `guidance` is what a request gets where it says nothing.
+    """
+
+    below: float
+    condition: Part
+    prologue: Part
+    blocks: tuple[Part, ...]
+    epilogue: Part
+    guidance: float
+
+    @property
+    def transformer(self) -> tuple[Part, ...]:
+        """The parts that a step runs, in order: prologue, blocks, epilogue."""
+        return (self.prologue, *self.blocks, self.epilogue)
+
+
 class Text(_Record, frozen=True, kw_only=True):
     """How prompts become what the transformer reads.
 
@@ -206,7 +226,8 @@ class Manifest(_Record, frozen=True, kw_only=True, omit_defaults=True):
     with guidance. `streams` are the tensors that run through the blocks: a block reads `x` and `cached_x` and writes
     `new_x` for every stream `x`, and `distance`, the mean squared change per row. `blocks` are in execution order.
     `guidance_order` says which half of a guided batch comes first. `decoder` are the stages from latents to frames.
-    `cautions` are sentences on what the checkpoint was not trained for. `profiles` may be written later than all else,
+    `later_experts` take over from the first transformer, in this order. `cautions` are sentences on what the checkpoint
+    was not trained for. `profiles` may be written later than all else,
     and are no part of a bundle's id.
     """
 
@@ -233,24 +254,31 @@ class Manifest(_Record, frozen=True, kw_only=True, omit_defaults=True):
     cache_bytes_per_row: dict[str, int]
     cautions: tuple[str, ...]
     files: dict[str, FileRecord]
+    later_experts: tuple[Expert, ...] = ()
     profiles: tuple[PolicyProfile, ...] = ()
+
+    @property
+    def experts(self) -> tuple[Expert, ...]:
+        """All transformers, in the order in which they take turns; nearly always it is one."""
+        first = Expert(
+            below=math.inf,
+            condition=self.condition,
+            prologue=self.prologue,
+            blocks=self.blocks,
+            epilogue=self.epilogue,
+            guidance=self.defaults.guidance,
+        )
+        return (first, *self.later_experts)
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """All parts in the order in which a request runs them."""
         return (
             self.text_encoder,
-            self.condition,
-            self.prologue,
-            *self.blocks,
-            self.epilogue,
+            *(expert.condition for expert in self.experts),
+            *(part for expert in self.experts for part in expert.transformer),
             *(part for stage in self.decoder for part in stage.parts),
         )
-
-    @property
-    def transformer(self) -> tuple[Part, ...]:
-        """The parts that a step runs, in order: prologue, blocks, epilogue."""
-        return (self.prologue, *self.blocks, self.epilogue)
 
     @property
     def step_tensors(self) -> tuple[TensorSpec, ...]:

@@ -137,7 +137,7 @@ class _Comparison:
         self.name = self.first.name
         self.arrays: Arrays = self.first.arrays
         manifest = self.bundle.manifest
-        self._in_every_step = {part.name for part in (manifest.prologue, *manifest.blocks, manifest.epilogue)}
+        self._in_every_step = {part.name for expert in manifest.experts for part in expert.transformer}
         self._runs: Counter[str] = Counter()
 
     def load(self, bundle: Bundle, part: Part) -> Engine:

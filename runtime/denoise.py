@@ -66,15 +66,18 @@ class Outputs:
 class DenoiseState:
     """Everything that one request owns while it is denoised. Arrays are on the backend's device.
 
-    `tensors` are the graphs' inputs and outputs by name, apart from the stream, which `cache` holds; `distances` is
-    (blocks, rows) fp32, written by the blocks. `guidances` are those of the prompts, see `guide`; `halves` is
-    2 with guidance, else 1. `measuring` is the step whose distances are on their way to the host, and which of its
-    blocks measured any; `erring` the step whose distance from what was expected is.
+    `turn` are the steps that this transformer, the `expert`-th, runs, of all that the schedule has: nearly always all.
+    Steps count from the first of them. `tensors` are the graphs' inputs and outputs by name, apart from the stream,
+    which `cache` holds; `distances` is (blocks, rows) fp32, written by the blocks. `guidances` are those of the
+    prompts, see `guide`; `halves` is 2 with guidance, else 1. `measuring` is the step whose distances are on their way
+    to the host, and which of its blocks measured any; `erring` the step whose distance from what was expected is.
     """
 
     arrays: Arrays
     sampler: Sampler
     schedule: Schedule
+    turn: range
+    expert: int
     mode: CacheMode
     cache: BlockCache
     decider: Decider
@@ -91,32 +94,33 @@ class DenoiseState:
     erring: tuple[int, Download] | None = field(default=None, init=False)
 
 
-def denoise(model: Transformer, state: DenoiseState) -> Array:
-    """Run all steps; returns the final latents, (prompts, …) fp32. Raises Cancelled, EngineError.
+def denoise(model: Transformer, state: DenoiseState) -> None:
+    """Run all steps of a turn; what comes of it is the sampler's latents. Raises Cancelled, EngineError.
 
     On a GPU this hands work over and runs ahead of it. Only to decide on a step it waits, for what the blocks of the
     step before measured; by then the device has the end of that step and the beginning of this one still to do.
     """
-    steps, blocks = state.schedule.steps, len(model.blocks)
-    for step in range(steps):
+    blocks, of = len(model.blocks), state.schedule.steps
+    for step, overall in enumerate(state.turn):
         started = time.perf_counter()
         _observe_output(state)
         weights, estimate = state.decider.forecast(step), state.decider.estimate()
         if weights is None:
             decisions, measures, output = _run_step(model, state, step)
         else:
-            check_cancelled(state.cancel, f"in step {step + 1} of {steps}, before its forecast")
+            check_cancelled(state.cancel, f"in step {overall + 1} of {of}, before its forecast")
             decisions, measures, output = [Decision.FORECAST] * blocks, [None] * blocks, state.outputs.weigh(weights)
-        state.sampler.advance(step, output)
-        if step == steps - 1:
+        state.sampler.advance(overall, output)
+        if overall == state.turn[-1]:
             _wait(state, state.arrays.synchronize)
         elapsed_ms = 1e3 * (time.perf_counter() - started)
-        state.trace.record(float(state.schedule.timesteps[step]), elapsed_ms, decisions, measures, estimate)
+        state.trace.record(
+            float(state.schedule.timesteps[overall]), elapsed_ms, decisions, measures, estimate, state.expert
+        )
         if state.on_step is not None:
-            state.on_step(step + 1, steps, state.trace)
+            state.on_step(overall + 1, of, state.trace)
     _observe(state)
     _observe_output(state)
-    return state.sampler.latents
 
 
 def _run_step(model: Transformer, state: DenoiseState, step: int) -> tuple[list[Decision], list[Measure | None], Array]:
@@ -129,8 +133,9 @@ def _run_step(model: Transformer, state: DenoiseState, step: int) -> tuple[list[
     decisions = _decide(state, step)
     measured = [False] * len(model.blocks)
     for block, decision in enumerate(decisions):
-        check_cancelled(state.cancel, f"in step {step + 1} of {state.schedule.steps}, before block {block}")
-        _tell(state, step, block)
+        overall = state.turn[step]
+        check_cancelled(state.cancel, f"in step {overall + 1} of {state.schedule.steps}, before block {block}")
+        _tell(state, overall, block)
         if decision is Decision.COMPUTE:
             stream, measured[block] = cache.bind(block)
             _run(model.blocks[block], state, {**stream, "distance": state.distances[block]})
@@ -169,11 +174,11 @@ def _tell(state: DenoiseState, step: int, block: int) -> None:
 
 
 def _set_inputs(state: DenoiseState, step: int) -> None:
-    latents = state.sampler.model_input(step)
+    latents = state.sampler.model_input(state.turn[step])
     rows = state.tensors["latents"]
     for half in range(state.halves):
         rows[half * len(latents) : (half + 1) * len(latents)] = latents
-    state.tensors["timestep"][:] = state.schedule.timesteps[step]
+    state.tensors["timestep"][:] = state.schedule.timesteps[state.turn[step]]
 
 
 def _run(engine: Engine, state: DenoiseState, tensors: Mapping[str, Array]) -> None:
@@ -198,7 +203,7 @@ def _observe(state: DenoiseState) -> None:
     prompts = rows.reshape(len(rows), state.halves, -1).mean(axis=1, dtype=np.float64)
     changes = [tuple(map(float, row)) if known else None for row, known in zip(prompts, measured, strict=True)]
     state.decider.observe(step, changes)
-    state.trace.measure(step, [max(change) if change else None for change in changes])
+    state.trace.measure(state.turn[step], [max(change) if change else None for change in changes])
 
 
 def _observe_output(state: DenoiseState) -> None:
@@ -209,7 +214,7 @@ def _observe_output(state: DenoiseState) -> None:
     state.erring = None
     errors = tuple(map(float, _wait(state, distances.wait)))
     state.decider.observe_output(step, errors)
-    state.trace.err(step, max(errors))
+    state.trace.err(state.turn[step], max(errors))
 
 
 def _rms(difference: Array, arrays: Arrays) -> Array:

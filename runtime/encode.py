@@ -28,17 +28,18 @@ def encode_tokens(manifest: Manifest, engine: Engine, arrays: Arrays, tokens: To
 
 def encode(
     manifest: Manifest, engines: Sequence[Engine], arrays: Arrays, texts: Texts, check: Check
-) -> dict[str, Array]:
-    """The condition part's outputs, in the order of the guided batch.
+) -> list[dict[str, Array]]:
+    """The outputs of each transformer's condition part, in the order of the guided batch.
 
-    `engines` are the text encoder's, which texts that are encoded already do without, and the condition part's.
+    `engines` are the text encoder's, which texts that are encoded already do without, and the condition parts'.
 
     Unless the model reads padding too, a prompt and its negative are both cut to the prompt's length, as their
     pipelines do for one prompt; in a batch each is masked to its own length, so that no prompt sees another's
     padding. The part is told which rows are the negative half, as a model may put its null caption there. `check` is
     told what each part made. Raises EngineError.
     """
-    *text_encoder, condition = engines
+    conditions = [expert.condition for expert in manifest.experts]
+    text_encoder, engines = engines[: -len(conditions)], engines[-len(conditions) :]
     longest = int(texts.lengths.max())
     if texts.states is not None:
         encoded = arrays.from_host(texts.states)
@@ -47,16 +48,14 @@ def encode(
         encoded = encode_tokens(manifest, text_encoder[0], arrays, texts.tokens, check)
     states = encoded[arrays.from_host(texts.order), :longest]
     mask = (np.arange(longest)[None] < texts.lengths[:, None]).astype(np.int64)
-    made = run_part(
-        condition,
-        manifest.condition,
-        arrays,
-        {
-            "text_states": arrays.xp.ascontiguousarray(states),
-            "text_mask": arrays.from_host(mask),
-            "unconditional": arrays.from_host(texts.unconditional),
-        },
-        manifest.largest(batch=len(texts.order), text=longest),
-    )
-    check(manifest.condition, arrays, made)
+    given = {
+        "text_states": arrays.xp.ascontiguousarray(states),
+        "text_mask": arrays.from_host(mask),
+        "unconditional": arrays.from_host(texts.unconditional),
+    }
+    sizes = manifest.largest(batch=len(texts.order), text=longest)
+    made = []
+    for part, engine in zip(conditions, engines, strict=True):
+        made.append(run_part(engine, part, arrays, given, sizes))
+        check(part, arrays, made[-1])
     return made

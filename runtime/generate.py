@@ -20,7 +20,7 @@ from .loaded import Batch, Loaded
 from .memory import MemoryPlan, in_turns
 from .release import released
 from .request import CheckedRequest
-from .sample import sample
+from .sample import Sampling
 from .text import Texts, read_embeddings, read_texts
 from .trace import Trace
 
@@ -86,18 +86,21 @@ class Generation:
         conditions = self._encode(texts)
         check_cancelled(self.calls, "before its first step")
         memory.begin_phase()
-        manifest = self.loaded.manifest
-        finals = []
-        with self._phase(manifest.transformer, "denoise_ms") as engines:
-            for batch in self.batches:
-                with timed(batch.trace, "denoise_ms"):
-                    finals.append(sample(self.loaded, batch, engines, conditions.pop(0), memory, self.calls))
-        return finals
+        batches = [Sampling(self.loaded, batch, conditions.pop(0), self.calls) for batch in self.batches]
+        for index, expert in enumerate(self.loaded.manifest.experts):
+            if not any(batch.has_turn(index) for batch in batches):
+                continue
+            with self._phase(expert.transformer, "denoise_ms") as engines:
+                for batch, sampling in zip(self.batches, batches, strict=True):
+                    with timed(batch.trace, "denoise_ms"):
+                        sampling.take_turn(index, engines, memory)
+        return [batches.pop(0).finish() for _ in self.batches]
 
-    def _encode(self, texts: Sequence[Texts]) -> list[dict[str, Array]]:
+    def _encode(self, texts: Sequence[Texts]) -> list[list[dict[str, Array]]]:
         loaded, manifest = self.loaded, self.loaded.manifest
         reads = any(own.states is None for own in texts)
-        parts = (manifest.text_encoder, manifest.condition) if reads else (manifest.condition,)
+        conditions_of = tuple(expert.condition for expert in manifest.experts)
+        parts = (manifest.text_encoder, *conditions_of) if reads else conditions_of
         conditions = []
         with self._phase(parts, "text_ms") as engines:
             for batch, own in zip(self.batches, texts, strict=True):

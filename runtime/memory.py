@@ -152,9 +152,11 @@ def plan_memory(
     sizes = manifest.largest(batch=rows)
     latents = 4 * prompts * math.prod(manifest.shape.latents)
     sampler = (SAMPLER_ARRAYS + manifest.sampler.kept + outputs) * latents
-    condition = _bytes(manifest.condition.outputs, sizes)
+    experts = manifest.experts
+    condition = len(experts) * _bytes(manifest.condition.outputs, sizes)
     video = 3 * manifest.shape.frames * manifest.shape.height * manifest.shape.width
-    denoise = (manifest.prologue, *manifest.blocks, manifest.epilogue)
+    arrays = cache + condition + _bytes(manifest.step_tensors, sizes) + sampler
+    turns = [_phase(manifest, expert.transformer, arrays, compiled) for expert in experts]
     return MemoryPlan(
         rows=rows,
         cache=cache,
@@ -162,12 +164,12 @@ def plan_memory(
         low_memory=low_memory,
         text=_phase(
             manifest,
-            (manifest.text_encoder, manifest.condition),
+            (manifest.text_encoder, *(expert.condition for expert in experts)),
             _bytes([*manifest.text_encoder.inputs, *manifest.text_encoder.outputs, *manifest.condition.inputs], sizes)
             + condition,
             compiled,
         ),
-        denoise=_phase(manifest, denoise, cache + condition + _bytes(manifest.step_tensors, sizes) + sampler, compiled),
+        denoise=max(turns, key=lambda turn: turn.total) if low_memory else _together(turns),
         decode=_phase(
             manifest,
             [part for stage in manifest.decoder for part in stage.parts],
@@ -175,6 +177,12 @@ def plan_memory(
             compiled,
         ),
     )
+
+
+def _together(turns: Sequence[Phase]) -> Phase:
+    """Of transformers that take turns in the same arrays and scratch, and are all loaded."""
+    scratch = [turn.scratch for turn in turns if turn.scratch is not None]
+    return Phase(sum(turn.weights for turn in turns), turns[0].arrays, max(scratch, default=None))
 
 
 def _decoding(manifest: Manifest, sizes: dict[str, int]) -> int:

@@ -28,7 +28,7 @@ def notes_on(trace: Trace, given: Collection[str], *, draws_noise: bool = False)
             f"warmup: ends after step {policy.warmup_steps(steps)}, and the last of the {steps} is always computed, so "
             "nothing could be reused; choose a shorter one, or more steps"
         )
-    if set(trace.guidances) == {1} and "negative_prompt" in given:
+    if {*trace.guidances, *(one for own in trace.later_guidances for one in own)} == {1} and "negative_prompt" in given:
         notes.append("negative_prompt: not read, as guidance 1 runs without it; choose a guidance above 1")
     if trace.latents_given and "seed" in given and not draws_noise:
         notes.append("seed: not used, as the noise was given as latents; leave one of them out")

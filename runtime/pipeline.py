@@ -303,7 +303,8 @@ def _trace_of(request: CheckedRequest, cached: Sequence[bool], bundle: Bundle, b
         prompts=request.prompts,
         negative_prompts=request.negative_prompts,
         steps_requested=request.schedule.steps,
-        guidances=request.guidances,
+        guidances=request.guidances[0],
+        later_guidances=request.guidances[1:],
         seeds=request.seeds,
         latents_given=request.latents is not None,
         uncached=tuple(

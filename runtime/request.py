@@ -38,7 +38,8 @@ class VideoRequest:
     final latents, and videos have no frames. With `trace` "summary" what single steps did is not kept.
     `prompt_embeddings`, one a prompt, are read instead of `prompt`, which then only names the videos;
     `negative_prompt_embeddings`, one for all or one a prompt, belong to them where there is a negative half that reads
-    a text.
+    a text. `guidance_2` is that of the second transformer, in models of two that take turns; where it is None and
+    `guidance` is not, the same.
     """
 
     prompt: str | Sequence[str]
@@ -54,16 +55,20 @@ class VideoRequest:
     trace: Literal["full", "summary"] = "full"
     prompt_embeddings: PromptEmbeddings | None = None
     negative_prompt_embeddings: PromptEmbeddings | None = None
+    guidance_2: float | Sequence[float | None] | None = None
 
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """Prompts that are decided on together, as a bundle can serve them: every value is there and has been checked."""
+    """Prompts that are decided on together, as a bundle can serve them: every value is there and has been checked.
+
+    `guidances` has one a prompt for each of the model's transformers.
+    """
 
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
     schedule: Schedule
-    guidances: tuple[float, ...]
+    guidances: tuple[tuple[float, ...], ...]
     seeds: tuple[int, ...]
     policy: Policy
     latents: Array | None
@@ -76,12 +81,16 @@ class CheckedRequest:
     @property
     def halves(self) -> int:
         """Rows a prompt: where all have guidance 1 there is no negative half."""
-        return 1 if set(self.guidances) == {1} else 2
+        return 1 if {guidance for own in self.guidances for guidance in own} == {1} else 2
 
     @property
     def rows(self) -> int:
         """Of the guided batch."""
         return self.halves * len(self.prompts)
+
+    def context(self, kinds: tuple[str, ...], turn: range) -> Context:
+        """What a policy learns for the steps of one turn."""
+        return Context(self.schedule, kinds, len(self.prompts), turn.start, len(turn))
 
     def alone(self, place: int, policy: Policy) -> CheckedRequest:
         """One of the prompts, decided on by a policy of its own."""
@@ -90,7 +99,7 @@ class CheckedRequest:
             self,
             prompts=self.prompts[one],
             negative_prompts=self.negative_prompts[one],
-            guidances=self.guidances[one],
+            guidances=tuple(own[one] for own in self.guidances),
             seeds=self.seeds[one],
             policy=policy,
             latents=None if self.latents is None else self.latents[one],
@@ -118,10 +127,7 @@ def check_request(
             _check_negative(text, manifest) for text in _for_each("negative_prompt", request.negative_prompt, count)
         ),
         schedule=schedule,
-        guidances=tuple(
-            check_guidance(defaults.guidance if guidance is None else guidance)
-            for guidance in _for_each("guidance", request.guidance, count)
-        ),
+        guidances=_check_guidances(request, manifest, count),
         seeds=check_seeds(request.seed, count),
         policy=check_policy(None) if _is_list(request.policy) else check_policy(request.policy),
         latents=None if latents is None else check_latents(latents, shape, arrays),
@@ -168,14 +174,33 @@ def check_text(name: str, text: Any, may_be_empty: bool = False) -> str:
     return text
 
 
-def check_guidance(guidance: SupportsFloat) -> float:
+def _check_guidances(request: VideoRequest, manifest: Manifest, prompts: int) -> tuple[tuple[float, ...], ...]:
+    first, *later = manifest.experts
+    if request.guidance_2 is not None and not later:
+        raise InvalidRequest(
+            f"guidance_2: got {quoted(request.guidance_2)}, expected none: this model has one transformer; leave it out"
+        )
+    given = list(_for_each("guidance", request.guidance, prompts))
+    second = list(_for_each("guidance_2", request.guidance_2, prompts))
+    found = [tuple(check_guidance(first.guidance if value is None else value) for value in given)]
+    for expert in later:
+        # as pipelines of diffusers have it: who gives one gives it for all
+        values = [
+            next((v for v in (two, one) if v is not None), expert.guidance)
+            for one, two in zip(given, second, strict=True)
+        ]
+        found.append(tuple(check_guidance(value, "guidance_2") for value in values))
+    return tuple(found)
+
+
+def check_guidance(guidance: SupportsFloat, name: str = "guidance") -> float:
     """A number of 1 (no guidance) or more, that fp32 can hold."""
     try:
         value = float(guidance)
     except (TypeError, ValueError, OverflowError):
         value = float("nan")
     if not 1 <= value <= float(np.finfo(np.float32).max):
-        raise InvalidRequest(f"guidance: got {quoted(guidance)}, expected a finite number of 1 (none) or more")
+        raise InvalidRequest(f"{name}: got {quoted(guidance)}, expected a finite number of 1 (none) or more")
     return value
 
 
@@ -271,7 +296,8 @@ def _with_embeddings(whole: CheckedRequest, request: VideoRequest, manifest: Man
 def _check_decider(request: CheckedRequest, manifest: Manifest) -> None:
     """A policy may refuse a request."""
     kinds = tuple(block.kind for block in manifest.blocks)
-    request.policy.begin(Context(request.schedule, kinds, len(request.prompts)))
+    for turn in request.schedule.turns([expert.below for expert in manifest.later_experts]):
+        request.policy.begin(request.context(kinds, turn))
 
 
 def _is_list(value: Any) -> bool:

@@ -61,6 +61,14 @@ class Schedule:
         """The number of steps."""
         return len(self.timesteps)
 
+    def turns(self, below: Sequence[float]) -> list[range]:
+        """The steps of each of several transformers, every later one of which takes over below its timestep.
+
+        Those of some may be none.
+        """
+        starts = [int(np.argmax(np.append(self.timesteps, -np.inf) < timestep)) for timestep in below]
+        return [range(first, last) for first, last in zip([0, *starts], [*starts, self.steps], strict=True)]
+
     def sensitivities(self) -> HostArray:
         """How far the last sample moves if the output of one call is off by 1, to first order; (T,) fp64.
 

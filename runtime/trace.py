@@ -19,7 +19,8 @@ class StepTrace:
     on. `milliseconds` is the wall time of the whole step, sampler and guidance included; on a GPU, that of handing it
     over and of waiting for the step before, which it settles to. Policies that forecast whole steps also have:
     `estimate`, what they expect a forecast to have cost so far if this step were one, and `estimate_limit`, up to which
-    it is; and of a step that ran `error`, how far off its forecast would have been.
+    it is; and of a step that ran `error`, how far off its forecast would have been. `expert` is which of the model's
+    transformers it was a step of.
     """
 
     timestep: float
@@ -31,13 +32,16 @@ class StepTrace:
     estimate: float | None = None
     estimate_limit: float | None = None
     error: float | None = None
+    expert: int = 0
 
 
 @dataclass
 class Trace:
     """The record of a request, or of its prompts that were decided on together, filled while it runs, then unchanged.
 
-    `policy` and `backend` are their names and settings; `blocks` and `kinds` name the blocks in execution order. With
+    `policy` and `backend` are their names and settings; `blocks` and `kinds` name the blocks in execution order, of the
+    first transformer where several take turns; `guidances` are one a prompt, and `later_guidances` the same for each
+    of the others. With
     `latents_given` the noise came from the caller and the seeds were not used. `text_ms`, `denoise_ms`, `decode_ms`
     are wall times of the phases; of denoising, `engine_ms` is what the host spent inside engines, on a GPU only to
     hand work over, and `wait_ms` what it waited for the device. `cache_bytes` is what the stream and the cached
@@ -72,6 +76,7 @@ class Trace:
     planned_bytes: int = 0
     device_bytes: int | None = None
     truncated_prompts: tuple[str, ...] = ()
+    later_guidances: tuple[tuple[float, ...], ...] = ()
 
     def record(
         self,
@@ -80,6 +85,7 @@ class Trace:
         decisions: Sequence[Decision],
         measures: Sequence[Measure | None],
         estimate: Measure | None = None,
+        expert: int = 0,
     ) -> None:
         """Add a step; its distances follow when they have reached the host."""
         self.steps.append(
@@ -92,6 +98,7 @@ class Trace:
                 limits=tuple(measure.limit if measure else None for measure in measures),
                 estimate=estimate.metric if estimate else None,
                 estimate_limit=estimate.limit if estimate else None,
+                expert=expert,
             )
         )
 

@@ -28,6 +28,7 @@ class CreateVideo(BaseModel):
     num_frames: int | None = Field(default=None, ge=1, le=100000)
     num_inference_steps: int | None = Field(default=None, ge=1, le=200)
     guidance_scale: float | None = Field(default=None, ge=0, le=20, allow_inf_nan=False)
+    guidance_scale_2: float | None = Field(default=None, ge=0, le=20, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=0, le=MOST_SEED)
     negative_prompt: str | None = Field(default=None, max_length=MOST_PROMPT)
     policy: str | None = Field(default=None, max_length=200, examples=["forecast:tolerance=0.01"])
@@ -46,7 +47,8 @@ class CreateVideo(BaseModel):
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
             steps=self.num_inference_steps,
-            guidance=None if self.guidance_scale is None else max(self.guidance_scale, 1.0),
+            guidance=_at_least_one(self.guidance_scale),
+            guidance_2=_at_least_one(self.guidance_scale_2),
             seed=seed if self.seed is None else self.seed,
             policy=self.policy,
             profile=self.profile,
@@ -69,6 +71,11 @@ class CreateVideo(BaseModel):
                 f"seconds: got {str(self.seconds)[:20]}, expected {seconds_of(shape.frames, fps)}, which {model.name} "
                 "was exported for; leave it out"
             )
+
+
+def _at_least_one(guidance: float | None) -> float | None:
+    """Clients say 0 for none, too."""
+    return None if guidance is None else max(guidance, 1.0)
 
 
 class Error(BaseModel):

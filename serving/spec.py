@@ -32,6 +32,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     policy: str | None = None
     profile: str | None = None
+    guidance_2: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def request_of(spec: Spec, manifest: Manifest) -> VideoRequest:
         policy = profile_policy(manifest, spec.profile, spec.steps)
     elif spec.policy is not None:
         policy = policy_from_text(spec.policy)
-    return VideoRequest(spec.prompt, spec.negative_prompt, spec.steps, spec.guidance, spec.seed, policy)
+    return VideoRequest(
+        spec.prompt, spec.negative_prompt, spec.steps, spec.guidance, spec.seed, policy, guidance_2=spec.guidance_2
+    )
 
 
 def open_models(settings: WorkerSettings) -> dict[str, Model]:

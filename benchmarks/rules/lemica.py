@@ -44,7 +44,7 @@ class _Follower(Decider):
     def __init__(self, policy: LeMiCa, context: Context) -> None:
         super().__init__(context)
         self._policy = policy
-        self._times = [float(time) for time in context.schedule.timesteps]
+        self._times = [float(time) for time in context.timesteps]
         self._computed: list[int] = []
 
     def forecast(self, step: int) -> Sequence[float] | None:

@@ -60,7 +60,7 @@ class Sum(Decider):
     def __init__(self, policy: Accumulating, context: Context) -> None:
         super().__init__(context)
         self.policy = policy
-        self.times = [float(time) for time in context.schedule.timesteps]
+        self.times = [float(time) for time in context.timesteps]
         self.computed: list[int] = []  # the last steps that ran, newest first
         self.outputs: list[HostArray] = []  # theirs
         self._sum = 0.0

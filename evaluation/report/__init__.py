@@ -27,7 +27,16 @@ from .templates import check_libraries, render
 from .wording import decibels, duration, memory, similarity
 
 # What a trace and that of its reference must have in common.
-COMPARABLE = ("bundle", "prompts", "negative_prompts", "steps_requested", "guidances", "latents_given", "backend")
+COMPARABLE = (
+    "bundle",
+    "prompts",
+    "negative_prompts",
+    "steps_requested",
+    "guidances",
+    "later_guidances",
+    "latents_given",
+    "backend",
+)
 
 
 def write_report(
@@ -97,7 +106,10 @@ def _facts(video: Video) -> list[tuple[str, str]]:
     backend = dict(trace.backend)
     engine = f"{backend.pop('backend', '')} {backend.pop('version', '')}".strip()
     noise = "noise given as latents" if trace.latents_given else f"seed {video.seed}"
-    guidance = " and ".join(f"{number:g}" for number in dict.fromkeys(trace.guidances))
+    guidance = ", then ".join(
+        " and ".join(f"{number:g}" for number in dict.fromkeys(own))
+        for own in (trace.guidances, *trace.later_guidances)
+    )
     facts = [
         ("Model", f"{trace.model}, {plural(len(trace.blocks), 'block')}"),
         ("Policy", _policy_words(trace)),
@@ -106,6 +118,9 @@ def _facts(video: Video) -> list[tuple[str, str]]:
         ("Backend", ", ".join([engine, *(f"{name} {value}" for name, value in backend.items())])),
         ("Bundle", trace.bundle[:12]),
     ]
+    if trace.later_guidances:
+        turns = [[step.expert for step in trace.steps].count(n) for n in range(1 + len(trace.later_guidances))]
+        facts.insert(1, ("Transformers", f"in turns of {' and '.join(map(str, turns))} steps"))
     if trace.cache_bytes:
         facts.append(("Memory", f"{memory(trace.cache_bytes)} for the stream and the cached outputs"))
     return facts

@@ -25,17 +25,39 @@ class Context:
     """What a policy learns of a request.
 
     `schedule` is the sampler's table for the request's steps, timesteps and coefficients; `kinds` are those of the
-    blocks, in execution order; `prompts` is the number of videos in the batch.
+    blocks, in execution order; `prompts` is the number of videos in the batch. Where transformers take turns, each has
+    a decider of its own, which counts from 0 the steps that are its transformer's: those that begin after `before`
+    others, `count` of them (None: all that follow).
     """
 
     schedule: Schedule
     kinds: tuple[str, ...]
     prompts: int = 1
+    before: int = 0
+    count: int | None = None
 
     @property
     def steps(self) -> int:
         """The number of steps."""
-        return self.schedule.steps
+        return self.schedule.steps - self.before if self.count is None else self.count
+
+    @property
+    def timesteps(self) -> HostArray:
+        """Of each step, (steps,) fp64."""
+        return self.schedule.timesteps[self._own]
+
+    @property
+    def signal_scales(self) -> HostArray:
+        """Of each step, (steps,) fp64; see Schedule."""
+        return self.schedule.signal_scales[self._own]
+
+    def sensitivities(self) -> HostArray:
+        """Of each step, (steps,) fp64; see Schedule.sensitivities."""
+        return self.schedule.sensitivities()[self._own]
+
+    @property
+    def _own(self) -> slice:
+        return slice(self.before, self.before + self.steps)
 
     @property
     def blocks(self) -> int:

@@ -70,7 +70,7 @@ class Forecast(Policy):
 
     def begin(self, context: Context) -> Decider:
         """See Policy.begin. Raises InvalidRequest where a sampler does not tell how much signal its samples hold."""
-        if not all(map(math.isfinite, context.schedule.signal_scales)):
+        if not all(map(math.isfinite, context.signal_scales)):
             raise InvalidRequest(
                 f"policy: got {self.name} for a sampler that does not tell how much signal its samples hold, expected "
                 "another; choose one that reuses blocks"
@@ -89,8 +89,8 @@ class _Forecaster(Decider):
     def __init__(self, policy: Forecast, context: Context) -> None:
         super().__init__(context)
         self._policy = policy
-        self._times = [float(time) for time in context.schedule.timesteps]
-        self._sensitivities = [float(number) for number in context.schedule.sensitivities()]
+        self._times = [float(time) for time in context.timesteps]
+        self._sensitivities = [float(number) for number in context.sensitivities()]
         self._computed: list[int] = []  # the last three steps, newest first
         self._error = math.inf  # r over H
         self._spent = 0.0  # E

@@ -52,12 +52,12 @@ class FixedSchedule(Policy):
     def begin(self, context: Context) -> Decider:
         """See Policy.begin. Raises InvalidRequest for another number of steps than the schedule's."""
         steps = _steps_of(self.computed) or []
-        if steps and steps[-1] != context.steps:
+        if steps and steps[-1] != context.schedule.steps:
             raise InvalidRequest(
-                f"computed: got a schedule for {plural(steps[-1], 'step')}, expected one for {context.steps}; tune one "
-                "for that number"
+                f"computed: got a schedule for {plural(steps[-1], 'step')}, expected one for {context.schedule.steps}; "
+                "tune one for that number"
             )
-        return _Follower(frozenset(step - 1 for step in steps), context)
+        return _Follower(frozenset(step - 1 - context.before for step in steps), context)
 
     def describe(self, steps: int) -> str:
         """See Policy.describe."""
@@ -78,7 +78,7 @@ class _Follower(Decider):
     def __init__(self, computed: frozenset[int], context: Context) -> None:
         super().__init__(context)
         self._planned = computed or frozenset(range(context.steps))
-        self._times = [float(time) for time in context.schedule.timesteps]
+        self._times = [float(time) for time in context.timesteps]
         self._computed: list[int] = []  # the last few steps, newest first
 
     def forecast(self, step: int) -> Sequence[float] | None:

@@ -41,7 +41,7 @@ class _EveryOther(Decider):
             return None
         newest = step - 1
         older = newest - (1 if newest == 2 else 2)
-        times = self.context.schedule.timesteps
+        times = self.context.timesteps
         ahead = (times[step] - times[newest]) / (times[newest] - times[older])
         return 1 + ahead, -ahead
 
