@@ -19,7 +19,7 @@ from .build import check_target, compile_engines
 from .completion import names
 from .console import print_result, progress
 from .options import PATH, alternatives, common, group
-from .rows import caution, compiled_row, describe_compiled, describe_profiles, describe_source
+from .rows import caution, compiled_row, describe_compiled, describe_loras, describe_profiles, describe_source
 
 if TYPE_CHECKING:
     from ..engines.bundle import Bundle
@@ -37,6 +37,7 @@ class Job:
     checkpoint: str | None
     revision: str | None
     variant: str | None
+    loras: tuple[str, ...]
     output: Path | None
 
 
@@ -81,6 +82,13 @@ def _preset(name: str) -> str:
     ),
     click.option("--revision", help="Branch, tag or commit of a checkpoint on the hub.  [default: main]"),
     click.option("--variant", help="Read model.VARIANT.safetensors, fp16 say, of components that have it."),
+    click.option(
+        "--lora",
+        "loras",
+        metavar="FILE[:SCALE]",
+        multiple=True,
+        help="Merge a LoRA (.safetensors); may be given several times.",
+    ),
     click.option("--output", type=PATH, help="The bundle to write.  [default: bundles/MODEL]"),
 )
 @group(
@@ -120,8 +128,10 @@ def export(job: Job, sizes: Sizes, opset: int, backend: str | None, dry_run: boo
             raise ForesightError(f"export: {error.name} is not installed; install foresight-engines[export]") from error
     if backend is not None:
         check_compiler(backend)
-    request = ExportRequest(**vars(sizes))
-    exported = Export(job.model, request, job.checkpoint, job.output, opset, job.revision, job.variant)
+    from ..exporter.lora import lora_from_text
+
+    request, loras = ExportRequest(**vars(sizes)), [lora_from_text(text) for text in job.loras]
+    exported = Export(job.model, request, job.checkpoint, job.output, opset, job.revision, job.variant, loras)
     plan = exported.plan()
     if dry_run:
         print_result(plan, as_json, _describe_plan(plan))
@@ -151,6 +161,7 @@ def _row(bundle: Bundle, plan: ExportPlan, was_up_to_date: bool) -> dict[str, An
         "bytes": sum(record.bytes for record in manifest.files.values()),
         "blocks": len(manifest.blocks),
         "cache_bytes": plan.cache_bytes,
+        "loras": list(plan.loras),
         "profiles": [profile.name for profile in manifest.profiles],
         "largest_difference": {"part": worst.name, "value": worst.max_difference},
         "cautions": list(manifest.cautions),
@@ -163,6 +174,7 @@ def _describe(bundle: Bundle, plan: ExportPlan, row: dict[str, Any]) -> list[str
         f"{row['bundle']}: {found}{row['blocks']} blocks, {row['bytes'] / MEBI:.1f} MiB, {bundle.manifest.dtype}",
         f"largest difference from eager: {worst['value']:.2g} ({worst['part']})",
         f"cache for one guided prompt: {plan.cache_bytes / MEBI:.1f} MiB",
+        *describe_loras(bundle.manifest.loras),
         *(describe_profiles(bundle.manifest.profiles) or [NO_PROFILES]),
         *map(caution, plan.cautions),
     ]
@@ -173,6 +185,7 @@ def _describe_plan(plan: ExportPlan) -> list[str]:
     return [
         f"would write {plan.output}: {plan.model} from {describe_source(plan)}, {plan.dtype}, opset {plan.opset}",
         f"video: {shape['frames']} frames of {shape['height']} x {shape['width']}",
+        *(f"lora: {lora}" for lora in plan.loras),
         *([f"download: {plan.download_bytes / MEBI:.1f} MiB"] if plan.download_bytes else []),
         f"graphs: {len(plan.parts)}, of which {plan.blocks} blocks of {plan.kinds} kinds",
         f"size: {plan.bundle_bytes / MEBI:.1f} MiB of weights ({plan.free_disk_bytes / MEBI:.0f} MiB free)",

@@ -11,7 +11,7 @@ import click
 from ..engines.wording import MEBI
 from .console import print_result
 from .options import bundle_argument, common
-from .rows import caution, compiled_row, describe_compiled, describe_profiles, describe_source
+from .rows import caution, compiled_row, describe_compiled, describe_loras, describe_profiles, describe_source
 
 if TYPE_CHECKING:
     from ..engines.bundle import Bundle
@@ -75,6 +75,7 @@ def _describe(bundle: Bundle, row: dict[str, Any]) -> list[str]:
         *map(_describe_memory, row["memory_of_one_guided_prompt"]),
         f"sampler: {manifest.sampler.scheduler}, 1 to {manifest.sampler.max_steps} steps",
         f"source: {describe_source(manifest.source)}, SHA-256 {manifest.source.sha256[:12]}",
+        *describe_loras(manifest.loras),
         *map(caution, manifest.cautions),
         *(describe_profiles(manifest.profiles) or ["profiles: none"]),
         "",

@@ -9,7 +9,7 @@ from ..engines.wording import MEBI, plural
 
 if TYPE_CHECKING:
     from ..engines.compiled import Compiled
-    from ..engines.manifest import PolicyProfile
+    from ..engines.manifest import LoraRecord, PolicyProfile
 
 
 def compiled_row(compiled: Compiled) -> dict[str, Any]:
@@ -51,6 +51,11 @@ def describe_source(source: Any) -> str:
     """The checkpoint of a plan or a manifest, with its revision and variant if it has any."""
     told = [f"{name} {value}" for name in ("revision", "variant") if (value := getattr(source, name)) is not None]
     return ", ".join([source.checkpoint, *told])
+
+
+def describe_loras(loras: Iterable[LoraRecord]) -> list[str]:
+    """A line for each LoRA that a bundle's weights were merged with."""
+    return [f"lora: {lora.file}, scale {lora.scale:g}, SHA-256 {lora.sha256[:12]}" for lora in loras]
 
 
 def describe_profiles(profiles: Iterable[PolicyProfile]) -> list[str]:

@@ -103,6 +103,14 @@ class Source(_Record, frozen=True, kw_only=True):
     variant: str | None = None
 
 
+class LoraRecord(_Record, frozen=True, kw_only=True):
+    """A LoRA that was merged into the weights, by the name and hash of its file; `scale` multiplied it."""
+
+    file: str
+    sha256: str
+    scale: float
+
+
 class Shape(_Record, frozen=True, kw_only=True):
     """What one request may ask for. Height and width are in pixels, `latents` is one video's latent shape.
 
@@ -226,8 +234,8 @@ class Manifest(_Record, frozen=True, kw_only=True, omit_defaults=True):
     with guidance. `streams` are the tensors that run through the blocks: a block reads `x` and `cached_x` and writes
     `new_x` for every stream `x`, and `distance`, the mean squared change per row. `blocks` are in execution order.
     `guidance_order` says which half of a guided batch comes first. `decoder` are the stages from latents to frames.
-    `later_experts` take over from the first transformer, in this order. `cautions` are sentences on what the checkpoint
-    was not trained for. `profiles` may be written later than all else,
+    `later_experts` take over from the first transformer, in this order. `loras` were merged into the weights.
+    `cautions` are sentences on what the checkpoint was not trained for. `profiles` may be written later than all else,
     and are no part of a bundle's id.
     """
 
@@ -255,6 +263,7 @@ class Manifest(_Record, frozen=True, kw_only=True, omit_defaults=True):
     cautions: tuple[str, ...]
     files: dict[str, FileRecord]
     later_experts: tuple[Expert, ...] = ()
+    loras: tuple[LoraRecord, ...] = ()
     profiles: tuple[PolicyProfile, ...] = ()
 
     @property

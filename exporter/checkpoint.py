@@ -21,6 +21,7 @@ from ..engines.errors import CheckpointError, InvalidRequest, one_line
 from ..engines.files import file_record
 from ..engines.progress import Counter, OnProgress
 from .hub import HubFiles, Place, Repository, place_from_url
+from .lora import LoraFile, merged
 from .weights import DOWNLOAD_AGAIN, Files, LocalFiles, Source, Stored, check_file, find_source, read_headers, read_json
 
 COMPONENTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -51,6 +52,7 @@ class Checkpoint:
         self._sources: dict[str, Source] = {}
         self._stored: dict[str, Mapping[str, Stored]] = {}
         self._sha256: str | None = None
+        self.loras: tuple[LoraFile, ...] = ()
 
     def require_pipeline(self, expected: str, components: dict[str, str]) -> None:
         """Refuse a checkpoint of another pipeline, or one with components of another class."""
@@ -97,17 +99,21 @@ class Checkpoint:
         return self._read_json(path, f"{component}/{file}", self._remedy(component))
 
     def tensor(self, component: str, name: str) -> torch.Tensor:
-        """One weight, in the dtype it is stored in; memory-mapped, and unmapped when the tensor goes."""
+        """One weight, in the dtype it is stored in; memory-mapped, and unmapped when the tensor goes.
+
+        Where a LoRA changes it, it is fp32 and in memory.
+        """
         stored = self.stored(component).get(name)
         if stored is None:
             raise CheckpointError(f"{self.label(component)} has no weight {name}; download it again")
         try:
             with safe_open(self.component_folder(component) / stored.file, framework="pt") as weights:
-                return weights.get_tensor(name)  # type: ignore[no-any-return]
+                tensor: torch.Tensor = weights.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{self.label(component)} cannot read {name} from {stored.file} ({one_line(error)}); download it again"
             ) from error
+        return merged(tensor, self.loras, component, name)
 
     def stored(self, component: str) -> Mapping[str, Stored]:
         """All weights that a component stores, as the headers of its files have them. Raises CheckpointError."""

@@ -27,7 +27,10 @@ SCALES = re.compile(
 
 
 def check_coverage(split: Split, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that stores other weights than the split reads. Raises CheckpointError with the remedy."""
+    """Refuse a checkpoint that stores other weights than the split reads, and LoRAs of others still.
+
+    Raises CheckpointError with the remedy.
+    """
     checkpoint.require_variant()
     checkpoint.check_files()
     wanted: dict[str, dict[str, tuple[int, ...]]] = {component: {} for component in WITH_WEIGHTS}
@@ -39,6 +42,8 @@ def check_coverage(split: Split, checkpoint: Checkpoint) -> None:
         _check_config(checkpoint, component)
         label = checkpoint.label(component)
         check_names(label, wanted[component], checkpoint.stored(component), split.unneeded.get(component, ()))
+    for lora in checkpoint.loras:
+        lora.match(wanted)
 
 
 def has_any_weights(checkpoint: Checkpoint) -> bool:

@@ -7,7 +7,7 @@ whole or not at all, and an interrupted export goes on where it stopped. One par
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from .check import TOLERANCES, check_part
 from .checkpoint import Checkpoint, find_checkpoint
 from .coverage import check_coverage
 from .graph import Graph, graph_from_module, write_graph
+from .lora import Lora, LoraFile
 from .models import split_checkpoint
 from .models.base import ExportRequest as ExportRequest  # what Export takes
 from .models.base import PartPlan, Split, StagePlan, assign_parameters
@@ -74,7 +75,7 @@ class Export:
     """One export: `model` is a registered name, `checkpoint` a folder or hub id (default: the model's own).
 
     `revision` is of the hub, `variant` one that weights are there of, such as fp16. Of a checkpoint on the hub only
-    configurations and headers are downloaded before `fetch` or `run`.
+    configurations and headers are downloaded before `fetch` or `run`. `loras` are merged into the weights.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Export:
         opset: int = OPSET,
         revision: str | None = None,
         variant: str | None = None,
+        loras: Sequence[Lora] = (),
     ) -> None:
         self.model = model
         self.row = find_model(model)
@@ -97,6 +99,7 @@ class Export:
         if self.output.name in ("", ".."):
             raise InvalidRequest(f"output: got {str(self.output)!r}, expected the name of the folder to make")
         self.checkpoint: Checkpoint = find_checkpoint(checkpoint or self.row.checkpoint, revision, variant)
+        self.checkpoint.loras = tuple(map(LoraFile, loras))
         self.split: Split = split_checkpoint(self.row.family, self.checkpoint, self.request)
 
     def plan(self) -> ExportPlan:
@@ -147,7 +150,8 @@ class Export:
     def profiles(self) -> tuple[PolicyProfile, ...]:
         """Those that were tuned for the model, for its own checkpoint and sizes in fp32; for others there are none."""
         own = replace(ExportRequest(), max_batch=self.request.max_batch)
-        return self.row.profiles() if self.request == own and self._is_own else ()
+        is_own = self.request == own and self._is_own and not self.checkpoint.loras
+        return self.row.profiles() if is_own else ()
 
     @property
     def source(self) -> Source:
@@ -166,6 +170,7 @@ class Export:
         parts += (_versions(), self.model)
         if self.checkpoint.revision is not None:
             parts += (self.checkpoint.revision,)
+        parts += tuple(lora.key for lora in self.checkpoint.loras)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _present(self, on_progress: OnProgress | None) -> Bundle | None:
@@ -262,6 +267,7 @@ def manifest_from_export(
         sampler=sampler,
         defaults=export.row.defaults,
         cache_bytes_per_row={block.name: stream_bytes_per_row(block, split.streams, split.ranges) for block in blocks},
+        loras=tuple(lora.record for lora in export.checkpoint.loras),
         cautions=split.cautions,
         files=files,
         profiles=export.profiles,

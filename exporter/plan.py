@@ -37,6 +37,7 @@ class ExportPlan:
     revision: str | None
     variant: str | None
     download_bytes: int
+    loras: tuple[str, ...]
     cautions: tuple[str, ...]
 
 
@@ -68,6 +69,7 @@ def plan_export(model: str, dtype: str, opset: int, checkpoint: Checkpoint, spli
         revision=checkpoint.revision,
         variant=checkpoint.read_variant if checked else None,
         download_bytes=download,
+        loras=tuple(lora.described for lora in checkpoint.loras),
         cautions=(*split.cautions, *unchecked, *_cautions_of_room(output.absolute().parent, download, bundle, free)),
     )
 
