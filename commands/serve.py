@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..engines.errors import InvalidRequest, OutputError
+from ..serving.auth import KEYS, read_keys
 from .console import print_lines
 from .loading import Engines, engine_options
 from .options import PATH, common, group
@@ -21,7 +21,6 @@ from .options import PATH, common, group
 if TYPE_CHECKING:
     from ..serving.settings import ServerSettings
 
-KEYS = "FORESIGHT_API_KEYS"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -34,19 +33,6 @@ class Place:
     data: Path
     api_keys: Path | None
     signed_by: tuple[Path, ...]
-
-    def keys(self) -> tuple[str, ...]:
-        """One a line of the file, or several between commas in the environment. Raises InvalidRequest."""
-        text = os.environ.get(KEYS, "")
-        if self.api_keys is not None:
-            try:
-                text = self.api_keys.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise InvalidRequest(f"api_keys: {self.api_keys} cannot be read ({error})") from error
-        keys = tuple(key.strip() for line in text.splitlines() for key in line.split(",") if key.strip())
-        if self.api_keys is not None and not keys:
-            raise InvalidRequest(f"api_keys: got none in {self.api_keys}, expected one a line")
-        return keys
 
 
 @dataclass(frozen=True)
@@ -123,15 +109,17 @@ def serve(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: Engin
 
 def _settings(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: Engines) -> ServerSettings:
     """Raises InvalidRequest, BundleError."""
+    from ..engines.bundle import newest_bundle
     from ..runtime.limits import RequestLimits
     from ..serving.settings import ServerSettings
+    from ..serving.spec import named_bundles
 
     for name in ("deadline", "retention", "drain"):
         value = getattr(bounds, name)
         if value is not None and not 0 < value < math.inf:
             raise InvalidRequest(f"{name}: got {value}, expected more than 0")
     return ServerSettings(
-        worker=engines.worker(_named(bundles), place.signed_by),
+        worker=engines.worker(named_bundles(bundles or (str(newest_bundle()),)), place.signed_by),
         data=place.data,
         workers=bounds.workers,
         waiting=bounds.waiting,
@@ -140,23 +128,8 @@ def _settings(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: E
         deadline=bounds.deadline,
         retention=3600 * bounds.retention,
         drain=bounds.drain,
-        keys=place.keys(),
+        keys=read_keys(place.api_keys),
     )
-
-
-def _named(bundles: tuple[str, ...]) -> dict[str, Path]:
-    """The bundles by the names they are served under: those given, or of their folders."""
-    from ..engines.bundle import newest_bundle
-
-    named: dict[str, Path] = {}
-    for text in bundles or (str(newest_bundle()),):
-        name, equals, path = text.partition("=")
-        folder = Path(path if equals else text)
-        served_as = name if equals else folder.resolve().name
-        if served_as in named:
-            raise InvalidRequest(f"bundles: got {served_as!r} twice, expected names that differ: NAME={folder}")
-        named[served_as] = folder
-    return named
 
 
 @contextmanager

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 from collections.abc import Sequence
+from pathlib import Path
+
+from ..engines.errors import InvalidRequest
 
 ANYBODY = "anybody"
+KEYS = "FORESIGHT_API_KEYS"
+
+
+def read_keys(file: Path | None) -> tuple[str, ...]:
+    """One a line of the file, or several between commas in the environment's `KEYS`. Raises InvalidRequest."""
+    text = os.environ.get(KEYS, "")
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"api_keys: {file} cannot be read ({error})") from error
+    keys = tuple(key.strip() for line in text.splitlines() for key in line.split(",") if key.strip())
+    if file is not None and not keys:
+        raise InvalidRequest(f"api_keys: got none in {file}, expected one a line")
+    return keys
 
 
 class Keys:

@@ -47,6 +47,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     seed: int = 0
     policy: str | None = None
     profile: str | None = None
+    guidance_2: float | None = None
     name: str | None = None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from ..engines.errors import Cancelled
 from ..runtime.admission import check_cancelled
@@ -40,6 +40,31 @@ class VideoJob(Job[Result]):
         self.task = Task(id=record.id, spec=record.spec, output=str(output))
         self.percent = 0
         self.phase = "queued"
+
+
+class VideoPool(Protocol):
+    """Who makes a service's videos: processes of its own, or others."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether any would be made now: the bundles are loaded, and one was made."""
+
+    @property
+    def failure(self) -> str:
+        """Why none can be made, where that is known."""
+
+    @property
+    def starts(self) -> int:
+        """How often anybody began to make videos."""
+
+    def make(self, job: VideoJob) -> Result:
+        """Write a job's video to its task's output, as soon as somebody is free; tells the job how far it is.
+
+        The job is its cancel token. Raises what making it raises, Cancelled, and EngineError where nobody could.
+        """
+
+    def close(self) -> None:
+        """End all."""
 
 
 class Worker:

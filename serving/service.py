@@ -16,7 +16,7 @@ from ..engines.errors import EngineError, ForesightError, InvalidRequest, QueueF
 from ..runtime.jobs import Job, JobQueue
 from ..runtime.request import VideoRequest
 from ..runtime.workers import Workers
-from .pool import Main, Pool, VideoJob
+from .pool import Main, Pool, VideoJob, VideoPool
 from .records import Records
 from .settings import ServerSettings
 from .spec import Model, Spec, open_models
@@ -44,8 +44,11 @@ class VideoService:
     `observe` is called with each record whose status has changed, and with the job.
     """
 
-    def __init__(self, settings: ServerSettings, main: Main = main) -> None:
-        """`main` is what workers do. Raises BundleError, IntegrityError, InvalidRequest, OutputError."""
+    def __init__(self, settings: ServerSettings, main: Main = main, pool: VideoPool | None = None) -> None:
+        """`main` is what workers do, where no other `pool` makes the videos.
+
+        Raises BundleError, IntegrityError, InvalidRequest, OutputError.
+        """
         self.settings = settings
         self.models: dict[str, Model] = open_models(settings.worker)
         self.store = Records(settings.data)
@@ -55,7 +58,7 @@ class VideoService:
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._queue: JobQueue[Result] = JobQueue(settings.waiting)
-        self.pool = Pool(settings.worker, settings.workers, main)
+        self.pool: VideoPool = Pool(settings.worker, settings.workers, main) if pool is None else pool
         self._workers = Workers(self._queue, self._make, settings.workers)
         self._recover()
         threading.Thread(target=self._tidy, name="foresight-tidy", daemon=True).start()

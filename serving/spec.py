@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -84,6 +86,19 @@ def request_of(spec: Spec, manifest: Manifest) -> VideoRequest:
     return VideoRequest(
         spec.prompt, spec.negative_prompt, spec.steps, spec.guidance, spec.seed, policy, guidance_2=spec.guidance_2
     )
+
+
+def named_bundles(texts: Iterable[str]) -> dict[str, Path]:
+    """Bundles by the names they are served under: NAME=FOLDER, or that of the folder. Raises InvalidRequest."""
+    named: dict[str, Path] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        folder = Path(path if equals else text)
+        served_as = name if equals else folder.resolve().name
+        if served_as in named:
+            raise InvalidRequest(f"bundles: got {served_as!r} twice, expected names that differ: NAME={folder}")
+        named[served_as] = folder
+    return named
 
 
 def open_models(settings: WorkerSettings) -> dict[str, Model]:

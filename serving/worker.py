@@ -106,11 +106,11 @@ def main(connection: Connection, settings: WorkerSettings, create: CreateBackend
         outlet.send("fatal", str(error))
         return
     outlet.send("ready")
-    current: _Running | None = None
+    current: Running | None = None
     while (message := _receive(connection)) is not None and message[0] != "stop":
         kind, content = message
         if kind == "make":
-            current = _Running(content, pipelines[content.spec.model], outlet)
+            current = Running(content, pipelines[content.spec.model], outlet.send)
             current.start()
         elif current is not None and current.task.id == content:
             current.cancel()
@@ -160,14 +160,14 @@ class _Outlet:
             self._connection.send((kind, *content))
 
 
-class _Running(threading.Thread):
-    """A job at work; tells how far it is, and what came of it."""
+class Running(threading.Thread):
+    """A job at work; `tell` is told "progress", percent and phase, and "ended" with what came of it, after the id."""
 
-    def __init__(self, task: Task, pipeline: VideoPipeline, outlet: _Outlet) -> None:
+    def __init__(self, task: Task, pipeline: VideoPipeline, tell: Callable[..., object]) -> None:
         super().__init__(name=f"foresight-job-{task.id}", daemon=True)
         self.task = task
         self._pipeline = pipeline
-        self._outlet = outlet
+        self._send = tell
         self._cancelled = threading.Event()
         self._told = 0.0
 
@@ -185,7 +185,7 @@ class _Running(threading.Thread):
             outcome = Failure.of(error)
             if isinstance(error, OutputError):
                 log.error("a video could not be written", extra={"reason": str(error)})  # noqa: TRY400 - it says all
-        self._outlet.send("ended", self.task.id, outcome)
+        self._send("ended", self.task.id, outcome)
 
     def _make(self) -> Result:
         pipeline, spec = self._pipeline, self.task.spec
@@ -202,7 +202,7 @@ class _Running(threading.Thread):
         self._told = now
         first, last = SHARES.get(progress.phase, (0, 0))
         percent = int(100 * (first + (last - first) * progress.fraction))
-        self._outlet.send("progress", self.task.id, percent, progress.phase)
+        self._send("progress", self.task.id, percent, progress.phase)
 
 
 def _result(video: Video, size: int, encode_seconds: float) -> Result:

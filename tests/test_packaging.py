@@ -100,7 +100,7 @@ WITH_TORCH = {f"{PEERS}.blocks"}
 # What of the server speaks HTTP.
 WITH_HTTP = {f"foresight.serving.{name}" for name in ("api", "metrics", "middleware", "schemas")}
 # And what runs on Ray.
-WITH_RAY = {f"foresight.serving.{name}" for name in ("batch_ray",)}
+WITH_RAY = {f"foresight.serving.{name}" for name in ("batch_ray", "ray")}
 # Modules of the extras, by the names they are imported by.
 EXTRAS = {*TORCH, "PIL", "av", "cupy", "jinja2", "polygraphy", "psutil", "sentencepiece", "skimage", "tensorrt"}
 EXTRAS |= {"cache_dit", "cdfvd", "cryptography", "lpips", "openvino", "optuna", "ray", "torchmetrics"}

@@ -15,7 +15,7 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from foresight.serving.api import create_app
-from foresight.serving.pool import Main
+from foresight.serving.pool import Main, Pool
 from foresight.serving.service import VideoService
 from foresight.serving.settings import ServerSettings, WorkerSettings
 from foresight.serving.worker import main as usual
@@ -37,6 +37,12 @@ def wait_for(condition: Callable[[], Any], seconds: float = ENDED_S) -> Any:
 def settings_of(bundle: Path, data: Path, **changes: Any) -> ServerSettings:
     """Of a server of that bundle, as `tiny`."""
     return ServerSettings(**{"worker": WorkerSettings({"tiny": bundle}, threads=1), "data": data, **changes})
+
+
+def processes_of(service: VideoService) -> Pool:
+    """What makes its videos: processes of its own."""
+    assert isinstance(service.pool, Pool)
+    return service.pool
 
 
 @contextmanager

@@ -13,9 +13,9 @@ import pytest
 from foresight.engines.errors import Cancelled, InvalidRequest, OutputError
 from foresight.engines.manifest import PolicyProfile
 from foresight.runtime.pipeline import VideoPipeline
-from foresight.serving.batch import BatchFolder, Row, rows_of
+from foresight.serving.batch import BatchFolder, Line, Row, rows_of
 from foresight.serving.settings import WorkerSettings
-from foresight.serving.spec import Model, open_models
+from foresight.serving.spec import Model, Spec, open_models
 from tests.support import copy_bundle, edit_manifest, fail_at, is_block, profile_of, snapshot, watched_pipeline
 
 
@@ -59,6 +59,10 @@ def test_a_wrong_line_is_told_with_its_number(model: Model, line: dict[str, Any]
         rows(model, {"name": "first"}, line)
     told = str(raised.value)
     assert told.startswith("line 2: ") and told.endswith("; nothing was made yet") and message in told, told
+
+
+def test_a_line_may_say_what_the_server_may_be_asked_but_the_model() -> None:
+    assert {*Line.__struct_fields__} == {*Spec.__struct_fields__} - {"model"} | {"name"}
 
 
 def test_identical_rows_are_one(model: Model) -> None:

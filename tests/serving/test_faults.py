@@ -22,7 +22,7 @@ from foresight.runtime.pipeline import VideoPipeline
 from foresight.serving.api import create_app
 from foresight.serving.service import VideoService
 from tests.serving import faulty
-from tests.serving.conftest import create, ended, served, settings_of, wait_for
+from tests.serving.conftest import create, ended, processes_of, served, settings_of, wait_for
 from tests.serving.faulty import FAULT, HELD, KINDS
 
 STEPS, BLOCKS = 3, 4
@@ -97,7 +97,7 @@ def test_a_request_that_is_deleted_in_any_block_of_any_step_ends_there_and_leave
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of other processes can be set on Linux only")
 def test_a_disk_that_takes_no_more_while_a_video_is_written_fails_that_job_alone(broken: Broken) -> None:
     """The operating system refuses what the worker writes beyond some bytes, as a full disk does."""
-    (pid,) = broken.service.pool.pids
+    (pid,) = processes_of(broken.service).pids
     assert pid is not None
     before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (100, before[1]))
@@ -115,7 +115,7 @@ def test_while_a_worker_is_gone_the_server_answers_says_so_and_comes_back(broken
     wait_for(held.exists)
     held.unlink()
     waiting = create(broken.client, seed=4)["id"]
-    (pid,) = broken.service.pool.pids
+    (pid,) = processes_of(broken.service).pids
     assert pid is not None and broken.client.get("/health/ready").status_code == 200
     os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
@@ -132,8 +132,8 @@ def test_while_a_worker_is_gone_the_server_answers_says_so_and_comes_back(broken
 def test_a_worker_that_died_while_idle_takes_one_job_at_a_time_when_it_is_back(bundle: Path, tmp_path: Path) -> None:
     """It stands twice in the line of those that are free: from before it died, and from when it came back."""
     service = VideoService(settings_of(bundle, tmp_path, workers=2))
-    wait_for(lambda: all(worker.ready for worker in service.pool.workers))
-    first, second = service.pool.workers
+    wait_for(lambda: all(worker.ready for worker in processes_of(service).workers))
+    first, second = processes_of(service).workers
     for worker in (first, second):
         assert worker.pid is not None
         os.kill(worker.pid, signal.SIGKILL)

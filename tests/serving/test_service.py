@@ -19,7 +19,7 @@ from foresight.serving.settings import WorkerSettings
 from foresight.serving.spec import Spec
 from foresight.serving.store import Record, Store, new_id
 from tests.serving import slow
-from tests.serving.conftest import settings_of, wait_for
+from tests.serving.conftest import processes_of, settings_of, wait_for
 
 ME = "me"
 
@@ -85,14 +85,14 @@ def test_a_worker_that_is_killed_fails_its_job_alone_and_comes_back(
     running = service.create(ME, spec(steps=100, policy="none"))
     wait_for(lambda: (service.get(ME, running.id) or running).status == "in_progress")
     waiting = service.create(ME, spec(seed=6))
-    (pid,) = service.pool.pids
+    (pid,) = processes_of(service).pids
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
     failed = done(service, running)
     assert failed.failure is not None and "worker: ended while it made the video" in failed.failure.message
     assert not service.ready and time.monotonic() - killed < 20
-    assert done(service, waiting).status == "completed" and service.pool.pids != [pid]
+    assert done(service, waiting).status == "completed" and processes_of(service).pids != [pid]
     assert service.store.output(waiting.id).read_bytes() == pipeline("a dog", steps=2, seed=6).to_bytes("mp4")
     service.close(0)
 
