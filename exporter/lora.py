@@ -99,7 +99,7 @@ class LoraFile:
         if lora.path.is_dir() or (lora.path.exists() and lora.path.suffix != ".safetensors"):
             got = "a folder" if lora.path.is_dir() else f"a {lora.path.suffix or 'file without a suffix'}"
             raise CheckpointError(f"{self.label} got {got}, expected safetensors; {REMEDY}, or save it as such")
-        header = LocalFiles(self.label.removesuffix(":"), lora.path.parent, REMEDY).header(lora.path.name)
+        header = LocalFiles("lora", lora.path.parent, REMEDY).header(lora.path.name)
         self._stored: Mapping[str, Stored] = header.weights
         self._settings = self._read_settings(header.remarks)
         self._halves = self._read_halves()
