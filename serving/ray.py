@@ -14,6 +14,7 @@ import logging
 import queue
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
@@ -27,7 +28,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from ..engines.errors import Cancelled, EngineError, InvalidRequest
+from ..engines.errors import Cancelled, EngineError, InvalidRequest, OutputError
 from ..engines.files import sole_writer
 from ..engines.signatures import read_public_keys
 from ..runtime.admission import check_cancelled
@@ -216,8 +217,7 @@ class VideoServer:
     """The one that answers. Nobody else has its folder meanwhile."""
 
     def __init__(self, settings: ServerSettings, makers: Any) -> None:
-        self._folder = ExitStack()
-        self._folder.enter_context(sole_writer(settings.data))
+        self._folder = _alone_in(settings.data, settings.drain + CLOSING_SECONDS)
         replicas = Replicas(makers, serve.get_replica_context().app_name)
         self._service = VideoService(settings, pool=replicas)
 
@@ -254,6 +254,19 @@ def app(arguments: Mapping[str, Any]) -> Any:
         graceful_shutdown_timeout_s=given.drain + CLOSING_SECONDS,
     )(serve.ingress()(VideoServer))
     return server.bind(settings, makers.bind(settings.worker))
+
+
+def _alone_in(folder: Path, seconds: float) -> ExitStack:
+    """Have a folder, once the server before this one has left it; at most so many seconds. Raises OutputError."""
+    alone, ends = ExitStack(), time.monotonic() + seconds
+    while True:
+        try:
+            alone.enter_context(sole_writer(folder))
+            return alone
+        except OutputError:
+            if time.monotonic() > ends:
+                raise
+        time.sleep(WATCH_SECONDS)
 
 
 def _kept(task: Task, outcome: Result | Failure, video: bytes) -> Result | Failure:

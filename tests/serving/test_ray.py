@@ -62,12 +62,16 @@ def client(address: str, demo_bundle: Path, data: Path, monkeypatch: pytest.Monk
     from foresight.serving.ray import app
 
     monkeypatch.setenv(KEYS, KEY)
-    told = {"bundles": f"demo={demo_bundle}", "data": str(data), "threads": "1", "drain": "30"}
-    serve.run(app({**told, "min_replicas": str(REPLICAS)}), name=NAME)
+    serve.run(app(arguments(demo_bundle, data)), name=NAME)
     with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as client:
         wait_for(lambda: len(replicas()) == REPLICAS and is_ready(client), READY_S)
         yield client
     serve.delete(NAME)
+
+
+def arguments(bundle: Path, data: Path, **changes: str) -> dict[str, str]:
+    told = {"bundles": f"demo={bundle}", "data": str(data), "threads": "1", "drain": "30"}
+    return {**told, "min_replicas": str(REPLICAS), **changes}
 
 
 def is_ready(client: httpx.Client) -> bool:
@@ -149,6 +153,22 @@ def test_without_replicas_it_is_not_ready_and_jobs_wait_for_them(client: httpx.C
 def test_nobody_without_a_key_is_let_in(client: httpx.Client) -> None:
     assert httpx.get(f"{client.base_url}/v1/videos").status_code == 401
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["demo"]
+
+
+def test_a_new_version_waits_for_the_old_one_whose_jobs_are_finished(
+    client: httpx.Client, demo_bundle: Path, data: Path
+) -> None:
+    from ray import serve
+
+    from foresight.serving.ray import app
+
+    before = create(client, **LONG)
+    at_work(client, before)
+    serve.run(app(arguments(demo_bundle, data, max_steps="3")), name=NAME)
+    wait_for(lambda: is_ready(client), READY_S)
+    assert ended(client, before)["status"] == "completed"
+    assert client.post("/v1/videos", json={"prompt": "a dog", "num_inference_steps": 4}).status_code == 400
+    assert ended(client, create(client, num_inference_steps=3))["status"] == "completed"
 
 
 def test_when_it_is_ended_jobs_that_run_are_finished_and_others_stay(client: httpx.Client, data: Path) -> None:
