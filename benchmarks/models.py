@@ -31,8 +31,6 @@ from foresight.runtime.memory import plan_memory
 from zoo import PUBLISHED, write_published
 from zoo.base import Sizes
 
-# Samples and outputs that a sampler with the memory of one step keeps: DDIM and Euler, which the models come with.
-KEPT = 2
 NO_FILE = ""  # where a hash belongs of what nobody wrote
 
 
@@ -64,7 +62,7 @@ CASES = (
 def count(case: Case, work: Path) -> dict[str, Any]:
     """What a published model takes, from its configuration alone."""
     export = Export(case.model, case.request, str(write_published(case.model, work / case.model)), work / "bundle")
-    manifest = manifest_without_files(export)
+    manifest = manifest_without_files(export, PUBLISHED[case.model].kept)
     return facts(export, case, manifest)
 
 
@@ -102,12 +100,12 @@ def facts(export: Export, case: Case, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def manifest_without_files(export: Export) -> Manifest:
-    """The manifest that an export would write, as far as memory is counted from it."""
+def manifest_without_files(export: Export, kept: int) -> Manifest:
+    """The manifest that an export would write, as far as memory is counted from it; `kept` is the sampler's."""
     split = export.split
     parts = {plan.name: plan.part for plan in split.parts}
     files = {part_files(parts[plan.name])[1]: _record(plan.module) for plan in split.parts}
-    sampler = SamplerSettings(table=NO_FILE, scheduler=NO_FILE, max_steps=1, kept=KEPT)
+    sampler = SamplerSettings(table=NO_FILE, scheduler=NO_FILE, max_steps=1, kept=kept)
     source = Source(checkpoint=export.model, sha256=NO_FILE)
     return manifest_from_export(export, parts, files, sampler, source, generator={})
 

@@ -8,10 +8,12 @@ from typing import Any
 from benchmarks.common import table
 from benchmarks.gains import DECIBELS, TIMES, Gain, at_quality, at_share
 from benchmarks.halves import HELD_OUT, TUNING
+from foresight.exporter.registry import REGISTRY
 from foresight.runtime.policies import Forecast
 from zoo import FAMILIES
 
-TITLES = {name: family.title for name, family in FAMILIES.items()}  # of the demo models, by the names of their records
+# of the demo models, by the names of their records
+TITLES = {row.family: FAMILIES[row.family].title for row in REGISTRY.values() if row.comes_with_a_clone}
 POLICIES = ("forecast", "schedule")
 PROFILE = "balanced"
 SETTING = f"forecast {Forecast().tolerance}"  # as it comes

@@ -19,7 +19,15 @@ from .build import check_target, compile_engines
 from .completion import names
 from .console import print_result, progress
 from .options import PATH, alternatives, common, group
-from .rows import caution, compiled_row, describe_compiled, describe_loras, describe_profiles, describe_source
+from .rows import (
+    caution,
+    compiled_row,
+    describe_compiled,
+    describe_dtypes,
+    describe_loras,
+    describe_profiles,
+    describe_source,
+)
 
 if TYPE_CHECKING:
     from ..engines.bundle import Bundle
@@ -46,12 +54,14 @@ class Sizes:
     """The fields of an ExportRequest, which only torch's world can check."""
 
     dtype: ModelDtype
+    vae_dtype: ModelDtype | None
     height: int | None
     width: int | None
     frames: int | None
     resolution: str | None
     aspect: str | None
     duration: str | None
+    flow_shift: float | None
     max_batch: int
 
 
@@ -101,12 +111,22 @@ def _preset(name: str) -> str:
         shell_complete=names(get_args(ModelDtype)),
         help="fp32, fp16 or bf16 (GPUs, and CPUs with openvino); the reuse metric stays fp32.",
     ),
+    click.option(
+        "--vae-dtype",
+        shell_complete=names(get_args(ModelDtype)),
+        help="The decoder's, where it is to be another.  [default: that of --dtype]",
+    ),
     click.option("--height", type=int, help="Pixels.  [default: the checkpoint's]"),
     click.option("--width", type=int, help="Pixels.  [default: the checkpoint's]"),
     click.option("--frames", type=int, help="[default: the checkpoint's]"),
     click.option("--resolution", help=_preset("resolution")),
     click.option("--aspect", help=_preset("aspect")),
     click.option("--duration", help=_preset("duration")),
+    click.option(
+        "--flow-shift",
+        type=float,
+        help="Of schedulers of flows: more than 1 spends more steps on high noise.  [default: the checkpoint's]",
+    ),
     click.option("--max-batch", type=int, default=4, show_default=True, help="Most prompts in one batch."),
 )
 @click.option("--opset", type=click.IntRange(18, 23), default=23, show_default=True, help="ONNX operator set.")
@@ -171,24 +191,31 @@ def _row(bundle: Bundle, plan: ExportPlan, was_up_to_date: bool) -> dict[str, An
 def _describe(bundle: Bundle, plan: ExportPlan, row: dict[str, Any]) -> list[str]:
     found, worst = "is up to date: " if row["was_up_to_date"] else "", row["largest_difference"]
     return [
-        f"{row['bundle']}: {found}{row['blocks']} blocks, {row['bytes'] / MEBI:.1f} MiB, {bundle.manifest.dtype}",
+        f"{row['bundle']}: {found}{row['blocks']} blocks, {row['bytes'] / MEBI:.1f} MiB, {describe_dtypes(plan)}",
         f"largest difference from eager: {worst['value']:.2g} ({worst['part']})",
         f"cache for one guided prompt: {plan.cache_bytes / MEBI:.1f} MiB",
         *describe_loras(bundle.manifest.loras),
+        *_describe_shift(plan),
         *(describe_profiles(bundle.manifest.profiles) or [NO_PROFILES]),
         *map(caution, plan.cautions),
     ]
 
 
 def _describe_plan(plan: ExportPlan) -> list[str]:
-    shape = plan.shape
+    shape, dtypes = plan.shape, describe_dtypes(plan)
     return [
-        f"would write {plan.output}: {plan.model} from {describe_source(plan)}, {plan.dtype}, opset {plan.opset}",
+        f"would write {plan.output}: {plan.model} from {describe_source(plan)}, {dtypes}, opset {plan.opset}",
         f"video: {shape['frames']} frames of {shape['height']} x {shape['width']}",
         *(f"lora: {lora}" for lora in plan.loras),
+        *_describe_shift(plan),
         *([f"download: {plan.download_bytes / MEBI:.1f} MiB"] if plan.download_bytes else []),
         f"graphs: {len(plan.parts)}, of which {plan.blocks} blocks of {plan.kinds} kinds",
         f"size: {plan.bundle_bytes / MEBI:.1f} MiB of weights ({plan.free_disk_bytes / MEBI:.0f} MiB free)",
         f"cache for one guided prompt: {plan.cache_bytes / MEBI:.1f} MiB",
         *map(caution, plan.cautions),
     ]
+
+
+def _describe_shift(plan: ExportPlan) -> list[str]:
+    shift = plan.flow_shift
+    return [] if shift is None else [f"flow shift: {shift['value']:g}, {shift['reason']}; --flow-shift sets another"]

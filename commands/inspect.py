@@ -11,7 +11,15 @@ import click
 from ..engines.wording import MEBI
 from .console import print_result
 from .options import bundle_argument, common
-from .rows import caution, compiled_row, describe_compiled, describe_loras, describe_profiles, describe_source
+from .rows import (
+    caution,
+    compiled_row,
+    describe_compiled,
+    describe_dtypes,
+    describe_loras,
+    describe_profiles,
+    describe_source,
+)
 
 if TYPE_CHECKING:
     from ..engines.bundle import Bundle
@@ -69,7 +77,7 @@ def _describe(bundle: Bundle, row: dict[str, Any]) -> list[str]:
     shape = manifest.shape
     lines = [
         f"{bundle.path}: id {bundle.id[:12]}, {row['bytes'] / MEBI:.1f} MiB",
-        f"model: {manifest.model} ({manifest.family}), {manifest.dtype}, ONNX opset {manifest.opset}",
+        f"model: {manifest.model} ({manifest.family}), {describe_dtypes(manifest)}, ONNX opset {manifest.opset}",
         f"video: {shape.frames} frames of {shape.height} x {shape.width}, up to {shape.max_batch} prompts at once",
         f"cache per prompt: {manifest.cache_bytes(2) / MEBI:.1f} MiB, {manifest.cache_bytes(1) / MEBI:.1f} unguided",
         *map(_describe_memory, row["memory_of_one_guided_prompt"]),

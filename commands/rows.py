@@ -58,6 +58,11 @@ def describe_loras(loras: Iterable[LoraRecord]) -> list[str]:
     return [f"lora: {lora.file}, scale {lora.scale:g}, SHA-256 {lora.sha256[:12]}" for lora in loras]
 
 
+def describe_dtypes(made: Any) -> str:
+    """Those of a plan or a manifest."""
+    return str(made.dtype) if made.vae_dtype in (None, made.dtype) else f"{made.dtype}, decoder {made.vae_dtype}"
+
+
 def describe_profiles(profiles: Iterable[PolicyProfile]) -> list[str]:
     """A line for each profile of a bundle."""
     return [

@@ -16,7 +16,7 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of a file, or of a p
 
 Dtype = Literal["fp32", "fp16", "bf16", "int64", "uint8", "bool"]
 ModelDtype = Literal["fp32", "fp16", "bf16"]  # of weights, and of what is computed with them
-Cleaning = Literal["none", "lower", "caption"]
+Cleaning = Literal["none", "lower", "whitespace", "caption"]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -147,7 +147,8 @@ class Expert(_Record, frozen=True, kw_only=True):
 class Text(_Record, frozen=True, kw_only=True):
     """How prompts become what the transformer reads.
 
-    `cleaning` comes first: none; `lower`, lower case without blanks around it; or `caption`, see runtime/caption.py.
+    `cleaning` comes first: none; `lower`, lower case without blanks around it; or `whitespace` and `caption`, see
+    runtime/caption.py.
     `suffix` is then appended to a prompt that does not contain `suffix_unless`. `max_tokens` includes the end token,
     which survives truncation. The transformer reads a prompt's own tokens, or with `padded` all of them, padding
     included. The negative half reads a negative prompt, or with `null_caption` what the model learnt to read in place
@@ -233,10 +234,10 @@ class Manifest(_Record, frozen=True, kw_only=True, omit_defaults=True):
     `ranges` gives the smallest and largest size of every named dimension; `batch` counts rows, and a prompt takes two
     with guidance. `streams` are the tensors that run through the blocks: a block reads `x` and `cached_x` and writes
     `new_x` for every stream `x`, and `distance`, the mean squared change per row. `blocks` are in execution order.
-    `guidance_order` says which half of a guided batch comes first. `decoder` are the stages from latents to frames.
-    `later_experts` take over from the first transformer, in this order. `loras` were merged into the weights.
-    `cautions` are sentences on what the checkpoint was not trained for. `profiles` may be written later than all else,
-    and are no part of a bundle's id.
+    `guidance_order` says which half of a guided batch comes first. `decoder` are the stages from latents to frames,
+    whose weights are in `vae_dtype`, where it is another than `dtype`. `later_experts` take over from the first
+    transformer, in this order. `loras` were merged into the weights. `cautions` are sentences on what the checkpoint
+    was not trained for. `profiles` may be written later than all else, and are no part of a bundle's id.
     """
 
     schema: int
@@ -265,6 +266,12 @@ class Manifest(_Record, frozen=True, kw_only=True, omit_defaults=True):
     later_experts: tuple[Expert, ...] = ()
     loras: tuple[LoraRecord, ...] = ()
     profiles: tuple[PolicyProfile, ...] = ()
+    vae_dtype: ModelDtype | None = None
+
+    def dtype_of(self, part: Part) -> ModelDtype:
+        """The dtype of a part's weights, but for those that are kept in fp32 whatever the others are in."""
+        of_decoder = any(part.name == one.name for stage in self.decoder for one in stage.parts)
+        return self.vae_dtype if of_decoder and self.vae_dtype is not None else self.dtype
 
     @property
     def experts(self) -> tuple[Expert, ...]:

@@ -77,7 +77,7 @@ def compare_backends(
     one. Where `first` arrives at values that are not finite, the part that made them comes first, and those that were
     given them follow. `second` is the reference, and runs each part once; it may be on another device.
 
-    `tolerance` is a share of the largest value of an output and replaces that of the bundle's dtype, except for
+    `tolerance` is a share of the largest value of an output and replaces that of the part's dtype, except for
     frames, which have theirs. `progress` is told the parts done, their number and the one that comes next.
 
     Raises InvalidRequest; EngineError, also where polygraphy is missing; BundleError, IntegrityError.
@@ -90,14 +90,12 @@ def compare_backends(
         ) from error
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise InvalidRequest(f"tolerance: got {quoted(tolerance)}, expected a number above 0")
-    dtype = bundle.manifest.dtype
     comparison = _Comparison(
         bundle=bundle,
         first=first,
         second=second,
         steps=steps,
-        tolerance=tolerance or TOLERANCES[dtype],
-        frame_tolerance=GREY_LEVELS[dtype] / WHITE,
+        tolerance=tolerance,
         wanted=_check_parts(bundle.manifest, parts),
         progress=progress,
     )
@@ -127,8 +125,7 @@ class _Comparison:
     first: Backend
     second: Backend
     steps: int
-    tolerance: float
-    frame_tolerance: float
+    tolerance: float | None
     wanted: set[str]
     progress: OnPart
     differences: list[Difference] = field(default_factory=list)
@@ -188,8 +185,10 @@ class _Comparison:
             results = Comparator.run(runners, data_loader=[dict(feed)])
             reference = results["second"][0]
             scales = {spec.name: _scale(spec, reference[spec.name]) for spec in part.outputs}
+            dtype = self.bundle.manifest.dtype_of(part)
+            share = self.tolerance or TOLERANCES[dtype]
             tolerances = {
-                spec.name: self.frame_tolerance if spec.dtype == "uint8" else self.tolerance for spec in part.outputs
+                spec.name: GREY_LEVELS[dtype] / WHITE if spec.dtype == "uint8" else share for spec in part.outputs
             }
             check = SimpleCompareFunc(
                 atol={name: tolerances[name] * scale for name, scale in scales.items()},

@@ -56,13 +56,13 @@ class Checkpoint:
 
     def require_pipeline(self, expected: str, components: dict[str, str]) -> None:
         """Refuse a checkpoint of another pipeline, or one with components of another class."""
-        got = self._index.get("_class_name")
+        got = self.index.get("_class_name")
         if got != expected:
             raise CheckpointError(
                 f"checkpoint {self.name}: is a {got}, expected a {expected}; choose the model it belongs to"
             )
         for component, class_name in components.items():
-            entry = self._index.get(component) or [None, None]
+            entry = self.index.get(component) or [None, None]
             if entry[1] != class_name:
                 raise CheckpointError(
                     f"checkpoint {self.name}: {component} is a {entry[1]}, expected {class_name}; this kind of "
@@ -75,13 +75,13 @@ class Checkpoint:
 
     def component_class(self, component: str) -> str:
         """The class name that `model_index.json` gives for a component."""
-        return str((self._index.get(component) or [None, None])[1])
+        return str((self.index.get(component) or [None, None])[1])
 
     def component_library(self, component: str) -> str:
         """The library that `model_index.json` gives for a component; without one it is transformers."""
         if not (self.folder / "model_index.json").is_file():
             return "transformers"
-        return str((self._index.get(component) or ["diffusers"])[0])
+        return str((self.index.get(component) or ["diffusers"])[0])
 
     def label(self, component: str) -> str:
         """How messages about a component begin."""
@@ -199,7 +199,8 @@ class Checkpoint:
         return self._sha256
 
     @cached_property
-    def _index(self) -> dict[str, Any]:
+    def index(self) -> dict[str, Any]:
+        """What `model_index.json` says: the components, and settings of the pipeline."""
         return self._read_json(self.folder / "model_index.json", "model_index.json")
 
     def _read_files(self) -> Iterable[tuple[str, Path]]:

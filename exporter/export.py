@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class Export:
     def plan(self) -> ExportPlan:
         """What `run` would do; writes nothing. Raises CheckpointError, OutputError where that could not be done."""
         _check_free(self.output)
-        return plan_export(self.model, self.request.dtype, self.opset, self.checkpoint, self.split, self.output)
+        return plan_export(self.model, self.request, self.opset, self.checkpoint, self.split, self.output)
 
     def fetch(self) -> None:
         """Check the checkpoint by its headers, then download all that is read of it; a folder is there already.
@@ -166,7 +166,7 @@ class Export:
     @property
     def key(self) -> str:
         """Names this export: two with the same key write the same bundle."""
-        parts: tuple[Any, ...] = (SCHEMA, self.checkpoint.sha256, asdict(self.request), self.opset)
+        parts: tuple[Any, ...] = (SCHEMA, self.checkpoint.sha256, self.request.asked(), self.opset)
         parts += (_versions(), self.model)
         if self.checkpoint.revision is not None:
             parts += (self.checkpoint.revision,)
@@ -209,7 +209,7 @@ class Export:
         assign_parameters(plan.module, lambda name: plan.parameter(self.checkpoint, name))
         files = write_graph(graphs[plan.kind], plan.module.get_parameter, bundle.folder / plan.part.graph)
         doing.tell("checking")
-        difference = check_part(plan, files[0], TOLERANCES[self.request.dtype])
+        difference = check_part(plan, files[0], TOLERANCES[self.request.dtype_of(plan.component)])
         assign_parameters(plan.module, lambda name: plan.module.get_parameter(name).to("meta"))
         bundle.record([file.name for file in files], msgspec.structs.replace(plan.part, max_difference=difference))
 
@@ -252,6 +252,7 @@ def manifest_from_export(
         source=source,
         generator=generator,
         dtype=export.request.dtype,
+        vae_dtype=export.request.vae_dtype,
         opset=export.opset,
         shape=split.shape,
         ranges=split.ranges,

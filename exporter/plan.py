@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..engines.manifest import stream_bytes_per_row
 from .checkpoint import Checkpoint
 from .coverage import check_coverage, has_any_weights
 from .hub import cache_free_bytes, free_bytes, on_one_disk
-from .models.base import PartPlan, Split
+from .models.base import ExportRequest, PartPlan, Split
 
 GUIDED_ROWS = 2  # of one prompt
 
@@ -19,6 +20,7 @@ GUIDED_ROWS = 2  # of one prompt
 class ExportPlan:
     """What an export would write; sizes in bytes. `cache_bytes` is for one prompt with guidance (two rows).
 
+    `vae_dtype` is None where it is `dtype`; `flow_shift` is the scheduler's `value`, and the `reason` for it, or None.
     `download_bytes` is what has to be downloaded first, `revision` and `variant` what of the checkpoint is read.
     """
 
@@ -26,7 +28,9 @@ class ExportPlan:
     checkpoint: str
     output: str
     dtype: str
+    vae_dtype: str | None
     opset: int
+    flow_shift: dict[str, Any] | None
     shape: dict[str, int]
     parts: dict[str, int]
     kinds: int
@@ -41,7 +45,9 @@ class ExportPlan:
     cautions: tuple[str, ...]
 
 
-def plan_export(model: str, dtype: str, opset: int, checkpoint: Checkpoint, split: Split, output: Path) -> ExportPlan:
+def plan_export(
+    model: str, request: ExportRequest, opset: int, checkpoint: Checkpoint, split: Split, output: Path
+) -> ExportPlan:
     """The plan of one export. Raises CheckpointError for weights that are not those that it would read."""
     checked = not checkpoint.is_local or has_any_weights(checkpoint)
     if checked:
@@ -57,8 +63,10 @@ def plan_export(model: str, dtype: str, opset: int, checkpoint: Checkpoint, spli
         model=model,
         checkpoint=checkpoint.name,
         output=str(output),
-        dtype=dtype,
+        dtype=request.dtype,
+        vae_dtype=request.vae_dtype,
         opset=opset,
+        flow_shift=None if split.flow_shift is None else asdict(split.flow_shift),
         shape={"height": shape.height, "width": shape.width, "frames": shape.frames, "max_batch": shape.max_batch},
         parts=parts,
         kinds=len({plan.kind for plan in split.blocks}),

@@ -60,6 +60,13 @@ COGVIDEOX = Defaults(
     guidance=6.0,
     fps=8,
 )
+WAN = Defaults(
+    prompt="a red fox running through fresh snow at the edge of a forest",
+    negative_prompt="",
+    steps=50,
+    guidance=5.0,
+    fps=16,
+)
 DEMO = Defaults(prompt="a red circle moving right", negative_prompt="", steps=50, guidance=2.0, fps=8)
 OPEN_SORA_PRESETS = {
     "resolution": "Open-Sora: 144p to 720p, instead of height and width.",
@@ -106,6 +113,21 @@ REGISTRY = {
             fps=24,
         ),
         presets=OPEN_SORA_PRESETS,
+    ),
+    "wan-1.3b": Model(
+        family="wan",
+        checkpoint="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        defaults=WAN,
+    ),
+    "wan-14b": Model(
+        family="wan",
+        checkpoint="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        defaults=WAN,
+    ),
+    "wan-ti2v-5b": Model(
+        family="wan",
+        checkpoint="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        defaults=msgspec.structs.replace(WAN, fps=24),
     ),
     "latte-demo": Model(
         family="latte",

@@ -110,8 +110,8 @@ def steps_from_scheduler(scheduler: Any, steps: int) -> Steps:
     )
 
 
-def scheduler_from_checkpoint(checkpoint: Checkpoint) -> Any:
-    """The scheduler that a diffusers checkpoint names, with its settings. Raises CheckpointError."""
+def scheduler_from_checkpoint(checkpoint: Checkpoint, **settings: Any) -> Any:
+    """The scheduler that a diffusers checkpoint names, with its settings or these. Raises CheckpointError."""
     config = checkpoint.config("scheduler", "scheduler_config.json")
     name = checkpoint.component_class("scheduler")
     scheduler = getattr(schedulers, name, None)
@@ -120,7 +120,7 @@ def scheduler_from_checkpoint(checkpoint: Checkpoint) -> Any:
             f"checkpoint {checkpoint.name}: diffusers {diffusers_version} has no scheduler {name}; name one that it has"
         )
     with _told(name, "cannot be made of scheduler_config.json"):
-        return scheduler.from_config(config)
+        return scheduler.from_config(config, **settings)
 
 
 def write_table(scheduler: Any, path: Path, max_steps: int = MAX_STEPS) -> None:

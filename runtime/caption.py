@@ -5,7 +5,8 @@ has to be cleaned in the same way, or it becomes tokens that the model has never
 those of `_clean_caption` of diffusers' pipelines, which are applied twice.
 
 Two of the steps are libraries: Beautiful Soup takes HTML apart and ftfy repairs text that was decoded wrongly. Neither
-changes plain English text, so they are only asked for, and needed, where a caption has other characters.
+changes plain English text, so they are only asked for, and needed, where a caption has other characters. Models that
+learnt from captions as they are have none of these rules; for them text is only repaired.
 
 A caption may come from anyone, so each rule takes time in proportion to its length. Where theirs begins anew at every
 character of a run that it has already searched in vain, ours enters each run once, and finds the same.
@@ -102,6 +103,15 @@ def clean_caption(text: str, cancel: CancelToken | None = None) -> str:
         check_cancelled(cancel, "while its text was prepared")
         text = _clean_once(text)
     return text
+
+
+def clean_whitespace(text: str) -> str:
+    """Text as it was meant: decoded rightly, without HTML's names of characters, with single blanks alone.
+
+    It is `prompt_clean` of the pipelines in diffusers that have no rules for captions, where ftfy is installed. Raises
+    InvalidRequest where ftfy is needed and not installed, or cannot read the text.
+    """
+    return " ".join(_with_library("HTML entities", _unescape, _repaired(text)).split())
 
 
 def _clean_once(text: str) -> str:

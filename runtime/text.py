@@ -15,7 +15,7 @@ from ..engines.arrays import HostArray
 from ..engines.errors import IntegrityError, one_line, quoted
 from ..engines.manifest import Manifest, Text
 from .admission import CancelToken, check_cancelled
-from .caption import clean_caption
+from .caption import clean_caption, clean_whitespace
 from .embeddings import PromptEmbeddings
 
 MOST_ID = 2**31 - 1
@@ -113,6 +113,8 @@ class Tokenizer:
             text += settings.suffix
         if settings.cleaning == "caption":
             return clean_caption(text, cancel)
+        if settings.cleaning == "whitespace":
+            return clean_whitespace(text)
         return text.lower().strip() if settings.cleaning == "lower" else text
 
 

@@ -22,14 +22,17 @@ class Published:
     """A model as it is published, but for its weights.
 
     `files` are the configurations of its checkpoint by their names in it, `dtype` is what it is run in. `sizes` are
-    those that it is measured at, by the titles of the results; the first one stands for the model. A script that is
-    only tried has a random checkpoint of the settings `small` instead.
+    those that it is measured at, by the titles of the results; the first one stands for the model. `kept` is how many
+    samples and outputs its sampler keeps at once. A script that is only tried has a random checkpoint of the settings
+    `small` instead, at `small_sizes`.
     """
 
     files: Mapping[str, Config]
     dtype: str
     sizes: Mapping[str, Sizes]
     small: Config = field(default_factory=dict)
+    small_sizes: Sizes = field(default_factory=dict)
+    kept: int = 2  # by DDIM and Euler
 
     def write(self, folder: Path) -> Path:
         """Write the configurations as a checkpoint without weights; returns its folder."""

@@ -34,21 +34,23 @@ IMAGE_BLOCKS = ("DownEncoderBlock2D", "UpDecoderBlock2D")
 FUSED_HEAD_DIM = 16
 
 
-def write_text(folder: Path, config: Config) -> None:
-    """Write a random T5 encoder of that configuration, and a tokenizer."""
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+def write_text(folder: Path, config: Config, encoder: str = "T5EncoderModel") -> None:
+    """Write a random encoder of that configuration and class of transformers, and a tokenizer."""
+    import transformers
+    from transformers import T5Tokenizer
 
-    T5EncoderModel(T5Config(**config)).save_pretrained(folder / "text_encoder")
+    made = getattr(transformers, encoder)
+    made(made.config_class(**config)).save_pretrained(folder / "text_encoder")
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -10.0)]
     pieces += [(f"▁{word}", -1.0) for word in WORDS] + [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
     T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer")
 
 
-def pipeline_index(pipeline: str, transformer: str, vae: str) -> Config:
+def pipeline_index(pipeline: str, transformer: str, vae: str, text_encoder: str = "T5EncoderModel") -> Config:
     """The `model_index.json` of a diffusers pipeline, as far as an export reads it of a published one."""
     return {
         "_class_name": pipeline,
-        "text_encoder": ["transformers", "T5EncoderModel"],
+        "text_encoder": ["transformers", text_encoder],
         "transformer": ["diffusers", transformer],
         "vae": ["diffusers", vae],
     }

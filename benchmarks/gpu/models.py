@@ -20,4 +20,5 @@ def write_checkpoint(model: str, small: bool, folder: Path) -> None:
 
 def video_size(model: str, small: bool) -> dict[str, Any]:
     """The sizes to export it for, as fields of an ExportRequest."""
-    return {} if small else dict(next(iter(PUBLISHED[model].sizes.values())))
+    published = PUBLISHED[model]
+    return dict(published.small_sizes if small else next(iter(published.sizes.values())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -31,7 +32,8 @@ Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 class ExportRequest:
     """What to export: sizes left at None are the checkpoint's own.
 
-    Models with tables of sizes take their rows' names instead: `resolution` ("240p"), `aspect` ("9:16", height to
+    `vae_dtype` is the decoder's, where it is another than `dtype`; `flow_shift` replaces the scheduler's, where it has
+    one. Models with tables of sizes take their rows' names instead: `resolution` ("240p"), `aspect` ("9:16", height to
     width) and `duration` ("2s").
     """
 
@@ -43,14 +45,29 @@ class ExportRequest:
     resolution: str | None = None
     aspect: str | None = None
     duration: str | None = None
+    vae_dtype: ModelDtype | None = None
+    flow_shift: float | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in get_args(ModelDtype):
-            raise InvalidRequest(f"dtype: got {self.dtype!r}, expected fp32, fp16 or bf16")
+        for name in ("dtype", "vae_dtype"):
+            dtype = getattr(self, name)
+            if dtype not in get_args(ModelDtype) and (name == "dtype" or dtype is not None):
+                raise InvalidRequest(f"{name}: got {dtype!r}, expected fp32, fp16 or bf16")
+        if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
+            raise InvalidRequest(f"flow_shift: got {self.flow_shift!r}, expected a number above 0, such as 5")
         for name in ("height", "width", "frames", "max_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequest(f"{name}: got {value}, expected 1 or more")
+
+    def asked(self) -> dict[str, Any]:
+        """What was asked for; without what came later where nothing was, so that bundles keep their keys."""
+        later = ("vae_dtype", "flow_shift")
+        return {name: value for name, value in vars(self).items() if name not in later or value is not None}
+
+    def dtype_of(self, component: str) -> ModelDtype:
+        """The dtype of a component of the checkpoint."""
+        return self.vae_dtype if component == "vae" and self.vae_dtype is not None else self.dtype
 
     def refuse_presets(self, family: str) -> None:
         """For families without tables of sizes. Raises InvalidRequest."""
@@ -178,13 +195,21 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class FlowShift:
+    """How far a flow's schedule is shifted to high noise, and a few words on who says so."""
+
+    value: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class Split:
     """A checkpoint taken apart. Parts as in engines.manifest.Manifest.
 
-    `cautions` are sentences on sizes that the checkpoint was not trained on. Of what components store beside what the
-    parts read, `unneeded` has patterns of names that are of no use, and `also_stored` names and shapes that have to be
-    there for `check`, which refuses values that are not the ones expected, before the first is exported:
-    CheckpointError.
+    `cautions` are sentences on sizes that the checkpoint was not trained on, `flow_shift` is the scheduler's, if it has
+    one. Of what components store beside what the parts read, `unneeded` has patterns of names that are of no use, and
+    `also_stored` names and shapes that have to be there for `check`, which refuses values that are not the ones
+    expected, before the first is exported: CheckpointError.
     """
 
     shape: Shape
@@ -204,6 +229,7 @@ class Split:
     unneeded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     also_stored: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     check: Callable[[], None] = lambda: None
+    flow_shift: FlowShift | None = None
 
     @property
     def parts(self) -> Iterator[PartPlan]:

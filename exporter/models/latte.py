@@ -216,7 +216,7 @@ def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
     transformer = without_values(
         lambda: LatteTransformer3DModel.from_config(checkpoint.config("transformer")), request.dtype
     )
-    vae = without_values(lambda: AutoencoderKL.from_config(checkpoint.config("vae")), request.dtype)
+    vae = without_values(lambda: AutoencoderKL.from_config(checkpoint.config("vae")), request.dtype_of("vae"))
     encoder = load_encoder(checkpoint, request.dtype)
     _check_config(checkpoint, transformer)
     _check_fit(checkpoint, transformer, vae, encoder.config.d_model)

@@ -1,10 +1,12 @@
-"""The text side that the families share: a T5 encoder and its tokenizer."""
+"""The text side that the families share: an encoder of T5's kind and its tokenizer."""
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers import AutoTokenizer, T5EncoderModel, UMT5EncoderModel
 from transformers.activations import NewGELUActivation
 
 from ...engines.errors import CheckpointError
@@ -14,40 +16,48 @@ from .base import Input, PartPlan, draw_mask, float_spec
 from .parts import sole_part, without_values
 
 TOKENIZER = "tokenizer.json"
+Encoder: TypeAlias = T5EncoderModel | UMT5EncoderModel
 UNNEEDED = ("shared.weight", "decoder.*", "lm_head.weight")  # of a whole T5, of which the encoder is read
 
 
 class TextEncoder(nn.Module):
     """T5: input_ids and attention_mask (B, S) int64 -> text_states (B, S, C).
 
-    Without a mask every token attends to the padding as well, as in pipelines that pass none.
+    Without a mask every token attends to the padding as well, as in pipelines that pass none. With `zero_padding` the
+    states of the padding are zeros, as in pipelines whose transformer reads it.
     """
 
-    def __init__(self, encoder: T5EncoderModel) -> None:
+    def __init__(self, encoder: Encoder, zero_padding: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
+        self.zero_padding = zero_padding
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self.encoder(input_ids, attention_mask).last_hidden_state  # type: ignore[no-any-return]
+        states: Tensor = self.encoder(input_ids, attention_mask).last_hidden_state
+        if self.zero_padding:
+            assert attention_mask is not None
+            states = states * attention_mask[..., None].to(states.dtype)
+        return states
 
 
-def load_encoder(checkpoint: Checkpoint, dtype: Dtype) -> T5EncoderModel:
+def load_encoder(checkpoint: Checkpoint, dtype: Dtype, kind: type[Encoder] = T5EncoderModel) -> Encoder:
     """The checkpoint's text encoder, its parameters on the meta device and without values."""
-    encoder = without_values(lambda: T5EncoderModel(T5Config.from_dict(checkpoint.config("text_encoder"))), dtype)
+    config = kind.config_class.from_dict(checkpoint.config("text_encoder"))
+    encoder = without_values(lambda: kind(config), dtype)
     encoder.set_input_embeddings(encoder.shared)  # one tensor under two names
     keep_in_fp32(encoder)
     name_activation(encoder)
     return encoder
 
 
-def name_activation(encoder: T5EncoderModel) -> None:
+def name_activation(encoder: Encoder) -> None:
     """Have GELU by its name instead of by its formula, whose numbers a graph in 16 bits would round."""
     for module in encoder.modules():
         if isinstance(getattr(module, "act", None), NewGELUActivation):
             module.act = nn.GELU(approximate="tanh")
 
 
-def keep_in_fp32(encoder: T5EncoderModel) -> None:
+def keep_in_fp32(encoder: Encoder) -> None:
     """Keep the layers in fp32 that transformers keeps there: T5's second feed-forward matrix overflows fp16."""
     if encoder.dtype == torch.float16:
         for name, module in encoder.named_modules():
@@ -55,7 +65,9 @@ def keep_in_fp32(encoder: T5EncoderModel) -> None:
                 module.float()
 
 
-def text_encoder_plan(encoder: T5EncoderModel, dtype: Dtype, max_tokens: int, masked: bool = True) -> PartPlan:
+def text_encoder_plan(
+    encoder: Encoder, dtype: Dtype, max_tokens: int, masked: bool = True, zero_padding: bool = False
+) -> PartPlan:
     """The part `text_encoder` for prompts of `max_tokens`; unless `masked`, padding is attended to."""
     vocabulary = int(encoder.config.vocab_size)
     ids = Input(
@@ -65,7 +77,7 @@ def text_encoder_plan(encoder: T5EncoderModel, dtype: Dtype, max_tokens: int, ma
     mask = Input(TensorSpec(name="attention_mask", dtype="int64", shape=("batch", max_tokens)), draw_mask)
     return sole_part(
         "text_encoder",
-        TextEncoder(encoder),
+        TextEncoder(encoder, zero_padding),
         inputs=(ids, mask) if masked else (ids,),
         outputs=(float_spec("text_states", dtype, "batch", max_tokens, encoder.config.d_model),),
         check_sizes=({"batch": 1}, {"batch": 2}),

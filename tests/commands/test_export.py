@@ -13,6 +13,7 @@ import pytest
 from foresight.engines.bundle import open_bundle
 from tests.commands.support import Cli, assert_refused, document
 from tests.support import copy_bundle
+from zoo import wan
 
 
 def test_an_export_that_is_up_to_date_says_so_and_is_the_newest(
@@ -65,6 +66,27 @@ def test_every_flag_of_an_export_reaches_it(foresight_cli: Cli, checkpoint: Path
     plan = document(foresight_cli(*arguments, *flags))
     assert plan["shape"] == {"height": 32, "width": 24, "frames": 1, "max_batch": 2}
     assert (plan["dtype"], plan["opset"], plan["output"]) == ("fp16", 20, "x")
+
+
+def test_the_decoders_dtype_and_the_flow_shift_reach_it_and_are_told(foresight_cli: Cli, tmp_path: Path) -> None:
+    checkpoint = wan.write_random(tmp_path / "wan", layers=1)
+    sizes = ["--height", 16, "--width", 16, "--frames", 1, "--dry-run"]
+    arguments = ["export", "--model", "wan-1.3b", "--checkpoint", checkpoint, *sizes, "--dtype", "bf16"]
+    flags = ["--vae-dtype", "fp32", "--flow-shift", 5]
+    plan = document(foresight_cli(*arguments, *flags, "--json"))
+    assert (plan["dtype"], plan["vae_dtype"], plan["flow_shift"]["value"]) == ("bf16", "fp32", 5)
+    told = foresight_cli(*arguments, *flags).out
+    assert "bf16, decoder fp32, opset" in told
+    assert "flow shift: 5, as asked for; the checkpoint has 3; --flow-shift sets another" in told
+    without = foresight_cli(*arguments).out
+    assert "bf16, opset" in without and "flow shift: 3, as the checkpoint has it" in without
+
+
+def test_a_flow_shift_is_refused_where_the_scheduler_has_none(foresight_cli: Cli, checkpoint: Path) -> None:
+    flags = ["--model", "latte", "--checkpoint", checkpoint, "--dry-run"]
+    assert_refused(foresight_cli("export", *flags, "--flow-shift", 5), 2, "flow-shift: got 5, but the scheduler of")
+    assert_refused(foresight_cli("export", *flags, "--flow-shift", 0), 2, "expected a number above 0")
+    assert_refused(foresight_cli("export", *flags, "--vae-dtype", "int8"), 2, "expected fp32, fp16 or bf16")
 
 
 def test_exporting_again_finds_the_bundle_up_to_date(foresight_cli: Cli, checkpoint: Path, bundle: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
@@ -105,6 +106,7 @@ def test_weights_that_do_not_fit_the_configuration_are_named_with_both_shapes(co
         ("cogvideox", "in_channels", 33, "33, expected 16, as vae latent_channels"),
         ("cogvideox", "text_embed_dim", 24, "24, expected 32, as text_encoder d_model"),
         ("open_sora", "caption_channels", 24, "24, expected 32, as text_encoder d_model"),
+        ("wan", "text_dim", 24, "24, expected 32, as text_encoder d_model"),
     ],
 )
 def test_components_that_do_not_fit_together_are_refused_by_the_setting(
@@ -264,7 +266,9 @@ def full_model(name: str, component: str) -> dict[str, torch.Tensor]:
     config = PUBLISHED[name].files[f"{component}/config.json"]
     with init_empty_weights():
         if component == "text_encoder":
-            return dict(T5EncoderModel(T5Config.from_dict(config)).state_dict())
+            index = PUBLISHED[name].files.get("model_index.json", {})
+            encoder = getattr(transformers, index.get(component, ["", "T5EncoderModel"])[1])
+            return dict(encoder(encoder.config_class.from_dict(config)).state_dict())
         return dict(family_of(name).original(component, config).state_dict())
 
 

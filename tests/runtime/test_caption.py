@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from bs4.exceptions import ParserRejectedMarkup
 from diffusers import LattePipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foresight.engines.errors import Cancelled, InvalidRequest
-from foresight.runtime.caption import ADDRESSES, MOST_TAGS, SIGNS, WORDS, clean_caption
+from foresight.runtime.caption import ADDRESSES, MOST_TAGS, SIGNS, WORDS, clean_caption, clean_whitespace
 from foresight.runtime.request import MAX_CHARACTERS
 
 CAPTIONS = [
@@ -88,6 +89,42 @@ def test_without_the_libraries_other_text_is_refused(monkeypatch: pytest.MonkeyP
         InvalidRequest, match=rf"{library}, which is not installed; install foresight-engines\[captions\]"
     ):
         clean_caption(text)
+
+
+# Text that is only repaired
+
+
+def repaired(text: str) -> str:
+    return str(prompt_clean(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *CAPTIONS,
+        "  Two\tblanks \n and\u3000wide\u00a0ones\x85 ",
+        "&amp;amp;amp;lt;b&gt; &copy 2020 &#x1F600;",
+        "the \x1b[31mred\x1b[0m fox\x00",
+        "ﬁne ligatures, ＦＵＬＬ width",
+        "\ufeffa mark \u200b of order",
+        "line\u2028separator\r\n",
+    ],
+)
+def test_a_prompt_is_repaired_as_diffusers_repairs_it(text: str) -> None:
+    assert clean_whitespace(text) == repaired(text)
+
+
+@given(st.text(st.sampled_from("abXé猫Ã©â€™“ \t\n\u3000\xa0&;#x1<>amplt0") | st.characters(codec="utf-8"), max_size=60))
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_any_prompt_is_repaired_as_diffusers_repairs_it(text: str) -> None:
+    assert clean_whitespace(text) == repaired(text)
+
+
+def test_repairing_plain_english_needs_no_library_and_keeps_capitals(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_libraries(monkeypatch)
+    assert clean_whitespace("  A Red\n\n Fox, 100% real! ") == "A Red Fox, 100% real!"
+    with pytest.raises(InvalidRequest, match=r"ftfy, which is not installed; install foresight-engines\[captions\]"):
+        clean_whitespace("a café")
 
 
 # Rules as diffusers has them, which search a run anew from each of its characters: what they are about, and texts.

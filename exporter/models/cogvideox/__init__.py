@@ -39,7 +39,7 @@ def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
     transformer = without_values(
         lambda: CogVideoXTransformer3DModel.from_config(checkpoint.config("transformer")), request.dtype
     )
-    vae = without_values(lambda: AutoencoderKLCogVideoX.from_config(checkpoint.config("vae")), request.dtype)
+    vae = without_values(lambda: AutoencoderKLCogVideoX.from_config(checkpoint.config("vae")), request.dtype_of("vae"))
     check_config(checkpoint, transformer)
     check_vae(checkpoint, vae)
     encoder = load_encoder(checkpoint, request.dtype)
@@ -69,7 +69,7 @@ def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
         ),
         blocks=_blocks(transformer, tensors),
         epilogue=epilogue_plan(Epilogue(transformer, shape.latents), tensors),
-        decoder=(decoder_stage(vae, shape, request.dtype),),
+        decoder=(decoder_stage(vae, shape, request.dtype_of("vae")),),
         text=Text(tokenizer=TOKENIZER, max_tokens=max_tokens, pad_id=0, cleaning="none", padded=True),
         tokenizer=lambda: tokenizer_json(checkpoint),
         scheduler=lambda: scheduler_from_checkpoint(checkpoint),

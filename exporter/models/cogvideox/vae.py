@@ -8,10 +8,9 @@ convolution splits its input, which the original does from 2 GB on.
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,11 +27,11 @@ from torch import Tensor, nn
 from ....engines.errors import CheckpointError, InvalidRequest
 from ....engines.manifest import Dtype, Shape
 from ...checkpoint import Checkpoint
-from ..base import Input, PartPlan, StagePlan, float_spec, frame_specs
-from ..parts import WHOLE, frames_from_pixels
+from ..base import StagePlan
+from ..causal import REMEMBERED, WithNamedArguments, causal_stage
+from ..parts import frames_from_pixels
 
 CHUNK = 2  # latent frames, AutoencoderKLCogVideoX.num_latent_frames_batch_size
-REMEMBERED = 2  # frames that a convolution over three has to know from before
 
 
 class ChunkDecoder(nn.Module):
@@ -52,7 +51,7 @@ class ChunkDecoder(nn.Module):
         self.scaling = float(vae.config.scaling_factor)
         self.paths = [name for name, layer in self.decoder.named_modules() if _remembers(layer)]
         states = () if first else (f"state_{index:03d}" for index in range(len(self.paths)))
-        self.forward = _WithNamedArguments(self.decode, ("latents", *states))
+        self.forward = WithNamedArguments(self.decode, ("latents", *states))
 
     def decode(self, latents: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """What `forward` does."""
@@ -91,18 +90,6 @@ class ChunkDecoder(nn.Module):
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         return (latents.transpose(0, 1)[None] / self.scaling).to(self.decoder.conv_in.conv.weight.dtype)
-
-
-class _WithNamedArguments:
-    """A function of any number of tensors under a signature that names each, as torch.export needs it."""
-
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], names: Sequence[str]) -> None:
-        self.function = function
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        self.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
-
-    def __call__(self, *tensors: Tensor, **named: Tensor) -> tuple[Tensor, ...]:
-        return self.function(*self.__signature__.bind(*tensors, **named).args)
 
 
 def _remembers(layer: nn.Module) -> bool:
@@ -193,39 +180,14 @@ def _frames_first(pixels: Tensor) -> Tensor:
 
 def decoder_stage(vae: AutoencoderKLCogVideoX, shape: Shape, dtype: Dtype) -> StagePlan:
     """The decoder of videos of that shape: the first chunk, and all later ones, which are given a state."""
-    frames, channels, height, _ = shape.latents
-    scale = shape.height // height
-    chunks = chunk_lengths(frames)
-    only = len(chunks) == 1
-    state = [
-        Input(float_spec(f"state_{index:03d}", dtype, kept, REMEMBERED, "latent_height", s, "latent_width", s))
-        for index, (kept, s) in enumerate([] if only else ChunkDecoder(vae, first=True).state_sizes())
-    ]
-    left = tuple(float_spec(f"new_{one.spec.name}", dtype, *one.spec.shape) for one in state)
-
-    def plan(name: str, length: int, given: list[Input]) -> PartPlan:
-        module = ChunkDecoder(vae, first=not given, only=only)
-        frames, means = frame_specs(chunk_frames(length, vae.config.temporal_compression_ratio))
-        return PartPlan(
-            name=name,
-            kind=name,
-            module=module,
-            component="vae",
-            prefixes=WHOLE,
-            inputs=(Input(float_spec("latents", "fp32", length, channels, "latent_height", "latent_width")), *given),
-            outputs=(frames, *left, means),
-            reference=module.reference,
-            check_sizes=tuple(
-                {"latent_height": h, "latent_width": w, "height": h * scale, "width": w * scale}
-                for h, w in ((4, 2), (3, 5))
-            ),
-        )
-
-    return StagePlan(
-        first=plan("vae_decoder", chunks[0], []),
-        next=None if only else plan("vae_decoder_next", chunks[1], state),
+    chunks, ratio = chunk_lengths(shape.latents[0]), vae.config.temporal_compression_ratio
+    return causal_stage(
+        lambda first, only: ChunkDecoder(vae, first, only),
+        shape,
+        dtype,
         axis=0,
-        chunks=tuple(chunks),
+        chunks=chunks,
+        frames=(chunk_frames(chunks[0], ratio), chunk_frames(CHUNK, ratio)),
     )
 
 

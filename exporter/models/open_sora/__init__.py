@@ -67,7 +67,7 @@ def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
     transformer = without_values(
         lambda: STDiT3(STDiT3Config.from_json(checkpoint.config("transformer"))), request.dtype
     )
-    vae = without_values(lambda: VideoVAE(VideoVAEConfig.from_json(checkpoint.config("vae"))), request.dtype)
+    vae = without_values(lambda: VideoVAE(VideoVAEConfig.from_json(checkpoint.config("vae"))), request.dtype_of("vae"))
     encoder = load_encoder(checkpoint, request.dtype)
     config = transformer.config
     require_equal(

@@ -1,0 +1,250 @@
+"""Wan, text to video: blocks over one stream (rows, tokens, dim), for Wan 2.1 and the 5B of Wan 2.2.
+
+The 5B takes one timestep per token, so that an image may stand at the beginning; without one they are all the same, and
+one per row is enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import UMT5EncoderModel
+
+from ....engines.errors import CheckpointError, InvalidRequest
+from ....engines.manifest import Dtype, Shape, Text
+from ...checkpoint import Checkpoint
+from ...sampler import scheduler_from_checkpoint
+from ..base import ExportRequest, FlowShift, Input, PartPlan, Split, float_spec, require_equal, untrained
+from ..parts import (
+    VAE_ENCODER,
+    StepTensors,
+    epilogue_plan,
+    prologue_plan,
+    ranges_of,
+    require_multiples,
+    sole_part,
+    without_values,
+)
+from ..t5 import TOKENIZER, UNNEEDED, load_encoder, text_encoder_plan, tokenizer_json
+from .modules import Block, Condition, Epilogue, Prologue, keep_in_fp32
+from .vae import check_vae, count_latent_frames, decoder_stage
+
+MAX_TOKENS = 512  # WanPipeline pads every prompt to this, and the transformer reads all of it
+PATCH = (1, 2, 2)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of video that models were trained on, and the flow shift that their authors recommend for it."""
+
+    height: int
+    width: int
+    frames: int
+    flow_shift: float
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return f"{self.height}p"
+
+
+# By how many pixels a side the VAE makes of a latent; the first one is the default. No configuration has them.
+SIZES = {8: (Size(480, 832, 81, 3.0), Size(720, 1280, 81, 5.0)), 16: (Size(704, 1280, 121, 5.0),)}
+
+
+def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
+    """Take a WanPipeline checkpoint apart. Raises CheckpointError, InvalidRequest."""
+    components = {
+        "transformer": "WanTransformer3DModel",
+        "text_encoder": "UMT5EncoderModel",
+        "vae": "AutoencoderKLWan",
+    }
+    checkpoint.require_pipeline("WanPipeline", components)
+    _refuse_experts(checkpoint)
+    request.refuse_presets("Wan")
+    transformer = without_values(
+        lambda: WanTransformer3DModel.from_config(checkpoint.config("transformer")), request.dtype
+    )
+    keep_in_fp32(transformer)
+    vae = without_values(lambda: AutoencoderKLWan.from_config(checkpoint.config("vae")), request.dtype_of("vae"))
+    encoder = load_encoder(checkpoint, request.dtype, UMT5EncoderModel)
+    check_config(checkpoint, transformer)
+    check_vae(checkpoint, vae)
+    config = transformer.config
+    require_equal(
+        checkpoint,
+        ("transformer in_channels", config.in_channels, "vae z_dim", vae.config.z_dim),
+        ("transformer text_dim", config.text_dim, "text_encoder d_model", encoder.config.d_model),
+    )
+    shape = _shape(transformer, vae, request)
+    shift = _flow_shift(checkpoint, vae, shape, request)
+    tensors = _Tensors(transformer, shape, request.dtype)
+    return Split(
+        shape=shape,
+        ranges=ranges_of(shape, text=MAX_TOKENS, tokens=tensors.tokens),
+        streams=("hidden",),
+        guidance_order="positive_first",
+        text_encoder=text_encoder_plan(encoder, request.dtype, MAX_TOKENS, zero_padding=True),
+        condition=_condition(Condition(transformer, shape.latents), tensors),
+        prologue=_prologue(Prologue(transformer), tensors),
+        blocks=_blocks(transformer, tensors),
+        epilogue=epilogue_plan(Epilogue(transformer, shape.latents), tensors),
+        decoder=(decoder_stage(vae, shape, request.dtype_of("vae")),),
+        text=Text(tokenizer=TOKENIZER, max_tokens=MAX_TOKENS, pad_id=0, cleaning="whitespace", padded=True),
+        tokenizer=lambda: tokenizer_json(checkpoint),
+        scheduler=lambda: scheduler_from_checkpoint(checkpoint, **({"flow_shift": shift.value} if shift else {})),
+        cautions=_cautions(vae, shape),
+        unneeded={"text_encoder": UNNEEDED, "vae": VAE_ENCODER},
+        flow_shift=shift,
+    )
+
+
+def check_config(checkpoint: Checkpoint, transformer: WanTransformer3DModel) -> None:
+    """Refuse what the modules do not compute, image-to-video above all. Raises CheckpointError."""
+    config = transformer.config
+    for name, got, expected in (
+        ("image_dim", config.image_dim, None),
+        ("added_kv_proj_dim", config.added_kv_proj_dim, None),
+        ("pos_embed_seq_len", config.pos_embed_seq_len, None),
+        ("out_channels", config.out_channels or config.in_channels, config.in_channels),
+        ("qk_norm", config.qk_norm, "rms_norm_across_heads"),
+        ("patch_size", tuple(config.patch_size), PATCH),
+    ):
+        if got != expected:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.name}: transformer {name} is {got!r}, expected {expected!r}; image-to-video "
+                "models cannot be exported, choose a text-to-video model of Wan 2.1 or the 5B of Wan 2.2"
+            )
+
+
+def _refuse_experts(checkpoint: Checkpoint) -> None:
+    """Refuse checkpoints with one transformer for high noise and one for low."""
+    second = (checkpoint.index.get("transformer_2") or [None])[0]
+    if second is not None or checkpoint.index.get("boundary_ratio") is not None:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name}: has two transformers, which are not supported yet; choose a text-to-video "
+            "model of Wan 2.1 or the 5B of Wan 2.2"
+        )
+
+
+def _shape(transformer: WanTransformer3DModel, vae: AutoencoderKLWan, request: ExportRequest) -> Shape:
+    scale, longest = vae.config.scale_factor_spatial, transformer.config.rope_max_seq_len
+    default = next(iter(SIZES.get(scale, ())), None)
+    height, width, frames = (
+        getattr(request, name) or (getattr(default, name) if default else _missing(name))
+        for name in ("height", "width", "frames")
+    )
+    require_multiples(scale * PATCH[1], height=height, width=width)
+    latent_frames = count_latent_frames(frames, vae.config.scale_factor_temporal)
+    for name, got, unit in (("height", height, scale * PATCH[1]), ("width", width, scale * PATCH[2])):
+        if got // unit > longest:
+            raise InvalidRequest(f"{name}: got {got}, expected at most {longest * unit} pixels for this checkpoint")
+    if latent_frames > longest:
+        most = (longest - 1) * vae.config.scale_factor_temporal + 1
+        raise InvalidRequest(f"frames: got {frames}, expected at most {most} for this checkpoint")
+    return Shape(
+        height=height,
+        width=width,
+        frames=frames,
+        latents=(transformer.config.in_channels, latent_frames, height // scale, width // scale),
+        max_batch=request.max_batch,
+    )
+
+
+def _missing(name: str) -> int:
+    raise InvalidRequest(f"{name}: got none, expected a number, as this checkpoint's VAE is that of no published model")
+
+
+def _nearest(vae: AutoencoderKLWan, shape: Shape) -> Size | None:
+    """Of the sizes that models with such a VAE were trained on, the one with most nearly as many pixels."""
+    pixels = shape.height * shape.width
+    sizes = SIZES.get(vae.config.scale_factor_spatial, ())
+    return min(sizes, key=lambda size: abs(size.height * size.width - pixels), default=None)
+
+
+def _cautions(vae: AutoencoderKLWan, shape: Shape) -> tuple[str, ...]:
+    """Upright videos are as good as those that lie."""
+    size = _nearest(vae, shape)
+    if size is None:
+        return ()
+    upright = shape.height > shape.width
+    return (
+        *untrained("height", shape.height, size.width if upright else size.height),
+        *untrained("width", shape.width, size.height if upright else size.width),
+        *untrained("frames", shape.frames, size.frames),
+    )
+
+
+def _flow_shift(
+    checkpoint: Checkpoint, vae: AutoencoderKLWan, shape: Shape, request: ExportRequest
+) -> FlowShift | None:
+    """What is asked for, or what is stored. But published ones store that of their smallest size for all of them."""
+    config = checkpoint.config("scheduler", "scheduler_config.json")
+    stored = config.get("flow_shift") if config.get("use_flow_sigmas") else None
+    if stored is None:
+        return None
+    if request.flow_shift is not None:
+        return FlowShift(request.flow_shift, f"as asked for; the checkpoint has {stored:g}")
+    size, smallest = _nearest(vae, shape), next(iter(SIZES.get(vae.config.scale_factor_spatial, ())), None)
+    if size is None or smallest is None or stored != smallest.flow_shift or size.flow_shift == stored:
+        return FlowShift(stored, "as the checkpoint has it")
+    return FlowShift(size.flow_shift, f"as recommended for {size.name}; the checkpoint has {stored:g}")
+
+
+class _Tensors(StepTensors):
+    """With what the blocks read that no step changes, and their modulation."""
+
+    def __init__(self, transformer: WanTransformer3DModel, shape: Shape, dtype: Dtype) -> None:
+        config = transformer.config
+        dim = config.num_attention_heads * config.attention_head_dim
+        _, frames, height, width = shape.latents
+        tokens = frames * (height // PATCH[1]) * (width // PATCH[2])
+        super().__init__(shape, dtype, tokens, dim, {"hidden": ("tokens", dim)})
+        self.states = Input(float_spec("text_states", dtype, "batch", "text", config.text_dim))
+        self.modulation = Input(float_spec("modulation", dtype, "batch", 6, dim))
+        self.conditions = (
+            Input(float_spec("text", dtype, "batch", "text", dim)),
+            *(
+                Input(float_spec(name, "fp32", "tokens", config.attention_head_dim // 2))
+                for name in ("rotary_cos", "rotary_sin")
+            ),
+        )
+
+    @property
+    def from_timestep(self) -> tuple[Input, ...]:
+        return self.modulation, self.time
+
+
+def _condition(module: Condition, tensors: _Tensors) -> PartPlan:
+    return sole_part(
+        "condition",
+        module,
+        inputs=(tensors.states,),
+        outputs=tuple(made.spec for made in tensors.conditions),
+        check_sizes=tuple({"batch": rows, "text": text, "tokens": tensors.tokens} for rows, text in ((1, 5), (2, 7))),
+        prefixes={"text_embedder.": "condition_embedder.text_embedder."},
+    )
+
+
+def _prologue(module: Prologue, tensors: _Tensors) -> PartPlan:
+    of_embedder = {f"{name}.": f"condition_embedder.{name}." for name in ("time_embedder", "time_proj")}
+    return prologue_plan(module, tensors, prefixes={"patch_embedding.": "patch_embedding."} | of_embedder)
+
+
+def _blocks(transformer: WanTransformer3DModel, tensors: _Tensors) -> tuple[PartPlan, ...]:
+    module = Block(transformer.blocks[0])
+    return tuple(
+        PartPlan(
+            name=f"block.{index:03d}",
+            kind="block",
+            module=module,
+            component="transformer",
+            prefixes={"block.": f"blocks.{index}."},
+            inputs=(*tensors.streams, tensors.modulation, *tensors.cached, *tensors.conditions),
+            outputs=tensors.block_outputs,
+            reference=module.reference,
+            check_sizes=({"batch": 1, "text": 5, "tokens": 12}, {"batch": 2, "text": 7, "tokens": 10}),
+        )
+        for index in range(transformer.config.num_layers)
+    )
