@@ -130,11 +130,8 @@ def _refuse_experts(checkpoint: Checkpoint) -> None:
 
 def _shape(transformer: WanTransformer3DModel, vae: AutoencoderKLWan, request: ExportRequest) -> Shape:
     scale, longest = vae.config.scale_factor_spatial, transformer.config.rope_max_seq_len
-    default = next(iter(SIZES.get(scale, ())), None)
-    height, width, frames = (
-        getattr(request, name) or (getattr(default, name) if default else _missing(name))
-        for name in ("height", "width", "frames")
-    )
+    default = SIZES.get(scale, SIZES[8])[0]  # of other VAEs too, as in WanPipeline
+    height, width, frames = (getattr(request, name) or getattr(default, name) for name in ("height", "width", "frames"))
     require_multiples(scale * PATCH[1], height=height, width=width)
     latent_frames = count_latent_frames(frames, vae.config.scale_factor_temporal)
     for name, got, unit in (("height", height, scale * PATCH[1]), ("width", width, scale * PATCH[2])):
@@ -150,10 +147,6 @@ def _shape(transformer: WanTransformer3DModel, vae: AutoencoderKLWan, request: E
         latents=(transformer.config.in_channels, latent_frames, height // scale, width // scale),
         max_batch=request.max_batch,
     )
-
-
-def _missing(name: str) -> int:
-    raise InvalidRequest(f"{name}: got none, expected a number, as this checkpoint's VAE is that of no published model")
 
 
 def _nearest(vae: AutoencoderKLWan, shape: Shape) -> Size | None:
