@@ -9,13 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from foresight.engines.bundle import MANIFEST, open_bundle, verify_files
@@ -25,6 +26,7 @@ from foresight.exporter.export import Export, ExportRequest
 from foresight.exporter.registry import REGISTRY
 from foresight.runtime.profiles import policy_of
 from tests.support import copy_bundle, edit_manifest, snapshot
+from zoo import FAMILIES
 
 PARTS = [
     "text_encoder",
@@ -404,6 +406,25 @@ def test_a_demo_model_has_the_profiles_that_were_tuned_for_it(name: str) -> None
 def test_the_profiles_of_a_demo_model_stand_in_its_bundle(demo_bundle: Path) -> None:
     opened = open_bundle(demo_bundle)
     assert opened.manifest.profiles == REGISTRY[opened.manifest.model].profiles() != ()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoder_of_every_family_may_have_another_dtype(family: str, examples: Callable[[str], Path]) -> None:
+    example = FAMILIES[family].example
+    request = ExportRequest(dtype="fp16", vae_dtype="fp32", **example.sizes)
+    split = Export(example.model, request, str(examples(family))).split
+    decoder = {plan.name for stage in split.decoder for plan in stage.parts}
+    for plan in split.parts:
+        found = {parameter.dtype for parameter in plan.module.parameters()}
+        assert found == {torch.float32} if plan.name in decoder else torch.float16 in found, plan.name
+
+
+def test_a_dtype_of_the_decoder_makes_another_bundle_and_none_the_one_it_always_was(checkpoint: Path) -> None:
+    keys = [
+        Export("latte", ExportRequest(**asked), str(checkpoint)).key
+        for asked in ({}, {"vae_dtype": None}, {"vae_dtype": "fp16"})
+    ]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_other_sizes_types_and_checkpoints_have_no_profiles(checkpoint: Path) -> None:
