@@ -30,7 +30,7 @@ ADDRESS := http://127.0.0.1:8000
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-page test-ray test-rtx test-gpu test-simulated-gpu bench-gpu soak fuzz lint format demo-train clean
+.PHONY: help demo test test-all test-page test-ray test-triton test-rtx test-gpu test-simulated-gpu bench-gpu soak fuzz lint format demo-train clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 27
@@ -51,7 +51,7 @@ test: $(READY) ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 test-all: $(READY) ## run all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not browser and not ray" $(SPREAD) $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not browser and not ray and not triton" $(SPREAD) $(ARGS)
 
 test-rtx: $(READY) ## build engines of real size with TensorRT-RTX, without a GPU, and check their memory
 	$(BIN)/python -m pytest -m rtx $(ARGS)
@@ -63,6 +63,13 @@ test-page: $(READY) ## the server's page in a browser: needs Chromium, CHROMIUM 
 test-ray: $(READY) ## batches and the server on a cluster of Ray on this machine; installs Ray (500 MB)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[ray]" --constraint constraints.txt $(PIP_ARGS)
 	$(BIN)/python -m pytest -m ray $(ARGS)
+
+# Of PyTriton only the server that it brings along is used, and numpy 1, which that server needs, is for it alone.
+test-triton: $(READY) ## a model repository in Triton Inference Server on this machine; installs that (220 MB)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "tritonclient[grpc]>=2.60" $(PIP_ARGS)
+	test -d $(VENV)/triton/pytriton || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(VENV)/triton "nvidia-pytriton==0.7.0" "numpy<2" $(PIP_ARGS)
+	$(BIN)/python -m pytest -m triton $(ARGS)
 
 test-gpu: $(GPU_READY) ## on a machine with an NVIDIA GPU: contract, parity and isolation on every backend there is
 	$(BIN)/python -m tests.gpu $(ARGS)

@@ -33,6 +33,7 @@ COMMANDS = (
     "evaluate",
     "export",
     "inspect",
+    "package",
     "parity",
     "run",
     "serve",

@@ -200,9 +200,13 @@ class Running(threading.Thread):
         if now - self._told < TELL_SECONDS:
             return
         self._told = now
-        first, last = SHARES.get(progress.phase, (0, 0))
-        percent = int(100 * (first + (last - first) * progress.fraction))
-        self._send("progress", self.task.id, percent, progress.phase)
+        self._send("progress", self.task.id, int(100 * share_done(progress)), progress.phase)
+
+
+def share_done(progress: Progress) -> float:
+    """How much of a whole job is done, 0 to 1, by what is told of its phase."""
+    first, last = SHARES.get(progress.phase, (0.0, 0.0))
+    return first + (last - first) * progress.fraction
 
 
 def _result(video: Video, size: int, encode_seconds: float) -> Result:

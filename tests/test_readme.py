@@ -137,7 +137,7 @@ def test_what_is_only_shown_exists(line: str) -> None:
         last = len(words) - 1 - words[::-1].index("foresight")
         parse(words[last + 1 :])
     else:
-        understood |= words[0] in ("pip", "docker")
+        understood |= words[0] in ("pip", "docker", "kubectl", "tritonserver")
         assert understood, "nothing here knows how to check this"
 
 
