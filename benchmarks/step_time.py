@@ -103,7 +103,7 @@ def engine_step(bundle: Path, backend_of: Callable[..., Any], *arguments: Any) -
     """One step of the bundle's engines."""
     from foresight.engines.arrays import numpy_dtype
     from foresight.engines.bundle import open_bundle
-    from foresight.runtime.caches import Layout, create_cache, find_mode
+    from foresight.runtime.caches import Layout, create_caches, find_mode
 
     backend, opened = backend_of(*arguments), open_bundle(bundle)
     manifest = opened.manifest
@@ -118,7 +118,8 @@ def engine_step(bundle: Path, backend_of: Callable[..., Any], *arguments: Any) -
             dtype = numpy_dtype(spec.dtype)
             tensors.setdefault(spec.name, given.get(spec.name, np.zeros(spec.resolve(sizes), dtype)).astype(dtype))
     engines["condition"].run(tensors)
-    cache = create_cache(Layout(find_mode("output")), manifest, backend.arrays, ROWS, (True,) * len(manifest.blocks))
+    every = (True,) * len(manifest.blocks)
+    (cache,) = create_caches(Layout(find_mode("output")), manifest, backend.arrays, ROWS, every)
 
     def step() -> Any:
         engines["prologue"].run({**tensors, **cache.enter(0)})

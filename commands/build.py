@@ -31,17 +31,26 @@ if TYPE_CHECKING:
 @click.option("--device", default="cuda", show_default=True, help="tensorrt compiles for this GPU.")
 @click.option("--level", type=int, default=3, show_default=True, help="Optimisation level, 0 to 5.")
 @click.option("--workspace", type=int, help="Most scratch memory a part may need, MiB.  [default: all there is]")
+@click.option("--split-guidance", is_flag=True, help="For one half of a guided batch at a time: half the scratch.")
 @click.option("--jobs", type=int, default=1, show_default=True, help="Engines built side by side.")
 @common
 def build(
-    bundle: Path | None, backend: str, device: str, level: int, workspace: int | None, jobs: int, as_json: bool
+    bundle: Path | None,
+    backend: str,
+    device: str,
+    level: int,
+    workspace: int | None,
+    split_guidance: bool,
+    jobs: int,
+    as_json: bool,
 ) -> None:
     """Compile a bundle's engines for this machine; goes on where it was interrupted."""
     from ..engines.bundle import newest_bundle, open_bundle
     from ..engines.tensorrt.compiler import BuildSettings
 
     check_compiler(backend)
-    settings = BuildSettings(level=level, workspace_bytes=None if workspace is None else workspace * MEBI)
+    workspace_bytes = None if workspace is None else workspace * MEBI
+    settings = BuildSettings(level, workspace_bytes, split_guidance)
     compiled = compile_engines(open_bundle(bundle or newest_bundle()), backend, device, settings, jobs)
     print_result(compiled_row(compiled), as_json, describe_compiled(compiled))
 

@@ -33,6 +33,7 @@ class Engines:
     cache_memory: float | None
     cache_profile: Path | None
     cuda_graphs: bool
+    split_guidance: bool
 
     def load(self, bundle: Path | None) -> VideoPipeline:
         """The pipeline of a bundle, or of the newest one."""
@@ -51,6 +52,7 @@ class Engines:
                 cache_memory=cache_memory,
                 cache_profile=read_trace(self.cache_profile) if self.cache_profile else None,
                 cuda_graphs=self.cuda_graphs,
+                split_guidance=self.split_guidance,
                 on_progress=show,
             )
 
@@ -76,6 +78,7 @@ class Engines:
             low_memory=self.low_memory,
             cache_memory=self.cache_bytes(),
             cuda_graphs=self.cuda_graphs,
+            split_guidance=self.split_guidance,
             signed_by=read_public_keys(tuple(signed_by) or None),
         )
 
@@ -104,4 +107,5 @@ def engine_options(command: Command) -> Command:
         ),
         click.option("--cache-profile", type=PATH, help="A --trace, to choose what to cache where not all fits."),
         click.option("--cuda-graphs", is_flag=True, help="TensorRT: record every block once, and replay it."),
+        click.option("--split-guidance", is_flag=True, help="One half of a guided batch at a time: half the scratch."),
     )(command)

@@ -100,7 +100,7 @@ def _build_missing(
                 build_apart,
                 index.backend,
                 bundle.file(part.graph),
-                shape_ranges(part, bundle.manifest.ranges),
+                shape_ranges(part, settings.ranges(bundle.manifest, part)),
                 settings,
                 cache,
                 device,

@@ -72,6 +72,11 @@ class Compiled:
         return sum(part.record.bytes for part in self.index.parts.values())
 
     @property
+    def split_guidance(self) -> bool:
+        """Whether they take one half of a guided batch at a time."""
+        return self.index.settings.get("split_guidance") == str(True)
+
+    @property
     def taken_apart(self) -> list[str]:
         """The parts whose attention has no fused kernel, so that its scores take memory."""
         return [name for name, part in sorted(self.index.parts.items()) if part.fused_attention is False]

@@ -62,15 +62,27 @@ class Outputs:
         return total
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Rows of the guided batch that go through the model together: nearly always all, else the rows of one half.
+
+    `tensors` are the graphs' inputs and outputs by name, apart from the stream, which `cache` holds; `distances` is
+    (blocks, rows) fp32, written by the blocks.
+    """
+
+    cache: BlockCache
+    tensors: dict[str, Array]
+    distances: Array
+
+
 @dataclass
 class DenoiseState:
     """Everything that one request owns while it is denoised. Arrays are on the backend's device.
 
     `turn` are the steps that this transformer, the `expert`-th, runs, of all that the schedule has: nearly always all.
-    Steps count from the first of them. `tensors` are the graphs' inputs and outputs by name, apart from the stream,
-    which `cache` holds; `distances` is (blocks, rows) fp32, written by the blocks. `guidances` are those of the
-    prompts, see `guide`; `halves` is 2 with guidance, else 1. `measuring` is the step whose distances are on their way
-    to the host, and which of its blocks measured any; `erring` the step whose distance from what was expected is.
+    Steps count from the first of them. `guidances` are those of the prompts, see `guide`; `halves` is 2 with guidance,
+    else 1. `measuring` is the step whose distances are on their way to the host, and which of its blocks measured any;
+    `erring` the step whose distance from what was expected is.
     """
 
     arrays: Arrays
@@ -79,18 +91,16 @@ class DenoiseState:
     turn: range
     expert: int
     mode: CacheMode
-    cache: BlockCache
+    passes: Sequence[Pass]
     decider: Decider
     outputs: Outputs
-    tensors: dict[str, Array]
-    distances: Array
     guidances: Array
     halves: int
     trace: Trace
     on_step: OnStep | None = None
     on_progress: OnProgress = silent
     cancel: CancelToken | None = None
-    measuring: tuple[int, list[bool], Download] | None = field(default=None, init=False)
+    measuring: tuple[int, list[bool], list[Download]] | None = field(default=None, init=False)
     erring: tuple[int, Download] | None = field(default=None, init=False)
 
 
@@ -125,26 +135,19 @@ def denoise(model: Transformer, state: DenoiseState) -> None:
 
 def _run_step(model: Transformer, state: DenoiseState, step: int) -> tuple[list[Decision], list[Measure | None], Array]:
     """A step in which the model runs: what was decided for each block, on which grounds, and the guided output."""
-    cache = state.cache
-    _set_inputs(state, step)
-    _run(model.prologue, state, cache.enter(step))
+    first, *others = state.passes
+    _begin_pass(model, state, first, step)
     _observe(state)
     measures = state.decider.measures()
     decisions = _decide(state, step)
-    measured = [False] * len(model.blocks)
-    for block, decision in enumerate(decisions):
-        overall = state.turn[step]
-        check_cancelled(state.cancel, f"in step {overall + 1} of {state.schedule.steps}, before block {block}")
-        _tell(state, overall, block)
-        if decision is Decision.COMPUTE:
-            stream, measured[block] = cache.bind(block)
-            _run(model.blocks[block], state, {**stream, "distance": state.distances[block]})
-            cache.commit(block)
-        elif decision is Decision.REUSE:
-            cache.reuse(block)
-    state.measuring = step, measured, state.arrays.start_download(state.distances)
-    _run(model.epilogue, state, cache.stream)
-    output = guide(state.tensors["model_output"], state.guidances, state.halves, model.guidance_order)
+    measured, download = _finish_pass(model, state, first, step, decisions)
+    downloads = [download]
+    for rows in others:
+        _begin_pass(model, state, rows, step)
+        downloads.append(_finish_pass(model, state, rows, step, decisions)[1])
+    state.measuring = step, measured, downloads
+    outputs = [rows.tensors["model_output"] for rows in state.passes]
+    output = guide(outputs, state.guidances, state.halves, model.guidance_order)
     state.decider.see(step, output)
     expected = state.decider.expected(step)
     if expected is not None:
@@ -153,43 +156,71 @@ def _run_step(model: Transformer, state: DenoiseState, step: int) -> tuple[list[
     return decisions, measures, output
 
 
-def guide(output: Array, guidances: Array, halves: int, order: str) -> Array:
-    """Classifier-free guidance over a batch (halves x prompts, …): negative + guidance (positive - negative).
+def _begin_pass(model: Transformer, state: DenoiseState, rows: Pass, step: int) -> None:
+    _set_inputs(state, rows, step)
+    _run(model.prologue, state, rows, rows.cache.enter(step))
 
-    `guidances` are fp32, one a prompt, (prompts, 1, …) with as many dimensions as the output has.
+
+def _finish_pass(
+    model: Transformer, state: DenoiseState, rows: Pass, step: int, decisions: Sequence[Decision]
+) -> tuple[list[bool], Download]:
+    """Run what was decided; returns which blocks measured a change, and the distances on their way."""
+    measured, overall = [False] * len(model.blocks), state.turn[step]
+    for block, decision in enumerate(decisions):
+        check_cancelled(state.cancel, f"in step {overall + 1} of {state.schedule.steps}, before block {block}")
+        _tell(state, rows, overall, block)
+        if decision is Decision.COMPUTE:
+            stream, measured[block] = rows.cache.bind(block)
+            _run(model.blocks[block], state, rows, {**stream, "distance": rows.distances[block]})
+            rows.cache.commit(block)
+        elif decision is Decision.REUSE:
+            rows.cache.reuse(block)
+    download = state.arrays.start_download(rows.distances)
+    _run(model.epilogue, state, rows, rows.cache.stream)
+    rows.cache.leave()
+    return measured, download
+
+
+def guide(outputs: Sequence[Array], guidances: Array, halves: int, order: str) -> Array:
+    """Classifier-free guidance: negative + guidance (positive - negative); without halves a copy.
+
+    `outputs` are the model's for all rows (halves x prompts, …), or for each half (prompts, …). `guidances` are fp32,
+    one a prompt, (prompts, 1, …) with as many dimensions as the output has.
     """
     if halves == 1:
-        return output.copy()
-    prompts = len(output) // 2
-    first, second = output[:prompts], output[prompts:]
+        return outputs[0].copy()
+    if len(outputs) == 1:
+        prompts = len(outputs[0]) // 2
+        outputs = (outputs[0][:prompts], outputs[0][prompts:])
+    first, second = outputs
     negative, positive = (first, second) if order == "negative_first" else (second, first)
     return negative + guidances * (positive - negative)
 
 
-def _tell(state: DenoiseState, step: int, block: int) -> None:
+def _tell(state: DenoiseState, rows: Pass, overall: int, block: int) -> None:
     """Say that this block comes now."""
-    steps, blocks = state.schedule.steps, len(state.trace.blocks)
-    detail, share = f"block {block + 1} of {blocks}", block / blocks
-    state.on_progress(Progress("denoising", step, steps, "steps", detail, share))
+    blocks, done = len(state.trace.blocks), state.passes.index(rows)
+    detail, share = f"block {block + 1} of {blocks}", (done * blocks + block) / (len(state.passes) * blocks)
+    state.on_progress(Progress("denoising", overall, state.schedule.steps, "steps", detail, share))
 
 
-def _set_inputs(state: DenoiseState, step: int) -> None:
+def _set_inputs(state: DenoiseState, rows: Pass, step: int) -> None:
     latents = state.sampler.model_input(state.turn[step])
-    rows = state.tensors["latents"]
-    for half in range(state.halves):
-        rows[half * len(latents) : (half + 1) * len(latents)] = latents
-    state.tensors["timestep"][:] = state.schedule.timesteps[state.turn[step]]
+    given = rows.tensors["latents"]
+    for first in range(0, len(given), len(latents)):
+        given[first : first + len(latents)] = latents
+    rows.tensors["timestep"][:] = state.schedule.timesteps[state.turn[step]]
 
 
-def _run(engine: Engine, state: DenoiseState, tensors: Mapping[str, Array]) -> None:
+def _run(engine: Engine, state: DenoiseState, rows: Pass, tensors: Mapping[str, Array]) -> None:
     started = time.perf_counter()
-    run_engine(engine, {**state.tensors, **tensors})
+    run_engine(engine, {**rows.tensors, **tensors})
     state.trace.engine_ms += 1e3 * (time.perf_counter() - started)
 
 
 def _decide(state: DenoiseState, step: int) -> list[Decision]:
     """The policy's decisions, as far as blocks are cached at all; without those that nothing depends on."""
-    planned = zip(state.decider.plan(step), state.cache.cached, strict=True)
+    planned = zip(state.decider.plan(step), state.passes[0].cache.cached, strict=True)
     return state.mode.eliminate_dead([decision if cached else Decision.COMPUTE for decision, cached in planned])
 
 
@@ -197,9 +228,9 @@ def _observe(state: DenoiseState) -> None:
     """Tell the policy and the trace what the last step that ran has measured, once that is on the host."""
     if state.measuring is None:
         return
-    step, measured, distances = state.measuring
+    step, measured, downloads = state.measuring
     state.measuring = None
-    rows = _wait(state, distances.wait)
+    rows = np.concatenate([_wait(state, distances.wait) for distances in downloads], axis=1)
     prompts = rows.reshape(len(rows), state.halves, -1).mean(axis=1, dtype=np.float64)
     changes = [tuple(map(float, row)) if known else None for row, known in zip(prompts, measured, strict=True)]
     state.decider.observe(step, changes)

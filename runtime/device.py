@@ -68,6 +68,7 @@ class Runtime:
         *,
         low_memory: bool = False,
         cache_memory: int | None = None,
+        split_guidance: bool = False,
         make_room: bool = False,
         on_progress: OnProgress | None = None,
     ) -> VideoPipeline:
@@ -88,7 +89,7 @@ class Runtime:
             verify_files(opened, *(() if on_progress is None else (on_progress,)))
             if make_room:
                 self.unload(served_as)
-            limits = MemoryLimits(low_memory, cache_memory, fixed_slots=self._backends.cuda_graphs)
+            limits = MemoryLimits(low_memory, cache_memory, None, self._backends.cuda_graphs, split_guidance)
             pipeline = VideoPipeline(opened, self._backends.of(opened), limits, on_progress=on_progress)
             try:
                 pipeline.warm_up()

@@ -103,29 +103,32 @@ class MemoryLimits:
 
     `cache_memory` is the most bytes of one request's stream and cache; blocks that find no room are run every time, and
     `cache_profile` helps to choose them. `fixed_slots` gives every block cache addresses of its own, for CUDA graphs.
+    With `split_guidance` the two halves of a guided batch go through the blocks one after the other.
     """
 
     low_memory: bool = False
     cache_memory: int | None = None
     cache_profile: Profile | None = None
     fixed_slots: bool = False
+    split_guidance: bool = False
 
-    def layout(self, policy: Policy) -> Layout:
-        """How that policy's caches are laid out."""
-        return Layout(find_mode(policy.cache), self.fixed_slots)
+    def layout(self, policy: Policy, halves: int) -> Layout:
+        """How that policy's caches are laid out, for requests of one half or two."""
+        return Layout(find_mode(policy.cache), self.fixed_slots, halves if self.split_guidance else 1)
 
-    def cached(self, manifest: Manifest, policy: Policy, rows: int) -> tuple[bool, ...]:
+    def cached(self, manifest: Manifest, policy: Policy, prompts: int, halves: int) -> tuple[bool, ...]:
         """Per block whether there is room for its output. Raises InvalidRequest where there is none for a request."""
-        buffer = rows * manifest.cache_bytes_per_row[manifest.blocks[0].name]
+        layout = self.layout(policy, halves)
+        buffer = prompts * halves * manifest.cache_bytes_per_row[manifest.blocks[0].name] // layout.passes
         reusable = policy.reusable([block.kind for block in manifest.blocks])
-        return choose_cached(self.layout(policy), reusable, buffer, self.cache_memory, self.cache_profile)
+        return choose_cached(layout, reusable, buffer, self.cache_memory, self.cache_profile)
 
     def plan(
         self, manifest: Manifest, policy: Policy, prompts: int, guided: bool, compiled: Compiled | None
     ) -> MemoryPlan:
         """What a request takes. Raises InvalidRequest where `cache_memory` is too small."""
-        slots = sum(self.cached(manifest, policy, prompts * (2 if guided else 1)))
-        layout = self.layout(policy)
+        halves = 2 if guided else 1
+        slots, layout = sum(self.cached(manifest, policy, prompts, halves)), self.layout(policy, halves)
         return plan_memory(manifest, prompts, guided, layout, slots, self.low_memory, compiled, policy.outputs)
 
 
@@ -147,15 +150,18 @@ def plan_memory(
     """
     layout = layout or Layout(next(iter(CACHE_MODES.values())))
     rows, blocks = prompts * (2 if guided else 1), len(manifest.blocks)
-    buffer = manifest.cache_bytes_per_row[manifest.blocks[0].name] * rows
+    each = rows // layout.passes
+    buffer = manifest.cache_bytes_per_row[manifest.blocks[0].name] * each
     cache = layout.buffers(blocks, blocks if slots is None else slots) * buffer
     sizes = manifest.largest(batch=rows)
     latents = 4 * prompts * math.prod(manifest.shape.latents)
     sampler = (SAMPLER_ARRAYS + manifest.sampler.kept + outputs) * latents
     experts = manifest.experts
     condition = len(experts) * _bytes(manifest.condition.outputs, sizes)
-    video = 3 * manifest.shape.frames * manifest.shape.height * manifest.shape.width
-    arrays = cache + condition + _bytes(manifest.step_tensors, sizes) + sampler
+    own = condition // len(experts) if layout.passes > 1 else 0  # each pass has its rows of it apart
+    output = (layout.passes - 1) * _bytes(manifest.epilogue.outputs, manifest.largest(batch=each))
+    arrays = cache + condition + own + output + sampler
+    arrays += _bytes(manifest.step_tensors, manifest.largest(batch=each))
     turns = [_phase(manifest, expert.transformer, arrays, compiled) for expert in experts]
     return MemoryPlan(
         rows=rows,
@@ -170,13 +176,14 @@ def plan_memory(
             compiled,
         ),
         denoise=max(turns, key=lambda turn: turn.total) if low_memory else _together(turns),
-        decode=_phase(
-            manifest,
-            [part for stage in manifest.decoder for part in stage.parts],
-            latents + prompts * video + _decoding(manifest, sizes),
-            compiled,
-        ),
+        decode=_decode_phase(manifest, prompts, latents + _decoding(manifest, sizes), compiled),
     )
+
+
+def _decode_phase(manifest: Manifest, prompts: int, arrays: int, compiled: Compiled | None) -> Phase:
+    parts = [part for stage in manifest.decoder for part in stage.parts]
+    video = 3 * manifest.shape.frames * manifest.shape.height * manifest.shape.width
+    return _phase(manifest, parts, arrays + prompts * video, compiled)
 
 
 def _together(turns: Sequence[Phase]) -> Phase:

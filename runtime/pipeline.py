@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, overload
 
 from ..engines.arrays import Array
@@ -55,7 +56,10 @@ class VideoPipeline:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.backend = backend
+        compiled = backend.compiled(bundle)
         self.limits = limits or MemoryLimits()
+        if compiled is not None and compiled.split_guidance:
+            self.limits = replace(self.limits, split_guidance=True)
         residency = Residency(bundle, backend, self.limits.low_memory)
         self._table = load_table(bundle.file(self.manifest.sampler.table), self.manifest.sampler.max_steps)
         self._pace = Pace()
@@ -241,6 +245,7 @@ def load(
     cache_memory: int | None = None,
     cache_profile: Mapping[str, Any] | None = None,
     cuda_graphs: bool = False,
+    split_guidance: bool = False,
     shared_weights: bool = False,
     keys: Iterable[KeyFile] | None = None,
     on_progress: OnProgress | None = None,
@@ -253,6 +258,8 @@ def load(
     when a request needs them. `cache_memory` is the most bytes for one request's stream and cache; what finds no room
     is not cached, chosen by what an earlier request reused if `cache_profile`, its `trace.to_dict()`, is given.
     `cuda_graphs`, with TensorRT, records every block's kernels and replays them; the cache then takes twice the memory.
+    With `split_guidance` the negative and the positive half of a guided batch go through the model one after the other:
+    half the scratch, results within the backend's rounding of those of one batch.
     `shared_weights`, on CPUs, leaves weights mapped from the bundle instead of copying and repacking them: processes
     that serve the same bundle share them, each request takes some per cent longer, and to truncate a file of the
     bundle while a request runs ends the process. `keys` are PEM files of public Ed25519 keys, one of which must have
@@ -270,7 +277,7 @@ def load(
     return VideoPipeline(
         opened,
         create_backend(backend or choose_backend(opened, device), device, threads, cuda_graphs, shared_weights),
-        MemoryLimits(low_memory, cache_memory, profile, fixed_slots=cuda_graphs),
+        MemoryLimits(low_memory, cache_memory, profile, fixed_slots=cuda_graphs, split_guidance=split_guidance),
         on_progress=on_progress,
     )
 
@@ -285,7 +292,7 @@ def _load(bundle: Bundle, residency: Residency, calls: Calls) -> Tokenizer:
 
 
 def _batch_of(request: CheckedRequest, limits: MemoryLimits, bundle: Bundle, backend: Backend) -> Batch:
-    cached = limits.cached(bundle.manifest, request.policy, request.rows)
+    cached = limits.cached(bundle.manifest, request.policy, len(request.prompts), request.halves)
     return Batch(request, cached, _trace_of(request, cached, bundle, backend))
 
 

@@ -10,8 +10,8 @@ from ..engines.arrays import Array
 from ..engines.backend import Engine
 from ..engines.errors import EngineError
 from .admission import Reservation
-from .caches import create_cache
-from .denoise import DenoiseState, Outputs, Transformer, denoise
+from .caches import BlockCache, create_caches
+from .denoise import DenoiseState, Outputs, Pass, Transformer, denoise
 from .latents import initial_latents
 from .lifecycle import Calls
 from .loaded import Batch, Loaded
@@ -57,10 +57,10 @@ class Sampling:
     def _state(self, expert: int, condition: dict[str, Array]) -> DenoiseState:
         loaded, batch = self._loaded, self._batch
         request, manifest, arrays = batch.request, loaded.manifest, loaded.backend.arrays
-        rows, blocks, turn = request.rows, len(manifest.blocks), self._turns[expert]
-        layout = loaded.limits.layout(request.policy)
-        cache = create_cache(layout, manifest, arrays, rows, batch.cached)
-        batch.trace.cache_bytes = cache.nbytes
+        turn = self._turns[expert]
+        layout = loaded.limits.layout(request.policy, request.halves)
+        caches = create_caches(layout, manifest, arrays, request.rows, batch.cached)
+        batch.trace.cache_bytes = caches[-1].nbytes
         guidances = np.array(request.guidances[expert], np.float32).reshape(-1, *(1,) * len(manifest.shape.latents))
         return DenoiseState(
             arrays=arrays,
@@ -69,11 +69,9 @@ class Sampling:
             turn=turn,
             expert=expert,
             mode=layout.mode,
-            cache=cache,
+            passes=_passes(loaded, caches, request.rows, condition),
             decider=request.policy.begin(request.context(batch.trace.kinds, turn)),
             outputs=Outputs(request.policy.outputs),
-            tensors=_step_tensors(loaded, rows) | condition,
-            distances=arrays.empty((blocks, -(-rows // DISTANCE_STRIDE) * DISTANCE_STRIDE), "fp32")[:, :rows],
             guidances=arrays.from_host(guidances),
             halves=request.halves,
             trace=batch.trace,
@@ -83,10 +81,32 @@ class Sampling:
         )
 
 
-def _step_tensors(loaded: Loaded, rows: int) -> dict[str, Array]:
-    """The inputs and outputs of prologue and epilogue, apart from the stream and from what no step changes."""
-    sizes, empty = loaded.manifest.largest(batch=rows), loaded.backend.arrays.empty
-    return {spec.name: empty(spec.resolve(sizes), spec.dtype) for spec in loaded.manifest.step_tensors}
+def _passes(loaded: Loaded, caches: Sequence[BlockCache], rows: int, condition: dict[str, Array]) -> list[Pass]:
+    """The rows of a batch, as many in each pass; they share what each step writes anew, but for the output."""
+    manifest, arrays = loaded.manifest, loaded.backend.arrays
+    each = rows // len(caches)
+    sizes = manifest.largest(batch=each)
+    shared = {spec.name: arrays.empty(spec.resolve(sizes), spec.dtype) for spec in manifest.step_tensors}
+    output = manifest.epilogue.output("model_output")
+    wide = -(-each // DISTANCE_STRIDE) * DISTANCE_STRIDE
+    return [
+        Pass(
+            cache,
+            shared
+            | {output.name: arrays.empty(output.resolve(sizes), output.dtype)}
+            | _rows_of(loaded, condition, slice(index * each, (index + 1) * each), rows),
+            arrays.empty((len(manifest.blocks), wide), "fp32")[:, :each],
+        )
+        for index, cache in enumerate(caches)
+    ]
+
+
+def _rows_of(loaded: Loaded, condition: dict[str, Array], own: slice, rows: int) -> dict[str, Array]:
+    """Of what the texts became, the rows of one pass: arrays of their own, as engines want them to begin anywhere."""
+    if own.stop - own.start == rows:
+        return condition
+    by_row = {spec.name for spec in loaded.manifest.condition.outputs if spec.shape[0] == "batch"}
+    return {name: array[own].copy() if name in by_row else array for name, array in condition.items()}
 
 
 def _check_finite(loaded: Loaded, latents: Array, trace: Trace) -> None:

@@ -71,6 +71,7 @@ class Arguments(BaseModel):
     low_memory: bool = False
     cache_memory: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     cuda_graphs: bool = False
+    split_guidance: bool = False
     signed_by: str = ""
     api_keys: Path | None = None
     num_gpus: float = Field(default=0, ge=0)
@@ -99,6 +100,7 @@ class Arguments(BaseModel):
             low_memory=self.low_memory,
             cache_memory=None if self.cache_memory is None else int(self.cache_memory * 2**20),
             cuda_graphs=self.cuda_graphs,
+            split_guidance=self.split_guidance,
             signed_by=read_public_keys(_listed(self.signed_by) or None),
         )
         return ServerSettings(

@@ -26,6 +26,7 @@ class WorkerSettings:
     low_memory: bool = False
     cache_memory: int | None = None
     cuda_graphs: bool = False
+    split_guidance: bool = False
     shared_weights: bool = False
     signed_by: tuple[PublicKey, ...] = ()
 

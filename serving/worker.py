@@ -133,7 +133,12 @@ def load_pipelines(
     for name, path in settings.bundles.items():
         bundle = open_bundle(path, settings.signed_by)
         verify_files(bundle)
-        limits = MemoryLimits(settings.low_memory, settings.cache_memory, fixed_slots=settings.cuda_graphs)
+        limits = MemoryLimits(
+            settings.low_memory,
+            settings.cache_memory,
+            fixed_slots=settings.cuda_graphs,
+            split_guidance=settings.split_guidance,
+        )
         pipeline = VideoPipeline(bundle, backends.of(bundle), limits)
         pipeline.warm_up()
         yield name, pipeline

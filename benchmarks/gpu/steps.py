@@ -15,7 +15,7 @@ from foresight.engines.arrays import Array, Arrays, numpy_dtype
 from foresight.engines.backend import Backend, Engine, create_backend
 from foresight.engines.bundle import open_bundle
 from foresight.engines.manifest import Part
-from foresight.runtime.caches import Layout, create_cache, find_mode
+from foresight.runtime.caches import Layout, create_caches, find_mode
 
 # A block meets its last set of addresses in its third step, and CUDA graphs record a set when it comes again.
 WARM_UP = 6
@@ -92,7 +92,7 @@ def blocks_step(setup: Setup, backend_name: str, cuda_graphs: bool) -> Step:
     tensors = random_tensors(backend.arrays, setup, parts)
     with backend.arrays.active():
         layout, everything = Layout(find_mode("output"), fixed=cuda_graphs), (True,) * len(blocks)
-        cache = create_cache(layout, manifest, backend.arrays, setup.sizes["batch"], everything)
+        (cache,) = create_caches(layout, manifest, backend.arrays, setup.sizes["batch"], everything)
 
     def run() -> None:
         prologue.run({**tensors, **cache.enter(0)})

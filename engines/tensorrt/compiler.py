@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 from ..arrays import select_device
 from ..errors import EngineError, InvalidRequest, one_line
 from ..files import write_atomically
-from ..manifest import Part, largest_sizes
+from ..manifest import Manifest, Part, largest_sizes
 from .library import EDITIONS, Library, strongly_typed, use
 
 if TYPE_CHECKING:
@@ -34,15 +34,27 @@ NO_FUSED_KERNEL = "not supported by a dedicated kernel"
 class BuildSettings:
     """How plans are built. `level` is the library's optimisation level, 0 to 5.
 
-    `workspace_bytes` is the most scratch that a plan may need (None: all that the device has).
+    `workspace_bytes` is the most scratch that a plan may need (None: all that the device has). With `split_guidance`
+    the transformer takes the rows of one half of a guided batch, and needs half the scratch.
     """
 
     level: int = 3
     workspace_bytes: int | None = None
+    split_guidance: bool = False
 
     def describe(self) -> dict[str, str]:
         """As an index keeps it: plans built with other settings are other plans."""
-        return {name: str(value) for name, value in asdict(self).items()}
+        told = {name: str(value) for name, value in asdict(self).items()}
+        if not self.split_guidance:  # which older indices do not mention
+            del told["split_guidance"]
+        return told
+
+    def ranges(self, manifest: Manifest, part: Part) -> dict[str, tuple[int, int]]:
+        """The sizes of every named dimension that a part is built for."""
+        in_steps = any(part in expert.transformer for expert in manifest.experts)
+        if not (self.split_guidance and in_steps):
+            return manifest.ranges
+        return manifest.ranges | {"batch": (1, manifest.shape.max_batch)}
 
     def __post_init__(self) -> None:
         if not 0 <= self.level <= 5:

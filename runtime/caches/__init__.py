@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ...engines.arrays import Arrays
     from ...engines.manifest import Manifest
 
-__all__ = ["CACHE_MODES", "BlockCache", "CacheMode", "Layout", "Pool", "create_cache", "find_mode"]
+__all__ = ["CACHE_MODES", "BlockCache", "CacheMode", "Layout", "Pool", "create_caches", "find_mode"]
 
 _ROWS: tuple[CacheMode, ...] = (OutputMode(), ResidualMode())
 CACHE_MODES = {mode.name: mode for mode in _ROWS}
@@ -27,8 +27,11 @@ def find_mode(name: str) -> CacheMode:
     return CACHE_MODES[name]
 
 
-def create_cache(layout: Layout, manifest: Manifest, arrays: Arrays, rows: int, cached: Sequence[bool]) -> BlockCache:
-    """The cache of one request of that many rows, with slots for the blocks that are `cached`."""
-    sizes = manifest.largest(batch=rows)
+def create_caches(
+    layout: Layout, manifest: Manifest, arrays: Arrays, rows: int, cached: Sequence[bool]
+) -> list[BlockCache]:
+    """The caches of one request of that many rows, one a pass, with slots for the blocks that are `cached`."""
+    sizes = manifest.largest(batch=rows // layout.passes)
     specs = {stream: manifest.blocks[0].output(f"new_{stream}") for stream in manifest.streams}
-    return layout.mode.create(Pool(arrays, specs, sizes), cached, layout.fixed)
+    pool = Pool(arrays, specs, sizes)
+    return [layout.mode.create(pool, cached, layout.fixed) for _ in range(layout.passes)]

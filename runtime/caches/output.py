@@ -17,11 +17,11 @@ class OutputMode:
     words = "block outputs are cached"
     measured = "puts out"
 
-    def buffers(self, blocks: int, slots: int, fixed: bool) -> int:
+    def buffers(self, blocks: int, slots: int, fixed: bool, passes: int) -> int:
         """See CacheMode.buffers."""
         if fixed:
-            return 2 * slots + (1 if slots == blocks else 2)
-        return slots + 2
+            return 2 * slots * passes + (1 if slots == blocks else 2)
+        return slots * passes + 2
 
     def create(self, pool: Pool, cached: Sequence[bool], fixed: bool) -> BlockCache:
         """See CacheMode.create."""
@@ -41,11 +41,13 @@ class OutputCache:
     """Caches block outputs in slots that rotate: S slots and two more buffers per stream tensor.
 
     A block's output goes to a free buffer, which becomes its slot; then its old slot is free. Nothing is ever copied.
+    Another cache of the pool adds its slots alone.
     """
 
     def __init__(self, pool: Pool, cached: Sequence[bool]) -> None:
         self.cached = cached
-        self._free = [pool.take() for _ in range(sum(cached) + 2)]
+        self._free = pool.free
+        self._free += [pool.take() for _ in range(sum(cached) + (0 if pool.nbytes else 2))]
         self._slots: list[Buffers | None] = [None] * len(cached)
         self._in_slot = True
         self.stream: Buffers = {}
@@ -76,6 +78,10 @@ class OutputCache:
         assert slot is not None, "a block must have run before it can be reused"
         self._move_to(slot, in_slot=True)
 
+    def leave(self) -> None:
+        """See BlockCache.leave."""
+        self._move_to({}, in_slot=True)
+
     def _move_to(self, buffers: Buffers, in_slot: bool) -> None:
         """Let `buffers` be the stream; what was it before is free, unless a slot holds it."""
         if not self._in_slot:
@@ -91,7 +97,7 @@ class FixedOutputCache:
 
     def __init__(self, pool: Pool, cached: Sequence[bool]) -> None:
         self.cached = cached
-        self._loose = [pool.take() for _ in range(1 if all(cached) else 2)]
+        self._loose = pool.loose(1 if all(cached) else 2)
         self._pairs = [[pool.take(), pool.take()] if wanted else self._loose for wanted in cached]
         self._slots: list[Buffers | None] = [None] * len(cached)
         self._output: Buffers = {}
@@ -121,3 +127,6 @@ class FixedOutputCache:
         slot = self._slots[block]
         assert slot is not None, "a block must have run before it can be reused"
         self.stream = slot
+
+    def leave(self) -> None:
+        """See BlockCache.leave."""

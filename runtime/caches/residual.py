@@ -17,9 +17,9 @@ class ResidualMode:
     words = "what blocks add to the stream is cached"
     measured = "adds to the stream"
 
-    def buffers(self, blocks: int, slots: int, fixed: bool) -> int:
+    def buffers(self, blocks: int, slots: int, fixed: bool, passes: int) -> int:
         """See CacheMode.buffers. Addresses are fixed in any case."""
-        return slots + (3 if slots else 2)
+        return slots * passes + (3 if slots else 2)
 
     def create(self, pool: Pool, cached: Sequence[bool], fixed: bool) -> BlockCache:
         """See CacheMode.create."""
@@ -45,11 +45,10 @@ class ResidualCache:
     def __init__(self, pool: Pool, cached: Sequence[bool]) -> None:
         self.cached = cached
         self._xp = pool.xp
-        self._predicted = pool.take() if any(cached) else {}
-        self._next = pool.take()
+        self.stream, self._next, *predicted = pool.loose(3 if any(cached) else 2)
+        self._predicted = predicted[0] if predicted else {}
         self._residuals = [pool.take() if wanted else {} for wanted in cached]
         self._filled = [False] * len(cached)
-        self.stream = pool.take()
         self.nbytes = pool.nbytes
 
     def enter(self, step: int) -> Buffers:
@@ -74,6 +73,9 @@ class ResidualCache:
         """See BlockCache.reuse."""
         assert self._filled[block], "a block must have run before it can be reused"
         self._add_residual(block, self.stream)
+
+    def leave(self) -> None:
+        """See BlockCache.leave."""
 
     def _add_residual(self, block: int, out: Buffers) -> None:
         for name, residual in self._residuals[block].items():

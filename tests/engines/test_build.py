@@ -88,6 +88,20 @@ def test_other_settings_are_other_engines(copy: tuple[Bundle, Compiled]) -> None
     assert build_engines(bundle, RTX, settings=BuildSettings(level=0)).index.settings["level"] == "0"
 
 
+def test_for_half_a_guided_batch_the_transformer_takes_half_the_rows(copy: tuple[Bundle, Compiled]) -> None:
+    bundle, whole = copy
+    manifest, settings = bundle.manifest, BuildSettings(split_guidance=True)
+    most = manifest.shape.max_batch
+    for part in manifest.parts:
+        in_steps = part in (manifest.prologue, *manifest.blocks, manifest.epilogue)
+        assert settings.ranges(manifest, part)["batch"] == (1, most if in_steps else 2 * most)
+        assert BuildSettings().ranges(manifest, part) == manifest.ranges
+    split = build_engines(bundle, RTX, settings=settings)
+    assert (split.split_guidance, whole.split_guidance) == (True, False)
+    assert split.folder == whole.folder  # they take each other's place
+    assert find_compiled(bundle, RTX, find_target(RTX)).split_guidance
+
+
 def test_an_interrupted_build_goes_on_where_it_stopped(copy: tuple[Bundle, Compiled]) -> None:
     bundle, _ = copy
 

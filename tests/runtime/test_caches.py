@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from foresight.engines.arrays import Arrays
 from foresight.engines.bundle import open_bundle
 from foresight.engines.manifest import TensorSpec
-from foresight.runtime.caches import BlockCache, Layout, Pool, create_cache, find_mode
+from foresight.runtime.caches import BlockCache, Layout, Pool, create_caches, find_mode
 from foresight.runtime.caches.output import FixedOutputCache, OutputCache
 from foresight.runtime.caches.residual import ResidualCache
 from foresight.runtime.policies import Decision, Foresight
@@ -54,23 +54,25 @@ def transform(block: int, step: int, values: Any) -> Any:
 
 def run_cache(cache: BlockCache, plans: Sequence[Sequence[Decision]]) -> list[list[Stream]]:
     """The stream after every block that was not dead, copied; blocks write through the given buffers as engines do."""
-    results = []
-    for step, plan in enumerate(plans):
-        for name, array in cache.enter(step).items():
-            array[...] = entering(step)[name]
-        seen = []
-        for block, decision in enumerate(plan):
-            if decision is C:
-                tensors, _ = cache.bind(block)
-                for name in STREAMS:
-                    tensors[f"new_{name}"][...] = transform(block, step, tensors[name])
-                cache.commit(block)
-            elif decision is R:
-                cache.reuse(block)
-            if decision is not D:
-                seen.append({name: array.copy() for name, array in cache.stream.items()})
-        results.append(seen)
-    return results
+    return [run_step(cache, plan, step) for step, plan in enumerate(plans)]
+
+
+def run_step(cache: BlockCache, plan: Sequence[Decision], step: int) -> list[Stream]:
+    """One step of `run_cache`."""
+    for name, array in cache.enter(step).items():
+        array[...] = entering(step)[name]
+    seen = []
+    for block, decision in enumerate(plan):
+        if decision is C:
+            tensors, _ = cache.bind(block)
+            for name in STREAMS:
+                tensors[f"new_{name}"][...] = transform(block, step, tensors[name])
+            cache.commit(block)
+        elif decision is R:
+            cache.reuse(block)
+        if decision is not D:
+            seen.append({name: array.copy() for name, array in cache.stream.items()})
+    return seen
 
 
 def run_plain(plans: Sequence[Sequence[Decision]], residual: bool) -> list[list[Stream]]:
@@ -134,6 +136,24 @@ def test_rotating_outputs_give_the_bytes_of_copied_ones(kind: Kind, case: Case) 
 @given(case=cases(dead=False))
 def test_residuals_give_the_bytes_of_copied_ones(case: Case) -> None:
     assert same(run_cache(make(ResidualCache, case.cached), case.plans), run_plain(case.plans, residual=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@FEW
+@given(case=cases(dead=False))
+def test_two_passes_share_what_no_slot_holds(kind: Kind, case: Case) -> None:
+    specs = {name: TensorSpec(name=f"new_{name}", dtype="fp32", shape=SHAPES[name]) for name in STREAMS}
+    pool = Pool(ARRAYS, specs, {"batch": 2})
+    caches = [kind(pool, case.cached) for _ in range(2)]
+    results: list[list[list[Stream]]] = [[], []]
+    for step, plan in enumerate(case.plans):
+        for cache, seen in zip(caches, results, strict=True):
+            seen.append(run_step(cache, plan, step))
+            cache.leave()
+    expected = run_plain(case.plans, residual=kind is ResidualCache)
+    assert same(results[0], expected) and same(results[1], expected)
+    layout = replace(LAYOUTS[kind], passes=2)
+    assert caches[-1].nbytes == layout.buffers(len(case.cached), sum(case.cached)) * ONE_BUFFER
 
 
 @dataclass
@@ -276,7 +296,7 @@ def test_a_residual_block_is_measured_against_what_reusing_it_would_give() -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_is_made_for_a_bundle_and_a_number_of_rows(bundle: Path, kind: Kind) -> None:
     manifest = open_bundle(bundle).manifest
-    cache = create_cache(LAYOUTS[kind], manifest, ARRAYS, 3, [True] * len(manifest.blocks))
+    (cache,) = create_caches(LAYOUTS[kind], manifest, ARRAYS, 3, [True] * len(manifest.blocks))
     assert type(cache) is kind
     assert cache.enter(0)["hidden"].shape == (3, 3, 16, 40)
 

@@ -98,7 +98,7 @@ class Plain:
                     cached[name] = {x: new[x] - stream[x] for x in stream} if residual else new
                 stream = new
             output = self.run("epilogue", **{**start, **text, **stream})["model_output"]
-            sampler.advance(step, guide(output, np.float32(guidance), rows, self.manifest.guidance_order))
+            sampler.advance(step, guide([output], np.float32(guidance), rows, self.manifest.guidance_order))
             history.append("".join(plan))
         return sampler.latents, history
 
@@ -269,17 +269,17 @@ def test_guidance_of_one_runs_half_the_rows(bundle: Path) -> None:
 
 @pytest.mark.parametrize(("order", "expected"), [("negative_first", [1 + 3 * 9.0]), ("positive_first", [10 - 3 * 9.0])])
 def test_guidance_goes_from_the_negative_towards_the_positive(order: str, expected: list[float]) -> None:
-    assert guide(np.array([[1.0], [10.0]], np.float32), 3.0, 2, order).tolist() == [expected]
+    assert guide([np.array([[1.0], [10.0]], np.float32)], 3.0, 2, order).tolist() == [expected]
 
 
 def test_guidance_of_a_batch_pairs_each_prompt_with_its_own_negative() -> None:
     output = np.array([1, 2, 11, 22], np.float32)
-    assert guide(output, 2.0, 2, "negative_first").tolist() == [21.0, 42.0]
+    assert guide([output], 2.0, 2, "negative_first").tolist() == [21.0, 42.0]
 
 
 def test_without_guidance_the_output_is_a_copy() -> None:
     output = np.ones(2, np.float32)
-    assert not np.shares_memory(guide(output, 1.0, 1, "negative_first"), output)
+    assert not np.shares_memory(guide([output], 1.0, 1, "negative_first"), output)
 
 
 # The trace
