@@ -30,7 +30,7 @@ ADDRESS := http://127.0.0.1:8000
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-page test-ray test-triton test-rtx test-gpu test-simulated-gpu bench-gpu soak fuzz lint format demo-train clean
+.PHONY: help demo test test-all test-page test-ray test-triton check-deploy test-rtx test-gpu test-simulated-gpu bench-gpu soak fuzz lint format demo-train clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 27
@@ -70,6 +70,10 @@ test-triton: $(READY) ## a model repository in Triton Inference Server on this m
 	test -d $(VENV)/triton/pytriton || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target $(VENV)/triton "nvidia-pytriton==0.7.0" "numpy<2" $(PIP_ARGS)
 	$(BIN)/python -m pytest -m triton $(ARGS)
+
+check-deploy: $(READY) ## the manifest for Kubernetes, against its schemas; installs those
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "kubernetes-validate>=1.37" $(PIP_ARGS)
+	$(BIN)/kubernetes-validate --strict deploy/cpu/foresight.yaml
 
 test-gpu: $(GPU_READY) ## on a machine with an NVIDIA GPU: contract, parity and isolation on every backend there is
 	$(BIN)/python -m tests.gpu $(ARGS)
