@@ -185,7 +185,10 @@ class _Answer:
         kinds = self._triton.TritonError
         told = kinds(Failure.of(error).message, getattr(kinds, code))
         final = self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        self._sender.send(self._triton.InferenceResponse(error=told), flags=final)
+        try:
+            self._sender.send(self._triton.InferenceResponse(error=told), flags=final)
+        except Exception:
+            log.exception("nobody could be told that a request has failed")
 
     def _tell(self) -> None:
         latest = self._latest

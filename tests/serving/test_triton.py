@@ -203,6 +203,23 @@ def test_an_engine_that_fails_costs_its_request_alone(watched: Watched, expected
     assert video_of(*watched.host.ask(ASKED)) == expected
 
 
+def test_a_request_whose_answers_go_nowhere_is_ended(
+    watched: Watched, expected: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = threading.Event()
+    watched.do(lambda part, tensors: free.wait(ANSWERED_S))
+    (sender,) = watched.host.ask(ASKED)
+    wait_for(lambda: sender.sent)
+
+    def broken(response: InferenceResponse, flags: int) -> None:
+        raise RuntimeError("nobody is there")
+
+    monkeypatch.setattr(sender, "send", broken)
+    free.set()
+    wait_for(lambda: "nobody could be told" in caplog.text)
+    assert video_of(*watched.host.ask(ASKED)) == expected
+
+
 def test_no_memory_is_a_reason_to_come_back(watched: Watched) -> None:
     def before(part: str, tensors: Mapping[str, Array]) -> None:
         raise MemoryError("injected")
