@@ -22,10 +22,11 @@ from ..engines.files import file_record
 from ..engines.progress import Counter, OnProgress
 from .hub import HubFiles, Place, Repository, place_from_url
 from .lora import LoraFile, merged
-from .weights import DOWNLOAD_AGAIN, Files, LocalFiles, Source, Stored, check_file, find_source, read_headers, read_json
+from .weights import DOWNLOAD_AGAIN, Files, LocalFiles, Source, Stored, find_source, read_headers, read_json
 
-COMPONENTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+COMPONENTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "transformer_2", "vae")
 WITH_WEIGHTS = ("text_encoder", "transformer", "vae")
+OPTIONAL = ("transformer_2",)  # with weights, too
 READ_SUFFIXES = (".json", ".safetensors", ".model")
 
 
@@ -69,6 +70,15 @@ class Checkpoint:
                     f"{component} cannot be exported"
                 )
 
+    @property
+    def with_weights(self) -> tuple[str, ...]:
+        """The components that have weights."""
+        return (*WITH_WEIGHTS, *filter(self.has, OPTIONAL))
+
+    def has(self, component: str) -> bool:
+        """Whether it is one of those that `model_index.json` names."""
+        return (self.folder / "model_index.json").is_file() and bool((self.index.get(component) or [None])[0])
+
     def component_folder(self, component: str) -> Path:
         """Where a component's files lie."""
         return self._elsewhere.get(component, self.folder / component)
@@ -96,7 +106,7 @@ class Checkpoint:
     def config(self, component: str, file: str = "config.json") -> dict[str, Any]:
         """A component's configuration."""
         path = self.component_folder(component) / file
-        return self._read_json(path, f"{component}/{file}", self._remedy(component))
+        return self._read_json(path, f"{component}/{file}", self.remedy(component))
 
     def tensor(self, component: str, name: str) -> torch.Tensor:
         """One weight, in the dtype it is stored in; memory-mapped, and unmapped when the tensor goes.
@@ -141,7 +151,7 @@ class Checkpoint:
     @property
     def read_variant(self) -> str | None:
         """The variant, where any component has it."""
-        return self.variant if any(self._source(name).variant for name in WITH_WEIGHTS) else None
+        return self.variant if any(self._source(name).variant for name in self.with_weights) else None
 
     def require_variant(self) -> None:
         """Refuse a variant that no component has. Raises CheckpointError."""
@@ -171,15 +181,8 @@ class Checkpoint:
             names += [files.path(name) for name in read]
         return wanted.values()
 
-    def check_files(self) -> None:
-        """Refuse what stands in place of a tokenizer's or scheduler's file, a link to nothing say. CheckpointError."""
-        for component in ("tokenizer", "scheduler"):
-            label, folder = self.label(component), self.component_folder(component)
-            for path in sorted(folder.glob("*")):
-                if path.suffix in READ_SUFFIXES and not path.is_dir():
-                    check_file(path, f"{label} {path.name}", self._remedy(component))
-
-    def _remedy(self, component: str) -> str:
+    def remedy(self, component: str) -> str:
+        """What to do where a file of a component is missing."""
         return self._hub[component].remedy if component in self._hub else DOWNLOAD_AGAIN
 
     @property
@@ -213,7 +216,7 @@ class Checkpoint:
 
     def _is_read(self, component: str, name: str) -> bool:
         """Whether a file of a component is one of those that are read: of weights, not every file is."""
-        is_of_weights = component in WITH_WEIGHTS and ".safetensors" in name
+        is_of_weights = component in (*WITH_WEIGHTS, *OPTIONAL) and ".safetensors" in name
         return not is_of_weights or name in self._source(component).files
 
     def _source(self, component: str) -> Source:

@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 
 from ..engines.errors import CheckpointError
-from .checkpoint import WITH_WEIGHTS, Checkpoint
+from .checkpoint import READ_SUFFIXES, Checkpoint
 from .models.base import Split
-from .weights import QUANTISED_FILES, Stored, has_weights, quantised, some
+from .weights import QUANTISED_FILES, Stored, check_file, has_weights, quantised, some
 
 # As safetensors names them. Floats that were cast as they are; what needs scales to be read is not among them.
 PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
@@ -32,13 +32,13 @@ def check_coverage(split: Split, checkpoint: Checkpoint) -> None:
     Raises CheckpointError with the remedy.
     """
     checkpoint.require_variant()
-    checkpoint.check_files()
-    wanted: dict[str, dict[str, tuple[int, ...]]] = {component: {} for component in WITH_WEIGHTS}
+    _check_files(checkpoint)
+    wanted: dict[str, dict[str, tuple[int, ...]]] = {component: {} for component in checkpoint.with_weights}
     for component, names in split.also_stored.items():
         wanted[component] |= names
     for plan in split.parts:
         wanted[plan.component].update(plan.reads(checkpoint))
-    for component in WITH_WEIGHTS:
+    for component in checkpoint.with_weights:
         _check_config(checkpoint, component)
         label = checkpoint.label(component)
         check_names(label, wanted[component], checkpoint.stored(component), split.unneeded.get(component, ()))
@@ -46,9 +46,18 @@ def check_coverage(split: Split, checkpoint: Checkpoint) -> None:
         lora.match(wanted)
 
 
+def _check_files(checkpoint: Checkpoint) -> None:
+    """Refuse what stands in place of a tokenizer's or scheduler's file, a link to nothing say."""
+    for component in ("tokenizer", "scheduler"):
+        label, folder = checkpoint.label(component), checkpoint.component_folder(component)
+        for path in sorted(folder.glob("*")):
+            if path.suffix in READ_SUFFIXES and not path.is_dir():
+                check_file(path, f"{label} {path.name}", checkpoint.remedy(component))
+
+
 def has_any_weights(checkpoint: Checkpoint) -> bool:
     """Whether there is more than configurations, which are enough to tell what an export would take."""
-    return any(has_weights(checkpoint.files(component)) for component in WITH_WEIGHTS)
+    return any(has_weights(checkpoint.files(component)) for component in checkpoint.with_weights)
 
 
 def check_names(

@@ -7,7 +7,7 @@ whole or not at all, and an interrupted export goes on where it stopped. One par
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ..engines.bundle import (
 from ..engines.errors import BundleError, IntegrityError, InvalidRequest, OutputError
 from ..engines.files import resumable, write_atomically
 from ..engines.manifest import (
+    Expert,
     FileRecord,
     Manifest,
     Part,
@@ -271,8 +272,23 @@ def manifest_from_export(
         loras=tuple(lora.record for lora in export.checkpoint.loras),
         cautions=split.cautions,
         files=files,
+        later_experts=tuple(_later_experts(export, parts)),
         profiles=export.profiles,
     )
+
+
+def _later_experts(export: Export, parts: Mapping[str, Part]) -> Iterator[Expert]:
+    defaults = export.row
+    for index, plan in enumerate(export.split.later_experts):
+        own = defaults.later_guidances[index : index + 1]
+        yield Expert(
+            below=plan.below,
+            condition=parts[plan.condition.name],
+            prologue=parts[plan.prologue.name],
+            blocks=tuple(parts[block.name] for block in plan.blocks),
+            epilogue=parts[plan.epilogue.name],
+            guidance=own[0] if own else defaults.defaults.guidance,
+        )
 
 
 def _stage_from_plan(plan: StagePlan, parts: Mapping[str, Part]) -> Stage:

@@ -21,7 +21,8 @@ class Model:
 
     The checkpoint is a folder, a hub id, or where each of its components is published, see find_checkpoint. `presets`
     tells users of the fields of an ExportRequest that name rows of the family's tables of sizes, if it has any. `tuned`
-    is the file in a clone that has the profiles which were tuned for the checkpoint at its own sizes.
+    is the file in a clone that has the profiles which were tuned for the checkpoint at its own sizes. Where several
+    transformers take turns, `later_guidances` are those of the others by default.
     """
 
     family: str
@@ -29,6 +30,7 @@ class Model:
     defaults: Defaults
     presets: Mapping[str, str] = field(default_factory=dict)
     tuned: Path | None = None
+    later_guidances: tuple[float, ...] = ()
 
     @property
     def comes_with_a_clone(self) -> bool:
@@ -123,6 +125,12 @@ REGISTRY = {
         family="wan",
         checkpoint="Wan-AI/Wan2.1-T2V-14B-Diffusers",
         defaults=WAN,
+    ),
+    "wan-a14b": Model(
+        family="wan",
+        checkpoint="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        defaults=msgspec.structs.replace(WAN, steps=40, guidance=4.0),
+        later_guidances=(3.0,),
     ),
     "wan-ti2v-5b": Model(
         family="wan",

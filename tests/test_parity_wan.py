@@ -12,7 +12,8 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 
 from foresight.exporter.export import Export, ExportRequest
 from foresight.runtime.pipeline import VideoPipeline
-from foresight.runtime.policies import NoReuse
+from foresight.runtime.policies import Forecast, Foresight, NoReuse
+from foresight.runtime.request import VideoRequest
 from tests.support import load_pipeline
 from tests.test_parity import FRAMES_PSNR_DB, draw
 from zoo import wan
@@ -101,3 +102,79 @@ def test_prompts_of_different_length_are_each_padded_with_zeros(model: tuple[Wan
     videos = ours(prompts, steps=6, guidance=4.0, latents=noise, policy=NoReuse())
     for video, latents, frames in zip(videos, *expected, strict=True):
         assert_same(video, latents, frames, TOLERANCES[ours.manifest.dtype])
+
+
+# Two transformers that take turns
+
+BOUNDARY, STEPS = 0.875, 10
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory, bundles: Path) -> tuple[WanPipeline, VideoPipeline]:
+    """Like the A14B of Wan 2.2; the flow shift has one step exactly at the boundary."""
+    folder = wan.write_random(
+        tmp_path_factory.mktemp("checkpoints") / "wan", boundary=BOUNDARY, scheduler_settings={"flow_shift": 3.0}
+    )
+    asked = ExportRequest(height=16, width=32, frames=5, max_batch=1)
+    bundle = Export("wan-a14b", asked, str(folder), bundles / "wan-a14b").run()
+    reference = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    return reference, load_pipeline(bundle.path)
+
+
+GUIDANCES: dict[str, dict[str, float]] = {
+    "none": {"guidance_scale": 1.0},
+    "one for both": {"guidance_scale": 4.0},
+    "one for each": {"guidance_scale": 4.0, "guidance_scale_2": 2.0},
+}
+
+
+@pytest.mark.parametrize("case", GUIDANCES)
+def test_two_transformers_make_the_video_that_diffusers_makes(
+    experts: tuple[WanPipeline, VideoPipeline], case: str
+) -> None:
+    (reference, ours), guidances = experts, GUIDANCES[case]
+    noise = draw(ours.manifest.shape.latents)
+    settings = {"num_inference_steps": STEPS, "negative_prompt": "blue square", **guidances}
+    (latents,), (frames,) = run_reference(reference, ours.manifest.shape, PROMPT, noise[None], **settings)
+    (video,) = ours.generate(
+        VideoRequest(
+            PROMPT,
+            "blue square",
+            STEPS,
+            guidances["guidance_scale"],
+            latents=noise,
+            policy=NoReuse(),
+            guidance_2=guidances.get("guidance_scale_2"),
+        )
+    )
+    assert_same(video, latents, frames, TOLERANCES["fp32"])
+    steps = video.trace.steps
+    assert [step.expert for step in steps] == [int(step.timestep < 1000 * BOUNDARY) for step in steps]
+    assert 1000 * BOUNDARY in [step.timestep for step in steps]
+
+
+def test_both_transformers_count_and_neither_is_the_other(experts: tuple[WanPipeline, VideoPipeline]) -> None:
+    reference, ours = experts
+    manifest = ours.manifest
+    assert [expert.guidance for expert in manifest.experts] == [4.0, 3.0]
+    assert ours.memory().cache == (len(manifest.blocks) + 2) * 2 * manifest.cache_bytes_per_row["block.000"]
+    noise = draw(manifest.shape.latents)
+    settings = {"num_inference_steps": STEPS, "guidance_scale": 4.0}
+    whole, _ = run_reference(reference, manifest.shape, PROMPT, noise[None], **settings)
+    second, reference.transformer_2 = reference.transformer_2, reference.transformer
+    alone, _ = run_reference(reference, manifest.shape, PROMPT, noise[None], **settings)
+    reference.transformer_2 = second
+    assert np.abs(whole - alone).max() > 0.01 * np.ptp(whole)
+
+
+@pytest.mark.parametrize("policy", [Foresight(gamma=2), Forecast(tolerance=0.5)])
+def test_each_transformer_warms_up_anew(
+    experts: tuple[WanPipeline, VideoPipeline], policy: Foresight | Forecast
+) -> None:
+    _, ours = experts
+    steps = ours(PROMPT, steps=40, policy=policy).trace.steps
+    switch = [step.expert for step in steps].index(1)
+    assert all({*step.decisions} == {"computed"} for step in steps[switch : switch + 3])
+    assert any({*step.decisions} != {"computed"} for step in steps[:switch])
+    assert any({*step.decisions} != {"computed"} for step in steps[switch:])

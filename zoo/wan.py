@@ -26,6 +26,7 @@ INDEX = pipeline_index("WanPipeline", "WanTransformer3DModel", "AutoencoderKLWan
     "boundary_ratio": None,
     "expand_timesteps": False,
 }
+INDEX_A14B = INDEX | {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
 INDEX_5B = INDEX | {"expand_timesteps": True}
 UMT5_XXL = T5_XXL | {"vocab_size": 256384}
 WAN_1_3B: Config = {
@@ -87,6 +88,7 @@ def write_random(
     folder: Path,
     *,
     residual: bool = False,
+    boundary: float | None = None,
     heads: int = 2,
     head_dim: int = 16,
     layers: int = 2,
@@ -100,7 +102,8 @@ def write_random(
     """Write a random WanPipeline and return its folder.
 
     `scheduler` is a class of diffusers. With `residual` it is like the 5B of Wan 2.2, otherwise like Wan 2.1. Its VAE
-    makes 4 x 4 pixels of a latent, or 8 x 8 with `residual`, and of every latent frame but the first two frames.
+    makes 4 x 4 pixels of a latent, or 8 x 8 with `residual`, and of every latent frame but the first two frames. With a
+    `boundary`, a share of the timesteps, it has a second transformer, like the A14B of Wan 2.2.
     """
     import diffusers
     import torch
@@ -138,13 +141,15 @@ def write_random(
         "ffn_dim": 48,
         "num_layers": layers,
     }
-    model = diffusers.WanTransformer3DModel(**config | (transformer or {}))
-    model.save_pretrained(folder / "transformer")
+    for component in ("transformer", *([] if boundary is None else ["transformer_2"])):
+        model = diffusers.WanTransformer3DModel(**config | (transformer or {}))
+        model.save_pretrained(folder / component)
     write_text(folder, encoder, ENCODER)
     diffusers.AutoencoderKLWan(**decoder).save_pretrained(folder / "vae")
     schedule = getattr(diffusers, scheduler)(**SCHEDULE | (scheduler_settings or {}))
     schedule.save_pretrained(folder / "scheduler")
-    write_index(folder, INDEX_5B if residual else INDEX, scheduler)
+    index = INDEX_5B if residual else INDEX
+    write_index(folder, index if boundary is None else INDEX_A14B | {"boundary_ratio": boundary}, scheduler)
     return folder
 
 
@@ -191,6 +196,14 @@ FAMILY = Family(
             dtype="bf16",
             sizes={"Wan 2.1 14B, 480p": {}, "Wan 2.1 14B, 720p": {"height": 720, "width": 1280}},
             small={"head_dim": FUSED_HEAD_DIM},
+            small_sizes=SMALL,
+            kept=KEPT,
+        ),
+        "wan-a14b": Published(
+            files=_published(INDEX_A14B, WAN_14B, VAE, 3.0) | {"transformer_2/config.json": WAN_14B},
+            dtype="bf16",
+            sizes={"Wan 2.2 A14B, 480p": {}, "Wan 2.2 A14B, 720p": {"height": 720, "width": 1280}},
+            small={"head_dim": FUSED_HEAD_DIM, "boundary": 0.875},
             small_sizes=SMALL,
             kept=KEPT,
         ),

@@ -203,8 +203,19 @@ class FlowShift:
 
 
 @dataclass(frozen=True)
+class ExpertPlan:
+    """A transformer that takes over from the one before it below a timestep, as in engines.manifest.Expert."""
+
+    below: float
+    condition: PartPlan
+    prologue: PartPlan
+    blocks: tuple[PartPlan, ...]
+    epilogue: PartPlan
+
+
+@dataclass(frozen=True)
 class Split:
-    """A checkpoint taken apart. Parts as in engines.manifest.Manifest.
+    """A checkpoint taken apart. Parts, and `later_experts`, as in engines.manifest.Manifest.
 
     `cautions` are sentences on sizes that the checkpoint was not trained on, `flow_shift` is the scheduler's, if it has
     one. Of what components store beside what the parts read, `unneeded` has patterns of names that are of no use, and
@@ -230,13 +241,17 @@ class Split:
     also_stored: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     check: Callable[[], None] = lambda: None
     flow_shift: FlowShift | None = None
+    later_experts: tuple[ExpertPlan, ...] = ()
 
     @property
     def parts(self) -> Iterator[PartPlan]:
         """All parts in execution order."""
-        yield from (self.text_encoder, self.condition, self.prologue)
-        yield from self.blocks
-        yield self.epilogue
+        first = ExpertPlan(float("inf"), self.condition, self.prologue, self.blocks, self.epilogue)
+        experts = (first, *self.later_experts)
+        yield self.text_encoder
+        yield from (expert.condition for expert in experts)
+        for expert in experts:
+            yield from (expert.prologue, *expert.blocks, expert.epilogue)
         for stage in self.decoder:
             yield from stage.parts
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import CheckpointError, InvalidRequest
 from foresight.exporter.checkpoint import Checkpoint
+from foresight.exporter.coverage import check_coverage
 from foresight.exporter.export import Export, ExportRequest
 from foresight.exporter.models import split_checkpoint
 from foresight.exporter.models.base import TORCH_DTYPES, Split
@@ -201,13 +203,41 @@ def test_what_the_modules_do_not_compute_is_refused_by_the_setting(
         split(configure(folder, "transformer/config.json", **{setting: value}))
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("transformer_2", ["diffusers", "WanTransformer3DModel"]), ("boundary_ratio", 0.875)]
-)
-def test_two_experts_are_not_supported_yet(setting: str, value: Any, tmp_path: Path) -> None:
-    folder = wan.write_random(tmp_path / "wan", layers=1)
-    with pytest.raises(CheckpointError, match=r"has two transformers, which are not supported yet"):
-        split(configure(folder, "model_index.json", **{setting: value}))
+EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no boundary": ("model_index.json", {"boundary_ratio": None}, r"boundary_ratio is None beside a transformer_2"),
+    "beyond all": ("model_index.json", {"boundary_ratio": 1.5}, r"boundary_ratio is 1\.5 beside a transformer_2"),
+    "no second": ("model_index.json", {"transformer_2": [None, None]}, r"is 0\.5 without a transformer_2"),
+    "another one": ("transformer_2/config.json", {"ffn_dim": 52}, r"transformer and transformer_2 differ in ffn_dim"),
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_that_do_not_fit_are_refused(case: str, tmp_path: Path) -> None:
+    folder = wan.write_random(tmp_path / "wan", layers=1, boundary=0.5)
+    file, settings, match = EXPERTS[case]
+    with pytest.raises(CheckpointError, match=match):
+        split(configure(folder, file, **settings))
+
+
+def test_experts_have_one_graph_and_weights_of_their_own(tmp_path: Path) -> None:
+    made = split(wan.write_random(tmp_path / "wan", layers=2, boundary=0.5))
+    (low,) = made.later_experts
+    assert low.below == 500
+    assert [block.kind for block in low.blocks] == [block.kind for block in made.blocks]
+    assert low.blocks[0].module is made.blocks[0].module
+    assert {plan.component for plan in (low.condition, low.prologue, *low.blocks, low.epilogue)} == {"transformer_2"}
+    names = [plan.name for plan in made.parts]
+    assert len(names) == len(set(names))
+
+
+def test_a_second_transformer_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
+    folder = wan.write_random(tmp_path / "wan", layers=1, boundary=0.5)
+    path = folder / "transformer_2/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["blocks.0.attn1.to_q.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"checkpoint wan: transformer_2: .*blocks\.0\.attn1\.to_q\.weight"):
+        check_coverage(split(folder), Checkpoint("wan", folder))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
-"""Wan, text to video: blocks over one stream (rows, tokens, dim), for Wan 2.1 and the 5B of Wan 2.2.
+"""Wan, text to video: blocks over one stream (rows, tokens, dim), for Wan 2.1, and the 5B and the A14B of Wan 2.2.
 
 The 5B takes one timestep per token, so that an image may stand at the beginning; without one they are all the same, and
-one per row is enough.
+one per row is enough. The A14B is two transformers of one configuration: above a timestep runs the one for high noise,
+below it the other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import UMT5EncoderModel
@@ -15,7 +18,8 @@ from ....engines.errors import CheckpointError, InvalidRequest
 from ....engines.manifest import Dtype, Shape, Text
 from ...checkpoint import Checkpoint
 from ...sampler import scheduler_from_checkpoint
-from ..base import ExportRequest, FlowShift, Input, PartPlan, Split, float_spec, require_equal, untrained
+from ...weights import some
+from ..base import ExpertPlan, ExportRequest, FlowShift, Input, PartPlan, Split, float_spec, require_equal, untrained
 from ..parts import (
     VAE_ENCODER,
     StepTensors,
@@ -32,6 +36,7 @@ from .vae import check_vae, count_latent_frames, decoder_stage
 
 MAX_TOKENS = 512  # WanPipeline pads every prompt to this, and the transformer reads all of it
 PATCH = (1, 2, 2)
+SECOND = "transformer_2"
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
         "vae": "AutoencoderKLWan",
     }
     checkpoint.require_pipeline("WanPipeline", components)
-    _refuse_experts(checkpoint)
+    boundary = _boundary(checkpoint)
     request.refuse_presets("Wan")
     transformer = without_values(
         lambda: WanTransformer3DModel.from_config(checkpoint.config("transformer")), request.dtype
@@ -80,16 +85,18 @@ def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
     shape = _shape(transformer, vae, request)
     shift = _flow_shift(checkpoint, vae, shape, request)
     tensors = _Tensors(transformer, shape, request.dtype)
+    first = _transformer(transformer, shape, tensors)
     return Split(
         shape=shape,
         ranges=ranges_of(shape, text=MAX_TOKENS, tokens=tensors.tokens),
         streams=("hidden",),
         guidance_order="positive_first",
         text_encoder=text_encoder_plan(encoder, request.dtype, MAX_TOKENS, zero_padding=True),
-        condition=_condition(Condition(transformer, shape.latents), tensors),
-        prologue=_prologue(Prologue(transformer), tensors),
-        blocks=_blocks(transformer, tensors),
-        epilogue=epilogue_plan(Epilogue(transformer, shape.latents), tensors),
+        condition=first.condition,
+        prologue=first.prologue,
+        blocks=first.blocks,
+        epilogue=first.epilogue,
+        later_experts=() if boundary is None else (_for_low_noise(first, boundary),),
         decoder=(decoder_stage(vae, shape, request.dtype_of("vae")),),
         text=Text(tokenizer=TOKENIZER, max_tokens=MAX_TOKENS, pad_id=0, cleaning="whitespace", padded=True),
         tokenizer=lambda: tokenizer_json(checkpoint),
@@ -114,18 +121,59 @@ def check_config(checkpoint: Checkpoint, transformer: WanTransformer3DModel) -> 
         if got != expected:
             raise CheckpointError(
                 f"checkpoint {checkpoint.name}: transformer {name} is {got!r}, expected {expected!r}; image-to-video "
-                "models cannot be exported, choose a text-to-video model of Wan 2.1 or the 5B of Wan 2.2"
+                "models cannot be exported, choose a text-to-video model"
             )
 
 
-def _refuse_experts(checkpoint: Checkpoint) -> None:
-    """Refuse checkpoints with one transformer for high noise and one for low."""
-    second = (checkpoint.index.get("transformer_2") or [None])[0]
-    if second is not None or checkpoint.index.get("boundary_ratio") is not None:
+def _boundary(checkpoint: Checkpoint) -> float | None:
+    """Below which timestep the second transformer runs; None where there is one alone. Raises CheckpointError."""
+    ratio = checkpoint.index.get("boundary_ratio")
+    if not checkpoint.has(SECOND):
+        if ratio is not None:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.name}: boundary_ratio is {ratio} without a {SECOND}, expected both; download "
+                "it again"
+            )
+        return None
+    if not isinstance(ratio, float) or not 0 < ratio < 1:
         raise CheckpointError(
-            f"checkpoint {checkpoint.name}: has two transformers, which are not supported yet; choose a text-to-video "
-            "model of Wan 2.1 or the 5B of Wan 2.2"
+            f"checkpoint {checkpoint.name}: boundary_ratio is {ratio!r} beside a {SECOND}, expected a number between 0 "
+            "and 1; download it again"
         )
+    first, second = (_without_remarks(checkpoint.config(name)) for name in ("transformer", SECOND))
+    if first != second:
+        names = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name}: transformer and {SECOND} differ in {some(names)}, expected one "
+            "configuration; download it again"
+        )
+    steps = checkpoint.config("scheduler", "scheduler_config.json").get("num_train_timesteps", 1000)
+    return ratio * float(steps)
+
+
+def _without_remarks(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _transformer(transformer: WanTransformer3DModel, shape: Shape, tensors: _Tensors) -> ExpertPlan:
+    return ExpertPlan(
+        below=math.inf,
+        condition=_condition(Condition(transformer, shape.latents), tensors),
+        prologue=_prologue(Prologue(transformer), tensors),
+        blocks=_blocks(transformer, tensors),
+        epilogue=epilogue_plan(Epilogue(transformer, shape.latents), tensors),
+    )
+
+
+def _for_low_noise(first: ExpertPlan, below: float) -> ExpertPlan:
+    """The second transformer: the graphs of the first, with its own weights."""
+
+    def own(plan: PartPlan) -> PartPlan:
+        return replace(plan, name=f"low.{plan.name}", component=SECOND)
+
+    return ExpertPlan(
+        below, own(first.condition), own(first.prologue), tuple(map(own, first.blocks)), own(first.epilogue)
+    )
 
 
 def _shape(transformer: WanTransformer3DModel, vae: AutoencoderKLWan, request: ExportRequest) -> Shape:
@@ -180,7 +228,8 @@ def _flow_shift(
     if request.flow_shift is not None:
         return FlowShift(request.flow_shift, f"as asked for; the checkpoint has {stored:g}")
     size, smallest = _nearest(vae, shape), next(iter(SIZES.get(vae.config.scale_factor_spatial, ())), None)
-    if size is None or smallest is None or stored != smallest.flow_shift or size.flow_shift == stored:
+    stays = size is None or smallest is None or stored != smallest.flow_shift or size.flow_shift == stored
+    if size is None or stays or checkpoint.has(SECOND):
         return FlowShift(stored, "as the checkpoint has it")
     return FlowShift(size.flow_shift, f"as recommended for {size.name}; the checkpoint has {stored:g}")
 
