@@ -122,6 +122,18 @@ def test_embedding_example_writes_its_video(folder: Path) -> None:
     assert (folder / "circle.mp4").is_file()
 
 
+def test_web_application_of_the_embedding_page_answers_with_a_video(folder: Path) -> None:
+    (application,) = (block.text for block in BLOCKS if block.page == "docs/embedding.md" and "FastAPI" in block.text)
+    asked = """
+from fastapi.testclient import TestClient
+with TestClient(app) as client:
+    answer = client.post("/videos", params={"prompt": "a red circle moving right", "steps": 2})
+assert (answer.status_code, answer.headers["content-type"]) == (200, "video/mp4"), answer.text
+assert answer.content[4:8] == b"ftyp"
+"""
+    follow(["-c", f"import foresight\n{application}\n{asked}"], folder)
+
+
 @pytest.mark.parametrize("line", SHOWN)
 def test_what_is_only_shown_exists(line: str) -> None:
     """Where there is no GPU or network to run it: targets of make, extras, modules, commands and their options."""
