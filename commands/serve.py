@@ -19,6 +19,7 @@ from .loading import Engines, engine_options
 from .options import PATH, common, group
 
 if TYPE_CHECKING:
+    from ..serving.service import VideoService
     from ..serving.settings import ServerSettings
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -33,6 +34,7 @@ class Place:
     data: Path
     api_keys: Path | None
     signed_by: tuple[Path, ...]
+    otel: bool
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Bounds:
     click.option("--data", type=PATH, default=Path("served"), show_default=True, help="Folder of jobs and videos."),
     click.option("--api-keys", type=PATH, help=f"A file with one a line.  [default: {KEYS}, else none are needed]"),
     click.option("--signed-by", type=PATH, multiple=True, help="Public key, PEM; loads only what one of these signed."),
+    click.option("--otel", is_flag=True, help="Send traces by OpenTelemetry; OTEL_… variables say where."),
 )
 @group(
     "bounds",
@@ -100,7 +103,7 @@ def serve(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: Engin
     server = uvicorn.Server(config)
     names = ", ".join(service.models)
     print_lines([f"serving {names} on http://{place.host}:{place.port}; jobs and videos are kept in {place.data}"])
-    with _signals_left_alone():
+    with _traced(service, place.otel), _signals_left_alone():
         server.run()
     if not server.started:
         service.close(0)
@@ -130,6 +133,25 @@ def _settings(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: E
         drain=bounds.drain,
         keys=read_keys(place.api_keys),
     )
+
+
+@contextmanager
+def _traced(service: VideoService, wanted: bool) -> Iterator[None]:
+    """Raises OutputError where the libraries are missing."""
+    if not wanted:
+        yield
+        return
+    try:
+        from ..serving.tracing import Tracing, provider_from_environment
+
+        tracing = Tracing(service, provider_from_environment())
+    except ModuleNotFoundError as error:
+        service.close(0)
+        raise OutputError(f'serve: {error.name} is not installed; pip install "foresight-engines[otel]"') from error
+    try:
+        yield
+    finally:
+        tracing.close()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..evaluation.goals import Goal
 
 TUNINGS = Path("tunings")
+SIGN_AGAIN = "bundle: was signed, and is another one with its profiles; sign it again with: foresight sign"
 DOCUMENT = "tuning.json"
 
 
@@ -92,6 +93,7 @@ def tune(
     as_json: bool,
 ) -> None:
     """Find settings that keep a goal, and write them into the bundle as profiles; goes on where it was interrupted."""
+    from ..engines.bundle import is_signed
     from ..engines.profiles import write_profiles
     from ..evaluation.evaluate import pairs_of, settings_of
     from ..evaluation.folder import opened
@@ -104,9 +106,7 @@ def tune(
     from .outputs import read_prompts
 
     check_optuna()
-    policies, goals = [policy_from_text(text) for text in policy_texts], wanted.goals()
-    for policy in policies:
-        check_tunable(policy)
+    policies, goals = [check_tunable(policy_from_text(text)) for text in policy_texts], wanted.goals()
     prompts = read_prompts(asked.prompts) if asked.prompts else []
     parts_of(pairs_of(prompts or ["the bundle's"], asked.seeds))
     pipeline = engines.load(bundle)
@@ -124,6 +124,7 @@ def tune(
             tuned, tried = job.run(show, current_session().interrupts)
         profiles = profiles_of(job, tuned)
         document = {"bundle": str(pipeline.bundle.path), **tuning_document(job, tuned, tried)}
+        document["notes"] += [SIGN_AGAIN] if profiles and is_signed(pipeline.bundle) else []
         folder.write(DOCUMENT, json.dumps(document, indent=1, allow_nan=False))
     if profiles:
         write_profiles(pipeline.bundle, profiles)

@@ -113,6 +113,11 @@ def id_of_manifest(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
+def is_signed(bundle: Bundle) -> bool:
+    """Whether a signature of its manifest lies in it, right or wrong."""
+    return (bundle.path / SIGNATURE).is_file()
+
+
 def newest_bundle(root: str | os.PathLike[str] = "bundles") -> Path:
     """The bundle under `root` that was last exported, or found up to date by an export. Raises BundleError."""
     found = sorted(Path(root).glob(f"*/{MANIFEST}"), key=_last_exported)

@@ -32,10 +32,11 @@ def check_optuna() -> None:
         ) from error
 
 
-def check_tunable(policy: Policy) -> None:
-    """Raises InvalidRequest where there is nothing to look for."""
+def check_tunable(policy: Policy) -> Policy:
+    """The policy itself. Raises InvalidRequest where there is nothing to look for."""
     if not policy.calibrates and not searched(policy, steps=1):
         raise InvalidRequest(f"policy: got {policy.name}, which has nothing to tune, expected another one")
+    return policy
 
 
 def searched(policy: Policy, steps: int) -> dict[str, SearchRange]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -35,6 +36,7 @@ STATUS: tuple[tuple[type[ForesightError], int], ...] = (
     (OutputError, 507),
 )
 PAGE = {"app.js": "text/javascript", "style.css": "text/css"}
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C: any other is ignored
 KEY = r"^[\x21-\x7e]{1,200}$"
 BODIES = {
     "requestBody": {
@@ -97,7 +99,9 @@ async def create_video(
     # who asks again with the same key, and gave no seed, means the same video
     seed = secrets.randbelow(2**31) if idempotency_key is None else _seed_of(owner, idempotency_key)
     spec = asked.spec(service.models, seed)
-    record = await run_in_threadpool(service.create, owner, spec, idempotency_key, asked.priority)
+    span = request.headers.get("traceparent", "")
+    parent = span if TRACEPARENT.fullmatch(span) else None
+    record = await run_in_threadpool(service.create, owner, spec, idempotency_key, asked.priority, parent)
     return _shown(service, record)
 
 

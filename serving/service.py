@@ -77,7 +77,9 @@ class VideoService:
         """How many jobs run and wait."""
         return len(self._workers.running()), len(self._queue)
 
-    def create(self, owner: str, spec: Spec, key: str | None = None, priority: int = 0) -> Record:
+    def create(
+        self, owner: str, spec: Spec, key: str | None = None, priority: int = 0, traceparent: str | None = None
+    ) -> Record:
         """Accept a job. With an idempotency key that was used before, what it made then.
 
         Raises InvalidRequest; QueueFull where too many wait, in all or of that owner; Conflict where the key was used
@@ -97,7 +99,13 @@ class VideoService:
                 return before
             self._check_owner(owner)
             record = Record(
-                id=new_id(), owner=owner, spec=spec, created_at=time.time(), priority=priority, idempotency_key=key
+                id=new_id(),
+                owner=owner,
+                spec=spec,
+                created_at=time.time(),
+                priority=priority,
+                idempotency_key=key,
+                traceparent=traceparent,
             )
             record = self.store.add(record)
             try:

@@ -35,7 +35,10 @@ CREATE INDEX IF NOT EXISTS listed ON jobs (owner, place);
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """One job. Times are Unix seconds; `owner` is who may see it; `place` rises with every job."""
+    """One job. Times are Unix seconds; `owner` is who may see it; `place` rises with every job.
+
+    `traceparent` is the span that asked for it, as W3C writes it.
+    """
 
     id: str
     owner: str
@@ -50,6 +53,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: float | None = None
     result: Result | None = None
     failure: Failure | None = None
+    traceparent: str | None = None
 
 
 def new_id() -> str:

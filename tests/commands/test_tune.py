@@ -58,6 +58,21 @@ def test_people_are_told_what_was_chosen(foresight_cli: Cli, copied: Path, promp
         assert f"{pairs} pairs: " in line and "skipped, PSNR" in line
 
 
+def test_who_tunes_a_signed_bundle_is_told_to_sign_it_again(
+    foresight_cli: Cli, copied: Path, prompts: Path, tmp_path: Path
+) -> None:
+    key = tmp_path / "maker.pem"
+    assert foresight_cli("sign", "--generate", key).code == 0
+    assert foresight_cli("sign", copied, "--key", key).code == 0
+    outcome = foresight_cli("tune", copied, *QUICK, "--prompts", prompts, "--psnr", 5)
+    assert outcome.code == 0, outcome
+    note = "note: bundle: was signed, and is another one with its profiles; sign it again with: foresight sign"
+    assert outcome.out.splitlines().count(note) == 1
+    assert foresight_cli("verify", copied, "--key", tmp_path / "maker.pub.pem").code != 0
+    assert foresight_cli("sign", copied, "--key", key).code == 0
+    assert foresight_cli("verify", copied, "--key", tmp_path / "maker.pub.pem").code == 0
+
+
 def test_several_policies_are_tried(foresight_cli: Cli, copied: Path, prompts: Path) -> None:
     policies = ("--policy", "static:warmup=2", "--policy", "foresight:warmup=2")
     told = document(foresight_cli("tune", copied, *QUICK[:4], *policies, "--prompts", prompts, "--psnr", 5, "--json"))
