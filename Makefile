@@ -10,7 +10,7 @@
 #   WORKERS     processes that share the tests: make test WORKERS=0 runs them in pytest's own
 #   MODELS      what to measure: make bench-gpu MODELS=cogvideox-5b
 #   MINUTES     how long a soak takes: make soak MINUTES=60
-#   ADDRESS     which server to send cases to: make fuzz ADDRESS=http://127.0.0.1:8000
+#   ADDRESS     a server that runs, for fuzz, instead of one it starts: make fuzz ADDRESS=http://127.0.0.1:8000
 #   GPU_EXTRAS  what test-gpu and bench-gpu need besides; without TensorRT: make test-gpu GPU_EXTRAS=cuda
 
 PYTHONS := python3.11 python3.12 python3.10 python3
@@ -26,7 +26,7 @@ GPU_INDEX := https://pypi.nvidia.com
 DEMO := out/demo
 MODELS := latte cogvideox-2b open-sora
 MINUTES := 10
-ADDRESS := http://127.0.0.1:8000
+ADDRESS :=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -87,9 +87,9 @@ bench-gpu: $(GPU_READY) ## on a machine with an NVIDIA GPU: measure models of re
 soak: $(READY) ## a server under mixed, cancelled and failing requests for MINUTES, 10 unless told; needs the bundle of make demo
 	$(BIN)/python -m tests.serving.soak --minutes $(MINUTES) $(ARGS)
 
-fuzz: $(READY) ## 2,000 cases of the OpenAPI document, sent to the server at ADDRESS; installs schemathesis
+fuzz: $(READY) ## 2,000 cases of the OpenAPI document, sent to a server that it starts; installs schemathesis
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "schemathesis>=4.32" $(PIP_ARGS)
-	$(BIN)/python -m tests.serving.fuzz --address $(ADDRESS) $(ARGS)
+	$(BIN)/python -m tests.serving.fuzz $(if $(ADDRESS),--address $(ADDRESS)) $(ARGS)
 
 lint: $(READY) $(VENV)/stubs ## check style and types
 	$(BIN)/ruff check

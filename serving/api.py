@@ -17,15 +17,28 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 from .. import __version__
 from ..engines.errors import ForesightError, InvalidRequest, OutputError, QueueFull
 from .auth import Keys
 from .metrics import Metrics
 from .middleware import Authorised, BodyLimit, problem
-from .schemas import CreateVideo, Deleted, Skipped, VideoList, VideoObject, video_object
+from .schemas import (
+    CreateVideo,
+    Deleted,
+    Health,
+    ModelList,
+    Problem,
+    ServedModel,
+    Skipped,
+    VideoList,
+    VideoObject,
+    video_object,
+)
 from .service import Conflict, VideoService
 from .store import Record
 
@@ -48,7 +61,7 @@ BODIES = {
     }
 }
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"description": words}
+    status: {"model": Problem, "description": words}
     for status, words in {
         400: "The request makes no sense",
         401: "No valid key",
@@ -60,10 +73,56 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         507: "The disk does not take it",
     }.items()
 }
+MP4 = {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}
+CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The video", "content": MP4},
+    206: {"description": "What Range asks for of it", "content": {**MP4, "multipart/byteranges": MP4["video/mp4"]}},
+    416: {"model": Problem, "description": "Range asks for what is not in it"},
+}
+NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "No video would be made now"}}
+METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}},
+    401: PROBLEMS[401],
+}
 
 videos = APIRouter(prefix="/v1", responses=PROBLEMS)
 around = APIRouter()
 log = logging.getLogger("foresight.serving")
+
+
+class VideoResponse(FileResponse):
+    """A file, or the part of it that Range asks for; a Range that it cannot answer is refused as all else is."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        refused: Message | None = None
+
+        async def sending(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                refused = message
+            if refused is None:
+                await send(message)
+
+        await super().__call__(scope, receive, sending)
+        if refused is not None:
+            status, size = refused["status"], Headers(raw=refused["headers"]).get("content-range")
+            message = "range: got none that this video can answer, expected such as bytes=0-99"
+            headers = {} if size is None else {"Content-Range": size}
+            await problem(status, message, **headers)(scope, receive, send)
+
+
+class Application(FastAPI):
+    """Its document has no 422, which FastAPI adds to all that take arguments: what makes no sense is a 400 here."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document, as a new object."""
+        document: dict[str, Any] = json.loads(json.dumps(super().openapi()))
+        for operation in (found for path in document["paths"].values() for found in path.values()):
+            operation["responses"].pop("422", None)
+        for schema in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(schema, None)
+        return document
 
 
 def create_app(service: VideoService) -> FastAPI:
@@ -74,7 +133,7 @@ def create_app(service: VideoService) -> FastAPI:
         yield
         await run_in_threadpool(service.close)
 
-    app = FastAPI(title="Foresight", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
+    app = Application(title="Foresight", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.service = service
     app.state.metrics = Metrics(service)
     app.add_middleware(BodyLimit, most=service.settings.body_bytes)
@@ -133,7 +192,7 @@ def retrieve_video(request: Request, video_id: str) -> VideoObject:
     return _shown(service, _found(service, _owner(request), video_id))
 
 
-@videos.get("/videos/{video_id}/content", response_class=FileResponse)
+@videos.get("/videos/{video_id}/content", response_class=FileResponse, responses=CONTENT)
 def video_content(request: Request, video_id: str, variant: Literal["video"] = "video") -> Response:
     """The video, as mp4. Raises 409 before it is there."""
     service = _service(request)
@@ -141,7 +200,7 @@ def video_content(request: Request, video_id: str, variant: Literal["video"] = "
     path = service.store.output(record.id)
     if not path.is_file():
         raise HTTPException(404, "video: its file is there no longer; make it again")
-    return FileResponse(path, media_type="video/mp4", filename=path.name)
+    return VideoResponse(path, media_type="video/mp4", filename=path.name)
 
 
 @videos.get("/videos/{video_id}/skipped")
@@ -167,24 +226,20 @@ def delete_video(request: Request, video_id: str) -> Deleted:
 
 
 @videos.get("/models")
-def list_models(request: Request) -> dict[str, Any]:
+def list_models(request: Request) -> ModelList:
     """What is served."""
     service = _service(request)
-    data = [
-        {"id": model.name, "object": "model", "created": 0, "owned_by": "foresight", **model.describe()}
-        for model in service.models.values()
-    ]
-    return {"object": "list", "data": data}
+    return ModelList(data=[ServedModel(id=model.name, **model.describe()) for model in service.models.values()])
 
 
 @around.get("/health/live")
-def live() -> dict[str, str]:
+def live() -> Health:
     """Whether this process answers."""
-    return {"status": "live"}
+    return Health(status="live")
 
 
-@around.get("/health/ready", responses={503: {"description": "No video would be made now"}})
-@around.get("/health", responses={503: {"description": "No video would be made now"}})
+@around.get("/health/ready", response_model=Health, responses=NOT_READY)
+@around.get("/health", response_model=Health, responses=NOT_READY)
 def ready(request: Request) -> JSONResponse:
     """Whether videos are made: a worker has loaded all models and warmed up."""
     service = _service(request)
@@ -194,7 +249,7 @@ def ready(request: Request) -> JSONResponse:
     return JSONResponse({"status": why}, 503)
 
 
-@around.get("/metrics", response_class=Response)
+@around.get("/metrics", response_class=Response, responses=METRICS)
 def metrics(request: Request) -> Response:
     """For Prometheus."""
     text: bytes = request.app.state.metrics.text()

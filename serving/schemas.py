@@ -143,6 +143,62 @@ class Skipped(BaseModel):
     share_skipped: float
 
 
+class ProblemDetail(BaseModel):
+    """What is wrong, in one line, with the field it is about where there is one; `code` is the status."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: int
+
+
+class Problem(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ProblemDetail
+
+
+class Health(BaseModel):
+    """What the server does."""
+
+    status: Literal["live", "ready", "starting", "draining", "failed"]
+
+
+class ServedProfile(BaseModel):
+    """A tuned policy of a bundle, by its name."""
+
+    name: str
+    num_inference_steps: int
+    policy: str
+
+
+class ServedModel(BaseModel):
+    """A bundle that is served, and what it makes."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "foresight"
+    family: str
+    bundle: str
+    size: str
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    max_inference_steps: int
+    guidance_scale: float
+    sample_prompt: str
+    takes_negative_prompt: bool
+    profiles: list[ServedProfile]
+
+
+class ModelList(BaseModel):
+    """What is served."""
+
+    object: Literal["list"] = "list"
+    data: list[ServedModel]
+
+
 def video_object(record: Record, model: Model, job: VideoJob | None) -> VideoObject:
     """A job as clients see it."""
     spec, result, failure = record.spec, record.result, record.failure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def serving(bundle: Path, data: Path, port: int, main: Main) -> None:
     uvicorn.run(create_app(VideoService(settings, main)), port=port, log_config=None)
 
 
-def wait_until_ready(address: str) -> None:
-    """Returns as soon as the server makes videos."""
+def wait_until_ready(address: str, process: subprocess.Popen[bytes] | None = None) -> None:
+    """Returns as soon as the server, which is that process, makes videos."""
     ends = time.monotonic() + READY_S
     while True:
         try:
@@ -41,5 +42,6 @@ def wait_until_ready(address: str) -> None:
                 return
         except httpx.TransportError:  # it does not listen yet
             pass
+        assert process is None or process.poll() is None, f"{address} has ended before it was ready"
         assert time.monotonic() < ends, f"{address} has not become ready"
         time.sleep(0.1)

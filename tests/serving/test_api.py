@@ -267,6 +267,32 @@ def test_unknown_paths_and_methods_are_answered_alike(client: TestClient) -> Non
         assert answer.status_code in (404, 405) and answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(("asked", "status"), [("bytes=0-9", 206), ("lines=0-1", 400), ("bytes=999999999-", 416)])
+def test_a_part_of_a_video_is_sent_or_refused_as_all_else_is(client: TestClient, asked: str, status: int) -> None:
+    job = ended(client, create(client)["id"])
+    part = client.get(f"/v1/videos/{job['id']}/content", headers={"Range": asked})
+    assert part.status_code == status
+    if status == 206:
+        assert len(part.content) == 10
+    else:
+        assert part.json()["error"]["code"] == status
+        assert ("content-range" in part.headers) == (status == 416)
+
+
+def test_the_openapi_document_says_how_errors_look(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    answers = [found["responses"] for path in document["paths"].values() for found in path.values()]
+    schemas = {
+        answer[status]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        for answer in answers
+        for status in answer
+        if status >= "400"
+    }
+    assert schemas == {"Problem", "Health"} <= document["components"]["schemas"].keys()
+    assert not any("422" in answer for answer in answers)
+    assert "401" in document["paths"]["/metrics"]["get"]["responses"]
+
+
 def test_the_openapi_document_names_all_fields(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     bodies = document["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
