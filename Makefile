@@ -104,6 +104,7 @@ demo-train: $(READY) ## train the demo checkpoints from nothing; can be interrup
 	$(BIN)/python -m demo.train --model latte
 	$(BIN)/python -m demo.train --model cogvideox
 	$(BIN)/python -m demo.train --model open_sora
+	$(BIN)/python -m demo.train --model wan
 
 clean: ## remove what the targets above made, except .venv, the trained checkpoint and other bundles
 	rm -rf $(DEMO) bundles/latte-demo build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

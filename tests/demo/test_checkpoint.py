@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, LattePipeline
+from diffusers import CogVideoXPipeline, LattePipeline, WanPipeline
 from torch import nn
+from transformers import UMT5EncoderModel
 
 from demo import evaluate, shapes
 from demo.model import ROOT, Model, Sampling
-from demo.models import MODELS, open_sora
+from demo.models import MODELS, open_sora, wan
 
 MAXIMUM_BYTES = 25 * 10**6
 BARS = {"colour": 0.95, "direction": 0.95, "shape": 0.90, "intact": 0.90}
@@ -20,6 +21,7 @@ WEIGHTS = {
     "latte": ("text_encoder", "vae", "transformer"),
     "cogvideox": ("text_encoder", "vae", "transformer"),
     "open_sora": ("text_encoder", "vae", "transformer"),
+    "wan": ("text_encoder", "vae", "transformer"),
 }
 
 
@@ -65,6 +67,21 @@ def test_the_cogvideox_checkpoint_has_the_parts_of_cogvideox() -> None:
     }
 
 
+def test_the_wan_checkpoint_has_the_parts_of_wan_2_1() -> None:
+    pipeline = WanPipeline.from_pretrained(ROOT / "wan")
+    assert {name: type(part).__name__ for name, part in pipeline.components.items() if part is not None} == {
+        "tokenizer": "T5Tokenizer",
+        "text_encoder": "UMT5EncoderModel",
+        "vae": "AutoencoderKLWan",
+        "transformer": "WanTransformer3DModel",
+        "scheduler": "UniPCMultistepScheduler",
+    }
+
+
+def test_the_wan_tokenizer_says_to_what_length_prompts_are_padded() -> None:
+    assert WanPipeline.from_pretrained(ROOT / "wan").tokenizer.model_max_length == wan.TEXT_LENGTH
+
+
 def test_the_open_sora_checkpoint_has_the_folders_of_open_sora() -> None:
     files = {str(file.relative_to(ROOT / "open_sora")) for file in (ROOT / "open_sora").rglob("*") if file.is_file()}
     assert {name for name in files if not name.startswith("tokenizer/")} == {
@@ -82,8 +99,10 @@ def test_all_weights_are_finite_float32(model: Model, loaded: Any) -> None:
 
 
 def test_all_models_share_one_text_encoder(loaded: Any) -> None:
-    first = MODELS["latte"].load(ROOT / "latte").text_encoder.state_dict()
-    weights = loaded.text_encoder.state_dict()
+    encoder = MODELS["latte"].load(ROOT / "latte").text_encoder
+    if isinstance(loaded.text_encoder, UMT5EncoderModel):
+        encoder = wan.umt5_from_t5(encoder)
+    first, weights = encoder.state_dict(), loaded.text_encoder.state_dict()
     assert weights.keys() == first.keys()
     assert all(torch.equal(weight, first[name]) for name, weight in weights.items())
 

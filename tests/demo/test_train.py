@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, CogVideoXPipeline, LattePipeline
+from diffusers import AutoencoderKL, CogVideoXPipeline, LattePipeline, WanPipeline
 from torch import Tensor, nn
 
 from demo import shapes, text, train, training
 from demo.model import ROOT
-from demo.models import MODELS, cogvideox, cogvideox_vae, latte, open_sora, open_sora_vae
+from demo.models import MODELS, cogvideox, cogvideox_vae, latte, open_sora, open_sora_vae, wan, wan_vae
 from demo.models import cogvideox_forward as cogvideox_patches
 from demo.models import latte_forward as latte_patches
+from demo.models import wan_forward as wan_patches
 from demo.optimiser import FlatAdamW
 
-RECIPES = [latte, cogvideox, open_sora]
+RECIPES = [latte, cogvideox, open_sora, wan]
 
 
 @pytest.fixture
@@ -68,6 +69,13 @@ def test_the_patch_space_of_cogvideox_is_a_rearrangement() -> None:
     assert torch.equal(cogvideox_patches.latents_from_patches(patches, patch=4, frames=5), latents)
 
 
+def test_the_patch_space_of_wan_is_a_rearrangement() -> None:
+    latents = torch.randn(2, 4, 5, 16, 16)
+    patches = wan_patches.patches_from_latents(latents, patch=4)
+    assert patches.shape == (2, 80, 64)
+    assert torch.equal(wan_patches.latents_from_patches(patches, patch=4, frames=5), latents)
+
+
 def test_training_sees_the_embeddings_that_the_latte_pipeline_uses() -> None:
     tokenizer = text.make_tokenizer()
     text_encoder = text.make_text_encoder(len(tokenizer)).eval()
@@ -89,6 +97,26 @@ def test_training_sees_the_embeddings_that_the_cogvideox_pipeline_uses() -> None
         prompt, negative = pipeline.encode_prompt(combination.caption, max_sequence_length=cogvideox.TEXT_LENGTH)
         torch.testing.assert_close(seen[i], prompt[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(seen[-1], negative[0], atol=1e-5, rtol=1e-5)
+
+
+def test_training_sees_the_embeddings_that_the_wan_pipeline_uses() -> None:
+    encoder = wan.umt5_from_t5(text.load_text_encoder())
+    pipeline = WanPipeline(wan.make_tokenizer(), encoder, wan_vae.make_vae(), wan.make_scheduler())
+    seen = wan.caption_embeddings()
+    for i, combination in enumerate(shapes.trained()):
+        prompt, negative = pipeline.encode_prompt(combination.caption, max_sequence_length=wan.TEXT_LENGTH)
+        torch.testing.assert_close(seen[i], prompt[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(seen[-1], negative[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_text_encoder_of_wan_computes_what_that_of_latte_does() -> None:
+    encoder = text.load_text_encoder()
+    ids = torch.randint(17, (2, 9), generator=training.generator_for(1))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    with torch.no_grad():
+        expected = encoder(ids, mask).last_hidden_state
+        assert torch.equal(wan.umt5_from_t5(encoder)(ids, mask).last_hidden_state, expected)
 
 
 def test_the_rotary_positions_are_those_of_the_cogvideox_pipeline() -> None:
@@ -128,6 +156,43 @@ def test_whitening_changes_video_latents_and_not_videos() -> None:
         latents = vae.encode(pixels).latent_dist.mean
         torch.testing.assert_close(vae.decode(latents).sample, before, atol=1e-4, rtol=1e-4)
     assert_white(latents)
+
+
+def test_turning_the_latents_of_wan_changes_no_video() -> None:
+    torch.manual_seed(0)
+    vae, videos = wan_vae.make_vae(), shapes.make_dataset(4, seed=0, frames=9)[0]
+    pixels = training.pixels_from_videos(videos)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+        wan_vae.find_axes(vae, videos)
+        latents = vae.encode(pixels).latent_dist.mean
+        torch.testing.assert_close(vae.decode(latents).sample, before, atol=1e-4, rtol=1e-4)
+    mean, std = wan_vae.statistics(vae)
+    standardised = (latents - mean) / std
+    assert_white(standardised)
+    assert standardised.mean((0, 2, 3, 4)).abs().max() < 1e-2
+
+
+def test_the_autoencoder_of_wan_is_coded_all_at_once_as_one_latent_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = wan_vae.make_vae()
+    before = copy.deepcopy(vae.state_dict())
+    wan_vae.check_coding(vae)
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    plain = wan_vae._double
+    monkeypatch.setattr(wan_vae, "_double", lambda layer, hidden: plain(layer, hidden) * 1.01)
+    with pytest.raises(AssertionError):
+        wan_vae.check_coding(vae)
+
+
+def test_a_still_video_of_wan_starts_out_coded_as_its_frame() -> None:
+    vae = wan_vae.make_vae()
+    frame = training.pixels_from_videos(shapes.make_dataset(1, seed=0)[0][:, :1])
+    with torch.no_grad():
+        alone = vae.encode(frame).latent_dist.mean
+        still = vae.encode(frame.expand(-1, -1, 9, -1, -1)).latent_dist.mean
+        torch.testing.assert_close(still, alone.expand_as(still), atol=1e-5, rtol=1e-5)
+        decoded = vae.decode(still).sample
+        torch.testing.assert_close(decoded, vae.decode(alone).sample.expand_as(decoded), atol=1e-5, rtol=1e-5)
 
 
 def assert_white(latents: Tensor) -> None:
@@ -269,6 +334,22 @@ def test_the_latents_of_open_sora_are_as_noisy_as_the_level_says_of_latents_of_v
     torch.testing.assert_close(hidden, wanted, atol=1e-5, rtol=1e-3)
     implied = weight * (open_sora_vae.LATENT_STD / times).square()
     assert (implied.min().item(), implied.max().item()) == pytest.approx((1, 2), abs=1e-3)
+
+
+def test_latents_and_velocities_of_wan_are_those_of_its_scheduler() -> None:
+    scheduler, batch = wan.make_scheduler(), batch_of_zeros(wan.LEVELS)
+    clean = torch.randn(batch.clean.shape, generator=training.generator_for(2))
+    batch = batch._replace(clean=clean, target=clean)
+    noisy, velocity, timesteps, weight = wan.noisy_latents(batch)
+    torch.testing.assert_close(noisy - batch.levels.view(-1, 1, 1) * velocity, clean, atol=1e-5, rtol=1e-5)
+    assert ((1000 * batch.levels - timesteps) < 1.001).all() and torch.equal(timesteps, timesteps.round())
+    implied = weight / batch.levels.square()
+    assert (implied.min().item(), implied.max().item()) == pytest.approx((1, 2), abs=1e-2)
+    scheduler.set_timesteps(1)
+    level = scheduler.sigmas[0]
+    only = (1 - level) * clean + level * batch.noise
+    cleaned = scheduler.step(batch.noise - clean, scheduler.timesteps[0], only).prev_sample
+    torch.testing.assert_close(cleaned, clean, atol=1e-5, rtol=1e-5)
 
 
 def test_open_sora_samples_from_noise_down_to_nothing() -> None:
