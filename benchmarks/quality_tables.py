@@ -12,8 +12,9 @@ from foresight.exporter.registry import REGISTRY
 from foresight.runtime.policies import Forecast
 from zoo import FAMILIES
 
-# of the demo models, by the names of their records
-TITLES = {row.family: FAMILIES[row.family].title for row in REGISTRY.values() if row.comes_with_a_clone}
+# of the demo models, by the names of their records, and of those for which policies were compared
+DEMOS = {row.family: FAMILIES[row.family].title for row in REGISTRY.values() if row.comes_with_a_clone}
+TITLES = {row.family: DEMOS[row.family] for row in REGISTRY.values() if row.tuned is not None}
 POLICIES = ("forecast", "schedule")
 PROFILE = "balanced"
 SETTING = f"forecast {Forecast().tolerance}"  # as it comes

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.bench_verdict import bench_verdict
 from benchmarks.common import table
 from benchmarks.quality_tables import (
+    DEMOS,
     TITLES,
     gains_at_quality,
     gains_at_share,
@@ -86,7 +87,7 @@ def demo_scores(*results: dict[str, Any]) -> str:
     keys = (("trained", "totals_trained"), ("held out", "totals_held_out"))
     rows = [
         (title, kind, *(result[key][name] for name in names))
-        for title, result in zip(TITLES.values(), results, strict=True)
+        for title, result in zip(DEMOS.values(), results, strict=True)
         for kind, key in keys
     ]
     return table(rows, ("demo model", "combinations", *names))
@@ -376,7 +377,7 @@ PAGES: dict[str, dict[str, tuple[Draw, tuple[str, ...]]]] = {
         "shared weights": (shared_weights, (f"{RESULTS}/shared_weights.json",)),
         "real size": (real_size, (f"{RESULTS}/real_size.json",)),
         "engine build": (engine_build, (f"{RESULTS}/engine_build.json",)),
-        "demo scores": (demo_scores, tuple(f"demo/records/{model}/scores.json" for model in TITLES)),
+        "demo scores": (demo_scores, tuple(f"demo/records/{model}/scores.json" for model in DEMOS)),
     },
 }
 

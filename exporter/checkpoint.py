@@ -266,7 +266,8 @@ def find_checkpoint(
 
 def _published(place: Place, variant: str | None) -> Checkpoint:
     """A checkpoint whose components are folders of one repository."""
-    configs = [f"{component}/*.json" for component in COMPONENTS if component != "tokenizer"]
+    names = {"tokenizer": "tokenizer_config.json"}  # its other files are large
+    configs = [f"{component}/{names.get(component, '*.json')}" for component in COMPONENTS]
     first = [place.path(name) for name in ("model_index.json", *configs)]
     repository = Repository(place.repository, place.revision, first)
     hub = {

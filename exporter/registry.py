@@ -156,6 +156,11 @@ REGISTRY = {
         presets=OPEN_SORA_PRESETS,
         tuned=TUNED / "tuned_open_sora.json",
     ),
+    "wan-demo": Model(
+        family="wan",
+        checkpoint=str(REPOSITORY / "demo" / "wan"),
+        defaults=DEMO,
+    ),
 }
 
 

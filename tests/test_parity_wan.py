@@ -11,6 +11,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
 from foresight.exporter.export import Export, ExportRequest
+from foresight.exporter.registry import REPOSITORY
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import Forecast, Foresight, NoReuse
 from foresight.runtime.request import VideoRequest
@@ -102,6 +103,20 @@ def test_prompts_of_different_length_are_each_padded_with_zeros(model: tuple[Wan
     videos = ours(prompts, steps=6, guidance=4.0, latents=noise, policy=NoReuse())
     for video, latents, frames in zip(videos, *expected, strict=True):
         assert_same(video, latents, frames, TOLERANCES[ours.manifest.dtype])
+
+
+def test_the_demo_makes_what_diffusers_makes_with_prompts_of_its_own_length(bundles: Path) -> None:
+    ours = load_pipeline(Export("wan-demo", ExportRequest(), output=bundles / "wan-demo").run().path)
+    reference = WanPipeline.from_pretrained(REPOSITORY / "demo" / "wan")
+    reference.set_progress_bar_config(disable=True)
+    manifest, settings = ours.manifest, {"guidance_scale": 2.0, "num_inference_steps": 20}
+    noise = draw(manifest.shape.latents, seed=5)
+    assert manifest.text.max_tokens == reference.tokenizer.model_max_length == 8
+    (latents,), (frames,) = run_reference(
+        reference, manifest.shape, PROMPT, noise[None], max_sequence_length=8, **settings
+    )
+    video = ours(PROMPT, steps=20, guidance=2.0, latents=noise, policy=NoReuse())
+    assert_same(video, latents, frames, TOLERANCES["fp32"])
 
 
 # Two transformers that take turns

@@ -17,6 +17,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "latte-demo": {},
     "cogvideox-demo": {"frames": 9, "height": 32, "width": 32},
     "open-sora-demo": {"frames": 17},
+    "wan-demo": {"frames": 9, "height": 32, "width": 32},
 }
 
 
@@ -32,6 +33,7 @@ def test_sizes_that_the_checkpoint_was_trained_on_need_no_caution(model: str) ->
         ("cogvideox-demo", {"frames": 17}, ["frames: 17, the checkpoint was trained on 9"]),
         ("open-sora-demo", {"frames": 34}, ["frames: 34, the checkpoint was trained on 17"]),
         ("open-sora-demo", {"height": 64, "width": 48}, ["height: 64, ", "width: 48, "]),
+        ("wan-demo", {"frames": 17}, ["frames: 17, the checkpoint was trained on 9"]),
     ],
 )
 def test_others_are_named_beside_what_it_was_trained_on(model: str, sizes: dict[str, Any], named: list[str]) -> None:

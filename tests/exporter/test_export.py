@@ -388,10 +388,10 @@ def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
 
 # Profiles
 
-DEMOS = [name for name, row in REGISTRY.items() if row.comes_with_a_clone]
+TUNED = [name for name, row in REGISTRY.items() if row.tuned is not None]
 
 
-@pytest.mark.parametrize("name", DEMOS)
+@pytest.mark.parametrize("name", TUNED)
 def test_a_demo_model_has_the_profiles_that_were_tuned_for_it(name: str) -> None:
     row = REGISTRY[name]
     profiles = Export(name).profiles
@@ -428,7 +428,7 @@ def test_a_dtype_of_the_decoder_makes_another_bundle_and_none_the_one_it_always_
 
 
 def test_other_sizes_types_and_checkpoints_have_no_profiles(checkpoint: Path) -> None:
-    name = DEMOS[0]
+    name = TUNED[0]
     assert Export(name, ExportRequest(max_batch=2)).profiles
     assert not Export(name, ExportRequest(dtype="fp16")).profiles
     assert not Export(name, ExportRequest(width=16)).profiles
@@ -436,5 +436,5 @@ def test_other_sizes_types_and_checkpoints_have_no_profiles(checkpoint: Path) ->
 
 
 def test_none_are_known_for_published_models_or_where_the_record_is_not(tmp_path: Path) -> None:
-    assert not any(row.profiles() for name, row in REGISTRY.items() if name not in DEMOS)
-    assert replace(REGISTRY[DEMOS[0]], tuned=tmp_path / "nowhere.json").profiles() == ()
+    assert not any(row.profiles() for name, row in REGISTRY.items() if name not in TUNED)
+    assert replace(REGISTRY[TUNED[0]], tuned=tmp_path / "nowhere.json").profiles() == ()

@@ -166,6 +166,18 @@ def test_a_vae_of_no_published_model_has_the_size_that_diffusers_gives_it(checkp
     assert (made.shape.height, made.shape.width, made.shape.frames, made.cautions) == (480, 832, 81, ())
 
 
+@pytest.mark.parametrize(("stored", "tokens"), [(None, 512), (10**30, 512), (226, 226)])
+def test_prompts_are_padded_to_what_the_tokenizer_says_and_at_most_to_what_the_pipeline_does(
+    stored: int | None, tokens: int, tmp_path: Path
+) -> None:
+    folder = wan.write_random(tmp_path / "wan", layers=1)
+    configure(folder, "tokenizer/tokenizer_config.json", model_max_length=stored)
+    if stored is None:
+        (folder / "tokenizer" / "tokenizer_config.json").unlink()
+    made = split(folder)
+    assert made.text.max_tokens == made.text_encoder.inputs[0].spec.shape[1] == tokens
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
@@ -192,7 +204,7 @@ def test_sizes_that_the_model_cannot_have_are_refused(tmp_path: Path, sizes: dic
         ("pos_embed_seq_len", 514),
         ("out_channels", 8),
         ("qk_norm", "rms_norm"),
-        ("patch_size", [1, 4, 4]),
+        ("patch_size", [2, 2, 2]),
     ],
 )
 def test_what_the_modules_do_not_compute_is_refused_by_the_setting(

@@ -34,8 +34,7 @@ from ..t5 import TOKENIZER, UNNEEDED, load_encoder, text_encoder_plan, tokenizer
 from .modules import Block, Condition, Epilogue, Prologue, keep_in_fp32
 from .vae import check_vae, count_latent_frames, decoder_stage
 
-MAX_TOKENS = 512  # WanPipeline pads every prompt to this, and the transformer reads all of it
-PATCH = (1, 2, 2)
+MAX_TOKENS = 512  # WanPipeline pads every prompt to this unless it is told otherwise; the transformer reads all of it
 SECOND = "transformer_2"
 
 
@@ -55,7 +54,11 @@ class Size:
 
 
 # By how many pixels a side the VAE makes of a latent; the first one is the default. No configuration has them.
-SIZES = {8: (Size(480, 832, 81, 3.0), Size(720, 1280, 81, 5.0)), 16: (Size(704, 1280, 121, 5.0),)}
+SIZES = {
+    2: (Size(32, 32, 9, 3.0),),  # of the small model that comes with a clone
+    8: (Size(480, 832, 81, 3.0), Size(720, 1280, 81, 5.0)),
+    16: (Size(704, 1280, 121, 5.0),),
+}
 
 
 def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
@@ -85,20 +88,20 @@ def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
     shape = _shape(transformer, vae, request)
     shift = _flow_shift(checkpoint, vae, shape, request)
     tensors = _Tensors(transformer, shape, request.dtype)
-    first = _transformer(transformer, shape, tensors)
+    first, max_tokens = _transformer(transformer, shape, tensors), _max_tokens(checkpoint)
     return Split(
         shape=shape,
-        ranges=ranges_of(shape, text=MAX_TOKENS, tokens=tensors.tokens),
+        ranges=ranges_of(shape, text=max_tokens, tokens=tensors.tokens),
         streams=("hidden",),
         guidance_order="positive_first",
-        text_encoder=text_encoder_plan(encoder, request.dtype, MAX_TOKENS, zero_padding=True),
+        text_encoder=text_encoder_plan(encoder, request.dtype, max_tokens, zero_padding=True),
         condition=first.condition,
         prologue=first.prologue,
         blocks=first.blocks,
         epilogue=first.epilogue,
         later_experts=() if boundary is None else (_for_low_noise(first, boundary),),
         decoder=(decoder_stage(vae, shape, request.dtype_of("vae")),),
-        text=Text(tokenizer=TOKENIZER, max_tokens=MAX_TOKENS, pad_id=0, cleaning="whitespace", padded=True),
+        text=Text(tokenizer=TOKENIZER, max_tokens=max_tokens, pad_id=0, cleaning="whitespace", padded=True),
         tokenizer=lambda: tokenizer_json(checkpoint),
         scheduler=lambda: scheduler_from_checkpoint(checkpoint, **({"flow_shift": shift.value} if shift else {})),
         cautions=_cautions(vae, shape),
@@ -116,7 +119,7 @@ def check_config(checkpoint: Checkpoint, transformer: WanTransformer3DModel) -> 
         ("pos_embed_seq_len", config.pos_embed_seq_len, None),
         ("out_channels", config.out_channels or config.in_channels, config.in_channels),
         ("qk_norm", config.qk_norm, "rms_norm_across_heads"),
-        ("patch_size", tuple(config.patch_size), PATCH),
+        ("patch_size", tuple(config.patch_size), (1, *config.patch_size[1:])),
     ):
         if got != expected:
             raise CheckpointError(
@@ -176,13 +179,23 @@ def _for_low_noise(first: ExpertPlan, below: float) -> ExpertPlan:
     )
 
 
+def _max_tokens(checkpoint: Checkpoint) -> int:
+    """As many as the pipeline pads prompts to, or as the model takes by its tokenizer, if those are fewer."""
+    if not (checkpoint.component_folder("tokenizer") / "tokenizer_config.json").is_file():
+        return MAX_TOKENS
+    stored = checkpoint.config("tokenizer", "tokenizer_config.json").get("model_max_length", MAX_TOKENS)
+    return min(int(stored), MAX_TOKENS)
+
+
 def _shape(transformer: WanTransformer3DModel, vae: AutoencoderKLWan, request: ExportRequest) -> Shape:
     scale, longest = vae.config.scale_factor_spatial, transformer.config.rope_max_seq_len
     default = SIZES.get(scale, SIZES[8])[0]  # of other VAEs too, as in WanPipeline
     height, width, frames = (getattr(request, name) or getattr(default, name) for name in ("height", "width", "frames"))
-    require_multiples(scale * PATCH[1], height=height, width=width)
+    _, high, wide = transformer.config.patch_size
+    require_multiples(scale * high, height=height)
+    require_multiples(scale * wide, width=width)
     latent_frames = count_latent_frames(frames, vae.config.scale_factor_temporal)
-    for name, got, unit in (("height", height, scale * PATCH[1]), ("width", width, scale * PATCH[2])):
+    for name, got, unit in (("height", height, scale * high), ("width", width, scale * wide)):
         if got // unit > longest:
             raise InvalidRequest(f"{name}: got {got}, expected at most {longest * unit} pixels for this checkpoint")
     if latent_frames > longest:
@@ -241,7 +254,8 @@ class _Tensors(StepTensors):
         config = transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
         _, frames, height, width = shape.latents
-        tokens = frames * (height // PATCH[1]) * (width // PATCH[2])
+        _, high, wide = config.patch_size
+        tokens = frames * (height // high) * (width // wide)
         super().__init__(shape, dtype, tokens, dim, {"hidden": ("tokens", dim)})
         self.states = Input(float_spec("text_states", dtype, "batch", "text", config.text_dim))
         self.modulation = Input(float_spec("modulation", dtype, "batch", 6, dim))
