@@ -282,8 +282,12 @@ def serving_load(result: dict[str, Any]) -> str:
         f"{100 * result['server_cpu_share']:.1f} %",
         *(f"{result[name]:.0f} ms" for name in ("p50_ms", "p95_ms", "p99_ms")),
     )
+    limits = result["limits"]
+    assert limits["in_order"] and limits["most_unfinished"] <= limits["allowed_unfinished"]
+    few = (f"{limits['completed']} of {result['requests']}", str(limits["turned_away"]))
     header = ("videos", "HTTP and queue", "processor time of the server", "GET, median", "95 %", "99 %")
-    return _machine(result, "onnxruntime") + table([row], header)
+    own = table([(*row, *few)], (*header, "videos with few places", "answers 429"))
+    return _machine(result, "onnxruntime") + own
 
 
 def shared_weights(result: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """What a server adds to the videos it makes: its overhead under load, and how soon it answers while two requests run.
 
 8 clients make 100 videos by one worker, polling. Overhead is the time in which the worker had nothing to do though
-jobs waited: all the time from the first request to the last answer, less that of the requests' phases.
+jobs waited: all the time from the first request to the last answer, less that of the requests' phases. Then the same
+clients meet a server of which fewer jobs may wait than they want: those it turns away come again when it says.
 
     python -m benchmarks.serving_load --bundle bundles/latte-demo --save
 """
@@ -30,13 +31,18 @@ CLIENTS, POLL_SECONDS = 8, 0.2
 BODY = {"prompt": "a red circle moving right", "seed": 0}
 
 
+WAITING, PER_KEY = 4, 6  # of a server that is asked for more
+SHORT = {**BODY, "num_inference_steps": 5}
+MOST_PAUSE = 0.5  # however much later the server says
+
+
 @contextmanager
-def server(bundle: Path, workers: int) -> Iterator[tuple[str, psutil.Process]]:
+def server(bundle: Path, workers: int, *options: str) -> Iterator[tuple[str, psutil.Process]]:
     """Its address, and the process that answers."""
     with tempfile.TemporaryDirectory() as data:
         port = free_port()
         command = [sys.executable, "cli.py", "serve", str(bundle), "--port", str(port), "--data", data]
-        command += ["--threads", "1", "--workers", str(workers), "--drain", "1"]
+        command += ["--threads", "1", "--workers", str(workers), "--drain", "1", *options]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
             address = f"http://127.0.0.1:{port}"
             try:
@@ -75,6 +81,39 @@ def load(bundle: Path, requests: int) -> dict[str, Any]:
     }
 
 
+def limits(bundle: Path, requests: int) -> dict[str, Any]:
+    """What becomes of clients that want more than may wait: how often they were turned away, and whether all ended."""
+    options = ("--waiting", str(WAITING), "--jobs-per-key", str(PER_KEY))
+    with server(bundle, 1, *options) as (address, _), httpx.Client(base_url=address, timeout=60) as http:
+
+        def make(_: int) -> tuple[int, int]:
+            """How often it was turned away, and how many of all jobs had not ended at most."""
+            refused = most = 0
+            while (answer := http.post("/v1/videos", json=SHORT)).status_code == 429:
+                assert int(answer.headers["retry-after"]) >= 1
+                refused += 1
+                time.sleep(min(float(answer.headers["retry-after"]), MOST_PAUSE))
+            job = answer.raise_for_status().json()["id"]
+            while (video := http.get(f"/v1/videos/{job}").json())["status"] in ("queued", "in_progress"):
+                listed = http.get("/v1/videos", params={"limit": 2 * CLIENTS}).json()["data"]
+                most = max(most, sum(one["status"] in ("queued", "in_progress") for one in listed))
+                time.sleep(POLL_SECONDS)
+            assert video["status"] == "completed", video["error"]
+            return refused, most
+
+        with ThreadPoolExecutor(CLIENTS) as threads:
+            told = list(threads.map(make, range(requests)))
+        jobs = http.get("/v1/videos", params={"limit": 100, "order": "asc"}).json()["data"]
+    ends = [job["completed_at"] for job in jobs]
+    return {
+        "completed": len(told),
+        "turned_away": sum(refused for refused, _ in told),
+        "most_unfinished": max(most for _, most in told),
+        "allowed_unfinished": min(WAITING + 1, PER_KEY),
+        "in_order": ends == sorted(ends),
+    }
+
+
 def answers(bundle: Path, count: int) -> dict[str, Any]:
     """Milliseconds until a GET is answered while two requests run."""
     with server(bundle, 2) as (address, _), httpx.Client(base_url=address, timeout=60) as http:
@@ -94,7 +133,7 @@ def answers(bundle: Path, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure both, and end in one JSON line."""
+    """Measure all, and end in one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=Path("bundles/latte-demo"))
     parser.add_argument("--requests", type=int, default=100)
@@ -102,6 +141,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/serving_load.json")
     options = parser.parse_args()
     result = answers(options.bundle, options.answers) | load(options.bundle, options.requests)
+    result["limits"] = limits(options.bundle, options.requests)
     finish("serving_load", result, options.save)
 
 

@@ -179,16 +179,19 @@ class JobQueue(Generic[T]):
         with self._changed:
             if self._closed:
                 raise InvalidRequest("queue: got a request after it was closed, expected none")
-            if len(self._heap) >= self.most:
-                raise QueueFull(
-                    f"queue: got a request while {len(self._heap)} wait, expected fewer than {self.most}; try again "
-                    "later",
-                    retry_after,
-                )
+            self.check_room(retry_after)
             heapq.heappush(self._heap, (-job.priority, next(self._count), job))
             job._queue = self
             job.queued()
             self._changed.notify()
+
+    def check_room(self, retry_after: float | None = None) -> None:
+        """Raises QueueFull where one more could not wait."""
+        if len(self._heap) >= self.most:
+            raise QueueFull(
+                f"queue: got a request while {len(self._heap)} wait, expected fewer than {self.most}; try again later",
+                retry_after,
+            )
 
     def get(self) -> Job[T] | None:
         """The next one, once there is one; None when the queue was closed."""

@@ -98,6 +98,7 @@ class VideoService:
                     raise Conflict("idempotency_key: was used for another request, expected a new one")
                 return before
             self._check_owner(owner)
+            self._queue.check_room(self._workers.retry_after())  # before there is anything for others to see
             record = Record(
                 id=new_id(),
                 owner=owner,
@@ -110,7 +111,7 @@ class VideoService:
             record = self.store.add(record)
             try:
                 self._submit(record, request)
-            except QueueFull:
+            except ForesightError:  # it is being closed
                 self.store.remove(record.id)
                 raise
         return record

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from foresight.engines.errors import BundleError, InvalidRequest, OutputError
+from foresight.engines.errors import BundleError, InvalidRequest, OutputError, QueueFull
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.serving.service import VideoService
 from foresight.serving.settings import WorkerSettings
@@ -36,6 +36,19 @@ def done(service: VideoService, record: Record) -> Record:
 
     ended: Record = wait_for(found)
     return ended
+
+
+def test_what_is_turned_away_was_never_there(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = VideoService(settings_of(bundle, tmp_path, waiting=1), slow.main)
+    running = service.create(ME, spec(steps=100, policy="none"))
+    wait_for(lambda: (service.get(ME, running.id) or running).status == "in_progress")
+    waiting = service.create(ME, spec())
+    monkeypatch.setattr(service.store, "add", lambda record: pytest.fail("it was shown to others"))
+    with pytest.raises(QueueFull, match="while 1 wait, expected fewer than 1") as caught:
+        service.create(ME, spec(seed=1))
+    assert caught.value.retry_after is None or caught.value.retry_after > 0
+    assert {record.id for record in service.store.active(ME)} == {running.id, waiting.id}
+    service.close(0)
 
 
 def test_a_job_is_there_after_a_restart_one_that_waited_goes_on_and_one_that_ran_has_failed(
