@@ -66,6 +66,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     low_memory: bool = False
     cache_memory: int | None = None
     cuda_graphs: bool = False
+    split_guidance: bool = False
     signed_by: str | None = None
     waiting: int = 16
     max_steps: int = 100
@@ -107,6 +108,7 @@ class TritonPythonModel:
                 self._name,
                 low_memory=settings.low_memory,
                 cache_memory=settings.cache_memory,
+                split_guidance=settings.split_guidance,
             ).manifest
         except BaseException:
             self._runtime.close()

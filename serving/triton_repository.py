@@ -111,6 +111,7 @@ def config_of(name: str, bundle: Bundle, triton: Triton) -> str:
         low_memory=worker.low_memory,
         cache_memory=worker.cache_memory,
         cuda_graphs=worker.cuda_graphs,
+        split_guidance=worker.split_guidance,
         signed_by=os.pathsep.join(str(file.absolute()) for file in triton.signed_by) or None,
         waiting=triton.waiting,
         max_steps=triton.max_steps,

@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +23,7 @@ from foresight.engines.errors import IntegrityError, InvalidRequest
 from foresight.runtime import device
 from foresight.runtime.pipeline import load
 from foresight.runtime.policies.notation import policy_from_text
+from foresight.serving.settings import WorkerSettings
 from foresight.serving.spec import Spec
 from foresight.serving.triton import BASE64, INPUTS, ModelSettings
 from foresight.serving.triton_repository import Triton, write_repository
@@ -249,6 +251,11 @@ def test_a_bundle_that_was_altered_is_not_loaded(bundle: Path, tmp_path: Path) -
 def args(kind: str, **parameters: str) -> dict[str, str]:
     config = {"parameters": {name: {"string_value": value} for name, value in parameters.items()}}
     return {"model_config": json.dumps(config), "model_instance_kind": kind, "model_instance_device_id": "1"}
+
+
+def test_a_host_can_be_told_all_that_a_worker_can() -> None:
+    of_worker = {field.name for field in fields(WorkerSettings)} - {"bundles", "shared_weights"}
+    assert of_worker <= set(ModelSettings.__struct_fields__)
 
 
 def test_parameters_are_read_from_the_configuration() -> None:
