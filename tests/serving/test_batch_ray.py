@@ -89,7 +89,8 @@ def test_the_row_of_a_worker_that_was_killed_is_made_by_another(bundle: Path, tm
         wait_for(lambda: videos(tmp_path / "ray"), STARTED_S)
         makers(process)[0].kill()
         document = told(process)
-    assert (document["made"], document["there"], document["failed"]) == (COUNT, 0, 0)
+    # the row that it was killed with was made already, or is by another
+    assert (document["made"] + document["there"], document["failed"]) == (COUNT, 0) and document["there"] <= 1
     assert len(videos(tmp_path / "ray")) == len(list((tmp_path / "ray").iterdir())) == COUNT
 
 
