@@ -142,6 +142,31 @@ def prologue_plan(
     )
 
 
+def block_plans(
+    module: nn.Module,
+    reference: Callable[..., Any],
+    tensors: StepTensors,
+    inputs: tuple[Input, ...],
+    stored: str,
+    count: int,
+) -> tuple[PartPlan, ...]:
+    """`count` blocks of one kind, whose weights are `block.…` in the module and stored under `stored`.INDEX."""
+    return tuple(
+        PartPlan(
+            name=f"block.{index:03d}",
+            kind="block",
+            module=module,
+            component="transformer",
+            prefixes={"block.": f"{stored}.{index}."},
+            inputs=inputs,
+            outputs=tensors.block_outputs,
+            reference=reference,
+            check_sizes=({"batch": 1, "text": 5, "tokens": 12}, {"batch": 2, "text": 7, "tokens": 10}),
+        )
+        for index in range(count)
+    )
+
+
 def epilogue_plan(module: nn.Module, tensors: StepTensors) -> PartPlan:
     """The part that ends a step: the first stream and the time embedding to the model's output."""
     inputs = (tensors.streams[0], tensors.time)

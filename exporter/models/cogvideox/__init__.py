@@ -12,6 +12,7 @@ from ..base import ExportRequest, Input, PartPlan, Split, float_spec, require_eq
 from ..parts import (
     VAE_ENCODER,
     StepTensors,
+    block_plans,
     epilogue_plan,
     pixels_per_latent,
     prologue_plan,
@@ -156,17 +157,5 @@ def _condition(module: Condition, tensors: _Tensors) -> PartPlan:
 
 def _blocks(transformer: CogVideoXTransformer3DModel, tensors: _Tensors) -> tuple[PartPlan, ...]:
     module = Block(transformer.transformer_blocks[0])
-    return tuple(
-        PartPlan(
-            name=f"block.{index:03d}",
-            kind="block",
-            module=module,
-            component="transformer",
-            prefixes={"block.": f"transformer_blocks.{index}."},
-            inputs=(*tensors.streams, tensors.time, *tensors.cached, *tensors.rotary),
-            outputs=tensors.block_outputs,
-            reference=module.reference,
-            check_sizes=({"batch": 1, "text": 5, "tokens": 12}, {"batch": 2, "text": 7, "tokens": 10}),
-        )
-        for index in range(transformer.config.num_layers)
-    )
+    inputs = (*tensors.streams, tensors.time, *tensors.cached, *tensors.rotary)
+    return block_plans(module, module.reference, tensors, inputs, "transformer_blocks", transformer.config.num_layers)

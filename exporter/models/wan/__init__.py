@@ -23,6 +23,7 @@ from ..base import ExpertPlan, ExportRequest, FlowShift, Input, PartPlan, Split,
 from ..parts import (
     VAE_ENCODER,
     StepTensors,
+    block_plans,
     epilogue_plan,
     prologue_plan,
     ranges_of,
@@ -290,17 +291,5 @@ def _prologue(module: Prologue, tensors: _Tensors) -> PartPlan:
 
 def _blocks(transformer: WanTransformer3DModel, tensors: _Tensors) -> tuple[PartPlan, ...]:
     module = Block(transformer.blocks[0])
-    return tuple(
-        PartPlan(
-            name=f"block.{index:03d}",
-            kind="block",
-            module=module,
-            component="transformer",
-            prefixes={"block.": f"blocks.{index}."},
-            inputs=(*tensors.streams, tensors.modulation, *tensors.cached, *tensors.conditions),
-            outputs=tensors.block_outputs,
-            reference=module.reference,
-            check_sizes=({"batch": 1, "text": 5, "tokens": 12}, {"batch": 2, "text": 7, "tokens": 10}),
-        )
-        for index in range(transformer.config.num_layers)
-    )
+    inputs = (*tensors.streams, tensors.modulation, *tensors.cached, *tensors.conditions)
+    return block_plans(module, module.reference, tensors, inputs, "blocks", transformer.config.num_layers)
