@@ -1,4 +1,4 @@
-"""How a trained checkpoint is written to disk."""
+"""How a trained checkpoint is written to disk, and read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -33,3 +34,10 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def save_pipeline(folder: Path, pipeline: DiffusionPipeline) -> None:
     """Writes a folder that `from_pretrained` of the pipeline's class loads, float32, replacing what was there."""
     replace_folder(folder, pipeline.save_pretrained)
+
+
+def load_pipeline(kind: type[DiffusionPipeline], folder: Path) -> Any:
+    """The pipeline of that kind that a folder holds, float32 on the CPU, without progress bars."""
+    pipeline = kind.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -12,7 +12,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from demo import shapes
 from demo.optimiser import FlatAdamW
@@ -108,6 +109,22 @@ def generator_for(*key: int) -> torch.Generator:
     """Random numbers that depend on the key only, so that a continued run draws what an unbroken one would."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed))
+
+
+@contextmanager
+def moved_weights(module: nn.Module) -> Iterator[torch.Generator]:
+    """Every trained weight of it is moved away from its starting value meanwhile; yields what draws the inputs."""
+    generator = generator_for(3)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    original = [parameter.detach().clone() for parameter in trained]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        try:
+            yield generator
+        finally:
+            for parameter, value in zip(trained, original, strict=True):
+                parameter.copy_(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -198,8 +215,20 @@ def write_record(settings: Settings, part: str, record: dict[str, Any]) -> None:
     file.write_text(json.dumps(records, indent=1) + "\n")
 
 
-def denoiser_record(settings: Settings, steps: int, seconds: float, mean_loss: float) -> dict[str, Any]:
-    """What `training.json` says about a transformer after so many steps."""
+def train_denoiser_by(
+    loss: Callable[[int], Tensor], save: Callable[[], None], optimiser: FlatAdamW, settings: Settings, clock: Clock
+) -> bool:
+    """Trains a transformer by the loss of a step; `save` replaces the checkpoint by the average. See `run_stage`."""
+
+    def export(seconds: float, mean_loss: float) -> None:
+        save()
+        write_record(settings, "denoiser", _denoiser_record(settings, optimiser.steps, seconds, mean_loss))
+
+    stage = Stage("denoiser-state", settings.denoiser_steps, loss, settings.denoiser_rate, export)
+    return run_stage(stage, optimiser, settings, clock)
+
+
+def _denoiser_record(settings: Settings, steps: int, seconds: float, mean_loss: float) -> dict[str, Any]:
     samples = steps * settings.batch
     record = {"samples": samples, "steps": steps, "seconds": round(seconds), "loss": round(mean_loss, 5)}
     record["samples_per_second"] = round(samples / max(seconds, 1e-9), 1)

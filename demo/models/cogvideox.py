@@ -6,6 +6,7 @@ schedule and prediction of the velocity are those of CogVideoX-2b. The text enco
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXP
 from torch import Tensor, nn
 
 from demo import shapes
-from demo.checkpoint import save_pipeline
+from demo.checkpoint import load_pipeline, save_pipeline
 from demo.model import ROOT, Model, Sampling
 from demo.models.cogvideox_forward import (
     latents_from_patches,
@@ -24,7 +25,7 @@ from demo.models.cogvideox_forward import (
     rotary_embedding,
     rotations,
 )
-from demo.models.cogvideox_vae import FRAMES, LATENT_CHANNELS, LATENT_FRAMES, train_vae
+from demo.models.cogvideox_vae import AUTOENCODER, FRAMES, LATENT_CHANNELS, LATENT_FRAMES
 from demo.optimiser import FlatAdamW
 from demo.text import WIDTH as TEXT_WIDTH
 from demo.text import load_text_encoder, load_tokenizer
@@ -33,15 +34,13 @@ from demo.training import (
     Clock,
     NoiseLevels,
     Settings,
-    Stage,
     TrainingSet,
-    denoiser_record,
     generator_for,
+    moved_weights,
     over_batch,
     pixels_from_videos,
-    run_stage,
+    train_denoiser_by,
     training_latents,
-    write_record,
 )
 
 LATENT_SIZE = 16
@@ -174,32 +173,25 @@ def train_denoiser(settings: Settings, clock: Clock) -> bool:
         predicted = predict(transformer, noisy, timesteps, text[batch.captions], turns)
         return (weight * examples.errors(predicted - velocity, batch)).mean()
 
-    def export(seconds: float, mean_loss: float) -> None:
+    def save() -> None:
         averaged = make_transformer()
         optimiser.copy_average_to([averaged])
         save_checkpoint(settings.output, vae, averaged)
-        write_record(settings, "denoiser", denoiser_record(settings, optimiser.steps, seconds, mean_loss))
 
-    stage = Stage("denoiser-state", settings.denoiser_steps, loss, settings.denoiser_rate, export)
-    return run_stage(stage, optimiser, settings, clock)
+    return train_denoiser_by(loss, save, optimiser, settings, clock)
 
 
 @torch.no_grad()
 def check_forward(transformer: CogVideoXTransformer3DModel) -> None:
     """Raises if `cogvideox_forward` and diffusers disagree, with every weight moved away from its starting value."""
-    generator = generator_for(3)
-    original = [parameter.clone() for parameter in transformer.parameters()]
-    for parameter in transformer.parameters():
-        parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    latents = torch.randn(2, LATENT_FRAMES, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, generator=generator)
-    timesteps = torch.tensor([20, 999])
-    text = torch.randn(2, TEXT_LENGTH, TEXT_WIDTH, generator=generator)
-    rotary = rotary_embedding(transformer, LATENT_FRAMES)
-    expected = transformer(latents, text, timesteps, image_rotary_emb=rotary).sample
-    turns = rotations(transformer, LATENT_FRAMES)
-    patches = predict(transformer, patches_from_latents(latents, PATCH), timesteps, text, turns)
-    for parameter, value in zip(transformer.parameters(), original, strict=True):
-        parameter.copy_(value)
+    with moved_weights(transformer) as generator:
+        latents = torch.randn(2, LATENT_FRAMES, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, generator=generator)
+        timesteps = torch.tensor([20, 999])
+        text = torch.randn(2, TEXT_LENGTH, TEXT_WIDTH, generator=generator)
+        rotary = rotary_embedding(transformer, LATENT_FRAMES)
+        expected = transformer(latents, text, timesteps, image_rotary_emb=rotary).sample
+        turns = rotations(transformer, LATENT_FRAMES)
+        patches = predict(transformer, patches_from_latents(latents, PATCH), timesteps, text, turns)
     torch.testing.assert_close(latents_from_patches(patches, PATCH, LATENT_FRAMES), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -217,13 +209,6 @@ def save_checkpoint(folder: Path, vae: AutoencoderKLCogVideoX, transformer: CogV
         scheduler=make_scheduler(),
     )
     save_pipeline(folder, pipeline)
-
-
-def load_pipeline(folder: Path) -> CogVideoXPipeline:
-    """The pipeline of a checkpoint folder, float32 on the CPU, without progress bars."""
-    pipeline = CogVideoXPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def generate(pipeline: CogVideoXPipeline, prompt: str, seed: int, sampling: Sampling) -> shapes.Video:
@@ -247,8 +232,8 @@ MODEL = Model(
     name="cogvideox",
     frames=FRAMES,
     settings=SETTINGS,
-    stages=(train_vae, train_denoiser),
+    stages=(AUTOENCODER.train, train_denoiser),
     sampling=Sampling(steps=50, guidance=2.0),
-    load=load_pipeline,
+    load=partial(load_pipeline, CogVideoXPipeline),
     generate=generate,
 )

@@ -6,31 +6,14 @@ so that at first each frame is coded as that autoencoder would, and what is left
 
 from __future__ import annotations
 
-import logging
-import os
-
 import torch
-import torch.distributed as dist
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
 from torch import Tensor
 
 from demo import shapes
+from demo.autoencoder import Autoencoder, Loss, vae_loss
 from demo.model import ROOT
-from demo.optimiser import FlatAdamW
-from demo.training import (
-    Clock,
-    Settings,
-    Stage,
-    decibels,
-    foreground,
-    generator_for,
-    pixels_from_videos,
-    reconstruction_error,
-    run_stage,
-    write_record,
-)
-
-logger = logging.getLogger("demo.train")
+from demo.training import Settings, pixels_from_videos
 
 FRAMES = 9
 LATENT_FRAMES = 5
@@ -115,53 +98,14 @@ def _absorb_quant_convs(weights: Weights, source: Weights) -> None:
 # Training
 
 
-def vae_loss(vae: AutoencoderKLCogVideoX, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Error of the pixels, decoded in chunks, those of the shape counting five times, + a little KL divergence."""
-    posterior = vae.encode(pixels).latent_dist
-    decoded = vae.decode(posterior.sample(generator)).sample
-    kl = posterior.kl().mean() / posterior.mean[0].numel()
-    loss: Tensor = reconstruction_error(decoded, pixels, foreground(pixels)) + 3e-4 * kl
-    return loss
+def losses(vae: AutoencoderKLCogVideoX, videos: shapes.Video, settings: Settings) -> Loss:
+    """Of videos, decoded in chunks."""
 
-
-def train_vae(settings: Settings, clock: Clock) -> bool:
-    """Trains the autoencoder, whitens its latents and leaves it in the work folder."""
-    finished = settings.work / "vae"
-    if finished.exists():
-        return True
-    rank, batch = dist.get_rank(), settings.vae_batch // settings.processes
-    torch.manual_seed(settings.seed)
-    vae = make_vae()
-    start_from_images(vae, AutoencoderKL.from_pretrained(START))
-    optimiser = FlatAdamW([vae], torch.float32)
-    videos, _ = shapes.make_dataset(min(settings.videos, 2048), settings.seed, frames=FRAMES)
-
-    def loss(step: int) -> Tensor:
-        generator = generator_for(settings.seed, 1, step, rank)
-        chosen = torch.randint(len(videos), (batch,), generator=generator)
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(videos), (settings.vae_batch // settings.processes,), generator=generator)
         return vae_loss(vae, pixels_from_videos(videos[chosen.numpy()]), generator)
 
-    def export(seconds: float, mean_loss: float) -> None:
-        averaged = make_vae()
-        optimiser.copy_average_to([averaged])
-        psnr = measure_psnr(averaged, videos[:32])
-        logger.info("autoencoder: %.1f dB", psnr)
-        record = {"steps": optimiser.steps, "seconds": round(seconds), "psnr_db": round(psnr, 2)}
-        if optimiser.steps >= settings.vae_steps:
-            whiten_latents(averaged, videos[:256])
-            averaged.save_pretrained(settings.work / "vae.fresh")
-            write_record(settings, "vae", record)
-            os.rename(settings.work / "vae.fresh", finished)
-
-    stage = Stage("vae-state", settings.vae_steps, loss, settings.vae_rate, export)
-    return run_stage(stage, optimiser, settings, clock)
-
-
-@torch.no_grad()
-def measure_psnr(vae: AutoencoderKLCogVideoX, videos: shapes.Video) -> float:
-    """Peak signal-to-noise ratio in dB of videos after encoding and decoding."""
-    pixels = pixels_from_videos(videos)
-    return decibels(vae.decode(vae.encode(pixels).latent_dist.mean).sample, pixels)
+    return loss
 
 
 @torch.no_grad()
@@ -186,3 +130,12 @@ def whiten_latents(vae: AutoencoderKLCogVideoX, videos: shapes.Video) -> None:
         if name == "conv_in.conv" or name.endswith(("conv_y.conv", "conv_b.conv")):
             weight = convolution.weight.double()
             convolution.weight.copy_(torch.einsum("octhw,ci->oithw", weight, restore).float())
+
+
+AUTOENCODER = Autoencoder(
+    frames=FRAMES,
+    make=make_vae,
+    losses=losses,
+    finish=lambda vae, videos: whiten_latents(vae, videos[:256]),
+    prepare=lambda vae: start_from_images(vae, AutoencoderKL.from_pretrained(START)),
+)

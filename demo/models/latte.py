@@ -7,8 +7,7 @@ transformer; the other demo models use it as it then is.
 
 from __future__ import annotations
 
-import logging
-import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from demo import shapes
-from demo.checkpoint import save_pipeline
+from demo.autoencoder import Autoencoder, Loss, vae_loss
+from demo.checkpoint import load_pipeline, save_pipeline
 from demo.model import ROOT, Model, Sampling
 from demo.models.latte_forward import latents_from_patches, patches_from_latents, predict
 from demo.optimiser import FlatAdamW
@@ -30,21 +30,14 @@ from demo.training import (
     Clock,
     NoiseLevels,
     Settings,
-    Stage,
     TrainingSet,
-    decibels,
-    denoiser_record,
-    foreground,
     generator_for,
+    moved_weights,
     over_batch,
     pixels_from_videos,
-    reconstruction_error,
-    run_stage,
+    train_denoiser_by,
     training_latents,
-    write_record,
 )
-
-logger = logging.getLogger("demo.train")
 
 LATENT_CHANNELS = 4
 LATENT_SIZE = 16
@@ -155,53 +148,15 @@ def frames_from_videos(videos: shapes.Video) -> Tensor:
     return pixels_from_videos(videos).transpose(1, 2).flatten(0, 1)
 
 
-def vae_loss(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Error of the pixels, those of the shape counting five times, + 3e-4 KL divergence per latent number."""
-    posterior = vae.encode(pixels).latent_dist
-    decoded = vae.decode(posterior.sample(generator)).sample
-    kl = posterior.kl().mean() / posterior.mean[0].numel()
-    loss: Tensor = reconstruction_error(decoded, pixels, foreground(pixels)) + 3e-4 * kl
-    return loss
-
-
-def train_vae(settings: Settings, clock: Clock) -> bool:
-    """Trains the autoencoder, whitens its latents and leaves it in the work folder."""
-    finished = settings.work / "vae"
-    if finished.exists():
-        return True
-    rank, batch = dist.get_rank(), settings.vae_batch // settings.processes
-    torch.manual_seed(settings.seed)
-    vae = make_vae()
-    optimiser = FlatAdamW([vae], torch.float32)
-    videos, _ = shapes.make_dataset(min(settings.videos, 2048), settings.seed)
+def losses(vae: AutoencoderKL, videos: shapes.Video, settings: Settings) -> Loss:
+    """Of single frames."""
     frames = videos.reshape(-1, 1, *videos.shape[2:])
 
-    def loss(step: int) -> Tensor:
-        generator = generator_for(settings.seed, 1, step, rank)
-        chosen = torch.randint(len(frames), (batch,), generator=generator)
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(frames), (settings.vae_batch // settings.processes,), generator=generator)
         return vae_loss(vae, frames_from_videos(frames[chosen.numpy()]), generator)
 
-    def export(seconds: float, mean_loss: float) -> None:
-        averaged = make_vae()
-        optimiser.copy_average_to([averaged])
-        psnr = measure_psnr(averaged, videos[:32])
-        logger.info("autoencoder: %.1f dB", psnr)
-        record = {"steps": optimiser.steps, "seconds": round(seconds), "psnr_db": round(psnr, 2)}
-        if optimiser.steps >= settings.vae_steps:
-            whiten_latents(averaged, videos[:256])
-            averaged.save_pretrained(settings.work / "vae.fresh")
-            write_record(settings, "vae", record)
-            os.rename(settings.work / "vae.fresh", finished)
-
-    stage = Stage("vae-state", settings.vae_steps, loss, settings.vae_rate, export)
-    return run_stage(stage, optimiser, settings, clock)
-
-
-@torch.no_grad()
-def measure_psnr(vae: AutoencoderKL, videos: shapes.Video) -> float:
-    """Peak signal-to-noise ratio in dB of frames after encoding and decoding."""
-    pixels = frames_from_videos(videos)
-    return decibels(vae.decode(vae.encode(pixels).latent_dist.mean).sample, pixels)
+    return loss
 
 
 @torch.no_grad()
@@ -226,6 +181,15 @@ def whiten_latents(vae: AutoencoderKL, videos: shapes.Video) -> None:
     weight = out_of.weight[:, :, 0, 0].double()
     out_of.bias.add_((weight @ centre).float())
     out_of.weight.copy_((weight @ restore).float()[:, :, None, None])
+
+
+AUTOENCODER = Autoencoder(
+    frames=shapes.FRAMES,
+    make=make_vae,
+    losses=losses,
+    finish=lambda vae, videos: whiten_latents(vae, videos[:256]),
+    pixels=frames_from_videos,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -289,29 +253,24 @@ def train_denoiser(settings: Settings, clock: Clock) -> bool:
         predicted = predict(transformer, noisy.bfloat16(), timesteps, text).float()
         return (weight * (predicted - batch.target).square().mean((1, 2, 3))).mean()
 
-    def export(seconds: float, mean_loss: float) -> None:
+    def save() -> None:
         averaged = make_text_encoder(len(make_tokenizer())), make_transformer()
         optimiser.copy_average_to(averaged)
         save_checkpoint(settings.output, vae, *averaged)
-        write_record(settings, "denoiser", denoiser_record(settings, optimiser.steps, seconds, mean_loss))
 
-    stage = Stage("denoiser-state", settings.denoiser_steps, loss, settings.denoiser_rate, export)
-    return run_stage(stage, optimiser, settings, clock)
+    return train_denoiser_by(loss, save, optimiser, settings, clock)
 
 
 @torch.no_grad()
 def check_forward(transformer: LatteTransformer3DModel) -> None:
     """Raises if `latte_forward` and diffusers disagree, with every weight moved away from zero for the comparison."""
-    generator = generator_for(3)
-    original = [parameter.clone() for parameter in transformer.parameters()]
-    for parameter in transformer.parameters():
-        parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    latents = torch.randn(2, 4, shapes.FRAMES, 16, 16, generator=generator)
-    timesteps, text = torch.tensor([20, 900]), torch.randn(2, 6, 64, generator=generator)
-    expected = transformer(latents, timesteps, text).sample[:, :4]
-    actual = latents_from_patches(predict(transformer, patches_from_latents(latents, PATCH), timesteps, text), PATCH)
-    for parameter, value in zip(transformer.parameters(), original, strict=True):
-        parameter.copy_(value)
+    with moved_weights(transformer) as generator:
+        latents = torch.randn(2, 4, shapes.FRAMES, 16, 16, generator=generator)
+        timesteps, text = torch.tensor([20, 900]), torch.randn(2, 6, 64, generator=generator)
+        expected = transformer(latents, timesteps, text).sample[:, :4]
+        actual = latents_from_patches(
+            predict(transformer, patches_from_latents(latents, PATCH), timesteps, text), PATCH
+        )
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -331,13 +290,6 @@ def save_checkpoint(
         scheduler=make_scheduler(),
     )
     save_pipeline(folder, pipeline)
-
-
-def load_pipeline(folder: Path) -> LattePipeline:
-    """The pipeline of a checkpoint folder, float32 on the CPU, without progress bars."""
-    pipeline = LattePipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def generate(pipeline: LattePipeline, prompt: str, seed: int, sampling: Sampling) -> shapes.Video:
@@ -361,8 +313,8 @@ MODEL = Model(
     name="latte",
     frames=shapes.FRAMES,
     settings=SETTINGS,
-    stages=(train_vae, train_denoiser),
+    stages=(AUTOENCODER.train, train_denoiser),
     sampling=Sampling(steps=50, guidance=2.0),
-    load=load_pipeline,
+    load=partial(load_pipeline, LattePipeline),
     generate=generate,
 )

@@ -25,13 +25,13 @@ from demo.checkpoint import replace_folder
 from demo.model import ROOT, Model, Sampling
 from demo.models.open_sora_forward import FPS, latents_from_patches, patches_from_latents, predict, rotations
 from demo.models.open_sora_vae import (
+    AUTOENCODER,
     FRAMES,
     LATENT_CHANNELS,
     LATENT_FRAMES,
     LATENT_STD,
     load_vae,
     save_vae,
-    train_vae,
 )
 from demo.optimiser import FlatAdamW
 from demo.text import WIDTH as TEXT_WIDTH
@@ -41,15 +41,13 @@ from demo.training import (
     Clock,
     NoiseLevels,
     Settings,
-    Stage,
     TrainingSet,
-    denoiser_record,
     generator_for,
+    moved_weights,
     over_batch,
     pixels_from_videos,
-    run_stage,
+    train_denoiser_by,
     training_latents,
-    write_record,
 )
 from foresight.exporter.models.open_sora.config import STDiT3Config
 from foresight.exporter.models.open_sora.stdit3 import STDiT3
@@ -183,31 +181,23 @@ def train_denoiser(settings: Settings, clock: Clock) -> bool:
         predicted = predict(transformer, noisy, 1000 * times, text[batch.captions], turns)
         return (weight * examples.errors(predicted - velocity, batch)).mean()
 
-    def export(seconds: float, mean_loss: float) -> None:
+    def save() -> None:
         averaged = make_transformer()
         optimiser.copy_average_to([averaged])
         save_checkpoint(settings.output, vae, averaged)
-        write_record(settings, "denoiser", denoiser_record(settings, optimiser.steps, seconds, mean_loss))
 
-    stage = Stage("denoiser-state", settings.denoiser_steps, loss, settings.denoiser_rate, export)
-    return run_stage(stage, optimiser, settings, clock)
+    return train_denoiser_by(loss, save, optimiser, settings, clock)
 
 
 @torch.no_grad()
 def check_forward(transformer: STDiT3) -> None:
     """Raises if `open_sora_forward` and the module disagree, with every weight moved away from its starting value."""
-    generator = generator_for(3)
-    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    original = [parameter.clone() for parameter in trained]
-    for parameter in trained:
-        parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    latents = torch.randn(2, LATENT_CHANNELS, LATENT_FRAMES, LATENT_SIZE, LATENT_SIZE, generator=generator)
-    timesteps, text = torch.tensor([20.0, 1000.0]), torch.randn(2, 12, TEXT_WIDTH, generator=generator)
-    expected = velocity(transformer, latents, timesteps, text)
-    turns = rotations(transformer, LATENT_FRAMES)
-    actual = predict(transformer, patches_from_latents(latents, PATCH), timesteps, text, turns)
-    for parameter, value in zip(trained, original, strict=True):
-        parameter.copy_(value)
+    with moved_weights(transformer) as generator:
+        latents = torch.randn(2, LATENT_CHANNELS, LATENT_FRAMES, LATENT_SIZE, LATENT_SIZE, generator=generator)
+        timesteps, text = torch.tensor([20.0, 1000.0]), torch.randn(2, 12, TEXT_WIDTH, generator=generator)
+        expected = velocity(transformer, latents, timesteps, text)
+        turns = rotations(transformer, LATENT_FRAMES)
+        actual = predict(transformer, patches_from_latents(latents, PATCH), timesteps, text, turns)
     torch.testing.assert_close(latents_from_patches(actual, PATCH), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -302,7 +292,7 @@ MODEL = Model(
     name="open_sora",
     frames=FRAMES,
     settings=SETTINGS,
-    stages=(train_vae, train_denoiser),
+    stages=(AUTOENCODER.train, train_denoiser),
     sampling=Sampling(steps=30, guidance=2.0),
     load=load_checkpoint,
     generate=generate,

@@ -8,38 +8,22 @@ autoencoder sees has variance 1. Only the temporal one is trained.
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from demo import shapes
+from demo.autoencoder import Autoencoder, Loss
 from demo.model import ROOT
-from demo.optimiser import FlatAdamW
-from demo.training import (
-    Clock,
-    Settings,
-    Stage,
-    decibels,
-    foreground,
-    generator_for,
-    pixels_from_videos,
-    reconstruction_error,
-    run_stage,
-    write_record,
-)
+from demo.training import Settings, foreground, pixels_from_videos, reconstruction_error
 from foresight.exporter.models.open_sora.config import VideoVAEConfig
 from foresight.exporter.models.open_sora.vae import SPATIAL_FACTOR, ResBlock, VideoVAE
-
-logger = logging.getLogger("demo.train")
 
 FRAMES = 17
 LATENT_FRAMES = 5
@@ -128,50 +112,21 @@ def vae_loss(vae: VideoVAE, pixels: Tensor, states: Tensor, generator: torch.Gen
     )
 
 
-def train_vae(settings: Settings, clock: Clock) -> bool:
-    """Trains the temporal part, standardises its latents and leaves all of it in the work folder."""
-    finished = settings.work / "vae"
-    if finished.exists():
-        return True
-    rank, batch = dist.get_rank(), settings.vae_batch // settings.processes
-    torch.manual_seed(settings.seed)
-    vae = make_vae()
-    optimiser = FlatAdamW([vae.temporal_vae], torch.float32)
-    videos, _ = shapes.make_dataset(min(settings.videos, 2048), settings.seed, frames=FRAMES)
+def losses(vae: VideoVAE, videos: shapes.Video, settings: Settings) -> Loss:
+    """Of videos, whose image latents are computed once."""
     with torch.no_grad():
         pieces = [vae.spatial_vae.encode(pixels_from_videos(piece), sample=False) for piece in _pieces(videos)]
     states = torch.cat(pieces)
 
-    def loss(step: int) -> Tensor:
-        generator = generator_for(settings.seed, 1, step, rank)
-        chosen = torch.randint(len(videos), (batch,), generator=generator)
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(videos), (settings.vae_batch // settings.processes,), generator=generator)
         return vae_loss(vae, pixels_from_videos(videos[chosen.numpy()]), states[chosen], generator)
 
-    def export(seconds: float, mean_loss: float) -> None:
-        averaged = make_vae()
-        optimiser.copy_average_to([averaged.temporal_vae])
-        psnr = measure_psnr(averaged, videos[:32])
-        logger.info("autoencoder: %.1f dB", psnr)
-        record = {"steps": optimiser.steps, "seconds": round(seconds), "psnr_db": round(psnr, 2)}
-        if optimiser.steps >= settings.vae_steps:
-            standardise_latents(averaged, videos)
-            save_vae(settings.work / "vae.fresh", averaged)
-            write_record(settings, "vae", record)
-            os.rename(settings.work / "vae.fresh", finished)
-
-    stage = Stage("vae-state", settings.vae_steps, loss, settings.vae_rate, export)
-    return run_stage(stage, optimiser, settings, clock)
+    return loss
 
 
 def _pieces(videos: shapes.Video) -> list[shapes.Video]:
     return [videos[start : start + 16] for start in range(0, len(videos), 16)]
-
-
-@torch.no_grad()
-def measure_psnr(vae: VideoVAE, videos: shapes.Video) -> float:
-    """Peak signal-to-noise ratio in dB of videos after encoding and decoding by both stages."""
-    pixels = pixels_from_videos(videos)
-    return decibels(vae.decode(vae.encode(pixels, sample=False), FRAMES), pixels)
 
 
 @torch.no_grad()
@@ -196,3 +151,14 @@ def load_vae(folder: Path) -> VideoVAE:
     vae = VideoVAE(VideoVAEConfig.from_json(json.loads((folder / "config.json").read_text())))
     vae.load_state_dict(load_file(folder / "model.safetensors"))
     return vae.eval().requires_grad_(False)
+
+
+AUTOENCODER = Autoencoder(
+    frames=FRAMES,
+    make=make_vae,
+    losses=losses,
+    finish=standardise_latents,
+    trained=lambda vae: vae.temporal_vae,
+    reconstruct=lambda vae, pixels: vae.decode(vae.encode(pixels, sample=False), FRAMES),
+    save=save_vae,
+)

@@ -6,6 +6,7 @@ UMT5, which has the same layers.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from demo import shapes
-from demo.checkpoint import save_pipeline
+from demo.checkpoint import load_pipeline, save_pipeline
 from demo.model import ROOT, Model, Sampling
 from demo.models.wan_forward import latents_from_patches, patches_from_latents, predict, rotations
-from demo.models.wan_vae import FRAMES, LATENT_CHANNELS, LATENT_FRAMES, encode, statistics, train_vae
+from demo.models.wan_vae import AUTOENCODER, FRAMES, LATENT_CHANNELS, LATENT_FRAMES, encode, statistics
 from demo.optimiser import FlatAdamW
 from demo.text import WIDTH as TEXT_WIDTH
 from demo.text import load_text_encoder, load_tokenizer
@@ -28,15 +29,13 @@ from demo.training import (
     Clock,
     NoiseLevels,
     Settings,
-    Stage,
     TrainingSet,
-    denoiser_record,
     generator_for,
+    moved_weights,
     over_batch,
     pixels_from_videos,
-    run_stage,
+    train_denoiser_by,
     training_latents,
-    write_record,
 )
 
 LATENT_SIZE = 16
@@ -179,31 +178,24 @@ def train_denoiser(settings: Settings, clock: Clock) -> bool:
         predicted = predict(transformer, noisy, timesteps, text[batch.captions], turns)
         return (weight * examples.errors(predicted - velocity, batch)).mean()
 
-    def export(seconds: float, mean_loss: float) -> None:
+    def save() -> None:
         averaged = make_transformer()
         optimiser.copy_average_to([averaged])
         save_checkpoint(settings.output, vae, averaged)
-        write_record(settings, "denoiser", denoiser_record(settings, optimiser.steps, seconds, mean_loss))
 
-    stage = Stage("denoiser-state", settings.denoiser_steps, loss, settings.denoiser_rate, export)
-    return run_stage(stage, optimiser, settings, clock)
+    return train_denoiser_by(loss, save, optimiser, settings, clock)
 
 
 @torch.no_grad()
 def check_forward(transformer: WanTransformer3DModel) -> None:
     """Raises if `wan_forward` and diffusers disagree, with every weight moved away from its starting value."""
-    generator = generator_for(3)
-    original = [parameter.clone() for parameter in transformer.parameters()]
-    for parameter in transformer.parameters():
-        parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    size = LATENT_FRAMES, LATENT_SIZE, LATENT_SIZE
-    latents = torch.randn(2, LATENT_CHANNELS, *size, generator=generator)
-    timesteps, text = torch.tensor([20, 999]), torch.randn(2, TEXT_LENGTH, TEXT_WIDTH, generator=generator)
-    expected = transformer(latents, timesteps, text).sample
-    patches = patches_from_latents(latents, PATCH)
-    actual = predict(transformer, patches, timesteps, text, rotations(transformer, size))
-    for parameter, value in zip(transformer.parameters(), original, strict=True):
-        parameter.copy_(value)
+    with moved_weights(transformer) as generator:
+        size = LATENT_FRAMES, LATENT_SIZE, LATENT_SIZE
+        latents = torch.randn(2, LATENT_CHANNELS, *size, generator=generator)
+        timesteps, text = torch.tensor([20, 999]), torch.randn(2, TEXT_LENGTH, TEXT_WIDTH, generator=generator)
+        expected = transformer(latents, timesteps, text).sample
+        patches = patches_from_latents(latents, PATCH)
+        actual = predict(transformer, patches, timesteps, text, rotations(transformer, size))
     torch.testing.assert_close(latents_from_patches(actual, PATCH, LATENT_FRAMES), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -221,13 +213,6 @@ def save_checkpoint(folder: Path, vae: AutoencoderKLWan, transformer: WanTransfo
         scheduler=make_scheduler(),
     )
     save_pipeline(folder, pipeline)
-
-
-def load_pipeline(folder: Path) -> WanPipeline:
-    """The pipeline of a checkpoint folder, float32 on the CPU, without progress bars."""
-    pipeline = WanPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def generate(pipeline: WanPipeline, prompt: str, seed: int, sampling: Sampling) -> shapes.Video:
@@ -250,8 +235,8 @@ MODEL = Model(
     name="wan",
     frames=FRAMES,
     settings=SETTINGS,
-    stages=(train_vae, train_denoiser),
+    stages=(AUTOENCODER.train, train_denoiser),
     sampling=Sampling(steps=50, guidance=2.0),
-    load=load_pipeline,
+    load=partial(load_pipeline, WanPipeline),
     generate=generate,
 )

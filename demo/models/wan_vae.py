@@ -6,14 +6,11 @@ so that a still video is first coded as its frame is, and what is left to learn 
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
@@ -28,21 +25,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from demo import shapes
-from demo.optimiser import FlatAdamW
-from demo.training import (
-    Clock,
-    Settings,
-    Stage,
-    decibels,
-    foreground,
-    generator_for,
-    pixels_from_videos,
-    reconstruction_error,
-    run_stage,
-    write_record,
-)
-
-logger = logging.getLogger("demo.train")
+from demo.autoencoder import Autoencoder, Loss, coding_loss
+from demo.training import Settings, moved_weights, pixels_from_videos
 
 FRAMES = 9
 LATENT_FRAMES = 5
@@ -175,18 +159,13 @@ def _frame_by_frame(module: Callable[[Tensor], Tensor], hidden: Tensor) -> Tenso
 @torch.no_grad()
 def check_coding(vae: AutoencoderKLWan) -> None:
     """Raises if `encode` or `decode` and diffusers disagree, with every weight moved away from its starting value."""
-    generator = generator_for(3)
-    original = [parameter.clone() for parameter in vae.parameters()]
-    for parameter in vae.parameters():
-        parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    expected, actual = [], []
-    for frames in (1, FRAMES):
-        pixels = torch.randn(2, 3, frames, shapes.SIZE, shapes.SIZE, generator=generator)
-        means = vae.encode(pixels).latent_dist.mean
-        expected += [means, vae.decode(means).sample]
-        actual += [encode(vae, pixels).mean, decode(vae, means).clamp(-1, 1)]
-    for parameter, value in zip(vae.parameters(), original, strict=True):
-        parameter.copy_(value)
+    with moved_weights(vae) as generator:
+        expected, actual = [], []
+        for frames in (1, FRAMES):
+            pixels = torch.randn(2, 3, frames, shapes.SIZE, shapes.SIZE, generator=generator)
+            means = vae.encode(pixels).latent_dist.mean
+            expected += [means, vae.decode(means).sample]
+            actual += [encode(vae, pixels).mean, decode(vae, means).clamp(-1, 1)]
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -195,56 +174,20 @@ def check_coding(vae: AutoencoderKLWan) -> None:
 # Training
 
 
-def vae_loss(vae: AutoencoderKLWan, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Error of the pixels, those of the shape counting five times, and a little KL divergence."""
-    posterior = encode(vae, pixels)
-    decoded = decode(vae, posterior.sample(generator))
-    kl = posterior.kl().mean() / posterior.mean[0].numel()
-    loss: Tensor = reconstruction_error(decoded, pixels, foreground(pixels)) + 3e-4 * kl
-    return loss
-
-
-def train_vae(settings: Settings, clock: Clock) -> bool:
-    """Trains the autoencoder, finds the axes of its latents and leaves it in the work folder."""
-    finished = settings.work / "vae"
-    if finished.exists():
-        return True
-    rank, batch = dist.get_rank(), settings.vae_batch // settings.processes
-    torch.manual_seed(settings.seed)
-    vae = make_vae()
-    check_coding(vae)
-    optimiser = FlatAdamW([vae], torch.float32)
-    videos, _ = shapes.make_dataset(min(settings.videos, 2048), settings.seed, frames=FRAMES)
+def losses(vae: AutoencoderKLWan, videos: shapes.Video, settings: Settings) -> Loss:
+    """Of single frames at first, then of videos."""
     frames = videos.reshape(-1, 1, *videos.shape[2:])
+    batch = settings.vae_batch // settings.processes
 
-    def loss(step: int) -> Tensor:
-        generator = generator_for(settings.seed, 1, step, rank)
+    def loss(step: int, generator: torch.Generator) -> Tensor:
         still = step < IMAGE_SHARE * settings.vae_steps
         source, count = (frames, batch * FRAMES) if still else (videos, batch)
         chosen = torch.randint(len(source), (count,), generator=generator)
-        return vae_loss(vae, pixels_from_videos(source[chosen.numpy()]), generator)
+        pixels = pixels_from_videos(source[chosen.numpy()])
+        posterior = encode(vae, pixels)
+        return coding_loss(posterior, decode(vae, posterior.sample(generator)), pixels)
 
-    def export(seconds: float, mean_loss: float) -> None:
-        averaged = make_vae()
-        optimiser.copy_average_to([averaged])
-        psnr = measure_psnr(averaged, videos[:32])
-        logger.info("autoencoder: %.1f dB", psnr)
-        record = {"steps": optimiser.steps, "seconds": round(seconds), "psnr_db": round(psnr, 2)}
-        if optimiser.steps >= settings.vae_steps:
-            find_axes(averaged, videos[:256])
-            averaged.save_pretrained(settings.work / "vae.fresh")
-            write_record(settings, "vae", record)
-            os.rename(settings.work / "vae.fresh", finished)
-
-    stage = Stage("vae-state", settings.vae_steps, loss, settings.vae_rate, export)
-    return run_stage(stage, optimiser, settings, clock)
-
-
-@torch.no_grad()
-def measure_psnr(vae: AutoencoderKLWan, videos: shapes.Video) -> float:
-    """Peak signal-to-noise ratio in dB of videos after encoding and decoding."""
-    pixels = pixels_from_videos(videos)
-    return decibels(vae.decode(vae.encode(pixels).latent_dist.mean).sample, pixels)
+    return loss
 
 
 @torch.no_grad()
@@ -273,3 +216,12 @@ def statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     config: Any = vae.config
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
     return mean, std
+
+
+AUTOENCODER = Autoencoder(
+    frames=FRAMES,
+    make=make_vae,
+    losses=losses,
+    finish=lambda vae, videos: find_axes(vae, videos[:256]),
+    prepare=check_coding,
+)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +196,24 @@ def test_a_still_video_of_wan_starts_out_coded_as_its_frame() -> None:
         torch.testing.assert_close(still, alone.expand_as(still), atol=1e-5, rtol=1e-5)
         decoded = vae.decode(still).sample
         torch.testing.assert_close(decoded, vae.decode(alone).sample.expand_as(decoded), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", MODELS)
+def test_an_autoencoder_is_left_in_the_work_folder_when_it_is_trained(name: str, tmp_path: Path) -> None:
+    settings = replace(
+        MODELS[name].settings, work=tmp_path, records=tmp_path / "records", processes=1, videos=36, vae_batch=1,
+        vae_steps=2,
+    )  # fmt: skip
+    stage, clock = MODELS[name].stages[0], training.Clock(time.time(), 0)
+    assert not stage(settings, clock) and not (tmp_path / "vae").exists()
+    assert stage(settings, training.Clock(time.time(), math.inf))
+    assert (tmp_path / "vae" / "config.json").is_file() and not (tmp_path / "vae.fresh").exists()
+    record = json.loads((tmp_path / "records" / "training.json").read_text())
+    assert record["vae"]["steps"] == 2 and math.isfinite(record["vae"]["psnr_db"])
+    before = (tmp_path / "vae-state.pt").stat().st_mtime_ns
+    assert stage(settings, clock), "complete, so nothing is left to train"
+    assert (tmp_path / "vae-state.pt").stat().st_mtime_ns == before
 
 
 def assert_white(latents: Tensor) -> None:
