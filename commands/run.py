@@ -268,7 +268,7 @@ def _describe_comparison(row: Row) -> list[str]:
     pairs, ceiling = row["speedups"], row["ceiling"]
     quality = "identical" if row["identical"] else f"PSNR {row['psnr_db']:.1f} dB, SSIM {row['ssim']:.4f}"
     spread = "one pair of runs" if len(pairs) == 1 else f"{min(pairs):.2f} to {max(pairs):.2f} in {len(pairs)} pairs"
-    most = "" if ceiling is None else f"; at most {ceiling:.2f}x, by the blocks that ran"
+    most = "" if ceiling is None else f"; by the blocks that ran, about {ceiling:.2f}x"
     lines = [
         f"against no reuse ({row['denoise_ms']:.0f} ms): {row['speedup']:.2f}x as fast ({spread}{most}), {quality}"
     ]

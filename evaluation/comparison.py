@@ -25,7 +25,8 @@ class Comparison:
 
     `speedups` are the ratios of their denoising times, one a pair; `video` and `reference` those of the pair whose
     ratio is `speedup`, the (lower) median. `ceiling` is what the ratio would be if all blocks took the same time and
-    nothing else took any: infinite where no block ran.
+    nothing else took any: infinite where no block ran. What else a step takes, which only whole forecast steps spare
+    too, lowers the ratio and never raises it; what is measured beyond the ceiling is noise.
     """
 
     video: Video
