@@ -18,7 +18,6 @@ from .admission import CancelToken, MemoryReservations
 from .budget import Profile
 from .callbacks import OnFrames, check_callbacks
 from .denoise import OnStep
-from .encoding import encode_prompts
 from .estimate import Estimate, Pace
 from .generate import Generation
 from .lifecycle import Calls, Lifecycle
@@ -26,6 +25,7 @@ from .loaded import Batch, Loaded
 from .memory import MemoryLimits, MemoryPlan, in_turns
 from .policies import Policy, policy_settings
 from .profiles import check_profiles, profile_policy
+from .prompts import encode_prompts
 from .request import CheckedRequest, VideoRequest, check_count, check_policy, check_request
 from .residency import Residency
 from .sampler import load_table
