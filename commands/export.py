@@ -84,7 +84,7 @@ def _preset(name: str) -> str:
     click.option(
         "--model",
         required=True,
-        shell_complete=names([name for name, model in MODELS.items() if model.is_here]),
+        shell_complete=names([name for name, model in MODELS.items() if model.can_be_had]),
         help=_models(),
     ),
     click.option(

@@ -38,8 +38,8 @@ class Model:
         return isinstance(self.checkpoint, str) and Path(self.checkpoint).is_absolute()
 
     @property
-    def is_here(self) -> bool:
-        """Whether the checkpoint can be had."""
+    def can_be_had(self) -> bool:
+        """Whether there is one to export: a published one, or one beside the package."""
         return not self.comes_with_a_clone or Path(str(self.checkpoint)).is_dir()
 
     def profiles(self) -> tuple[PolicyProfile, ...]:
@@ -166,7 +166,7 @@ REGISTRY = {
 
 def find_model(name: str) -> Model:
     """The registry row of a model name. Raises InvalidRequest."""
-    here = {known: row for known, row in REGISTRY.items() if row.is_here}
+    here = {known: row for known, row in REGISTRY.items() if row.can_be_had}
     if name in here:
         return here[name]
     if name in REGISTRY:
@@ -183,7 +183,7 @@ def checkpoint_of(manifest: Manifest) -> str | None:
     None where it cannot be told: a manifest holds a folder's name and not where it lies. Those of a clone are known.
     """
     model, source = REGISTRY.get(manifest.model), manifest.source.checkpoint
-    known = model.checkpoint if model is not None and model.is_here else None
+    known = model.checkpoint if model is not None and model.can_be_had else None
     if isinstance(known, str) and source in (known, Path(known).name):
         return known
     return source if manifest.source.revision is not None else None

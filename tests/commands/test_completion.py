@@ -22,7 +22,7 @@ import sys; from foresight.cli import main
 try: main([])
 finally: print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)
 """
-HERE = [name for name, model in MODELS.items() if model.is_here]
+HERE = [name for name, model in MODELS.items() if model.can_be_had]
 
 
 def ask(protocol: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
