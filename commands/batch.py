@@ -93,10 +93,12 @@ def batch(
             if not as_json:
                 print_lines(_describe(finished[-1]))
     counts = Counter(row["status"] for row in finished)
-    document: Row = {"bundle": str(path), "output": str(folder.path)}
+    cautions = list(model.cautions)
+    document: Row = {"bundle": str(path), "output": str(folder.path), "notes": cautions}
     document |= {status: counts[status] for status in ("made", "there", "failed")}
     summary = "{made} made, {there} were there, {failed} failed; {output}".format(**document)
-    print_result({**document, "rows": sorted(finished, key=lambda row: int(row["line"]))}, as_json, [summary])
+    lines = [f"note: {caution}" for caution in cautions]
+    print_result({**document, "rows": sorted(finished, key=lambda row: int(row["line"]))}, as_json, [summary, *lines])
     if failed := counts["failed"]:
         click.echo(f"error: batch: {failed} of {len(rows)} rows failed; the same command tries them again", err=True)
         raise click.exceptions.Exit(1)
@@ -136,9 +138,12 @@ def _row(outcome: Outcome) -> Row:
         "file": outcome.file,
         "status": outcome.status,
         "error": None if failure is None else {"code": failure.code, "message": failure.message},
+        "notes": list(outcome.notes),
     }
 
 
 def _describe(row: Row) -> list[str]:
     error = row["error"]
-    return [row["file"] if error is None else f"line {row['line']} failed: {error['code']}: {error['message']}"]
+    if error is not None:
+        return [f"line {row['line']} failed: {error['code']}: {error['message']}"]
+    return [row["file"], *(f"note: line {row['line']}: {note}" for note in row["notes"])]

@@ -43,7 +43,7 @@ COMMANDS = (
 )  # each a module here, and its function
 RENAMED = {"compare": "parity"}
 HELP = {"-h", "--help", "--version"}
-ARGUMENT = re.compile(r"(?<![\w'\"/.-])[a-z]+(?:_[a-z]+)+(?![\w'\"/-]|\.\w)")  # not of a path or what was quoted
+ARGUMENT = re.compile(r"(?<![\w'\"/.-])[a-z]+(?:_(?:[a-z]+|\d))+(?![\w'\"/-]|\.\w)")  # not of a path or what was quoted
 
 
 @dataclass(frozen=True)

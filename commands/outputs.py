@@ -22,7 +22,13 @@ from ..runtime.whole import write_whole
 if TYPE_CHECKING:
     from ..runtime.notes import Advice
 
-SUFFIXES = {"frames": ".npy", "latents": ".npy", "report": ".html", "trace": ".json"}
+# Of each target, what it is asked for with, and how its name ends.
+SUFFIXES = {
+    "frames": ("save_frames", ".npy"),
+    "latents": ("save_latents", ".npy"),
+    "report": ("report", ".html"),
+    "trace": ("trace", ".json"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,10 @@ class Targets:
         """
         if self.output is not None:
             check_output(self.output)
-        for name, suffix in SUFFIXES.items():
+        for name, (argument, suffix) in SUFFIXES.items():
             path = getattr(self, name)
             if path is not None and path.suffix.lower() != suffix:
-                raise InvalidRequest(f"{name}: got {path.name!r}, expected a name ending in {suffix}")
+                raise InvalidRequest(f"{argument}: got {path.name!r}, expected a name ending in {suffix}")
         if self.report is not None:
             from ..evaluation.report.templates import check_libraries
 

@@ -102,7 +102,8 @@ def serve(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: Engin
     )
     server = uvicorn.Server(config)
     names = ", ".join(service.models)
-    print_lines([f"serving {names} on http://{place.host}:{place.port}; jobs and videos are kept in {place.data}"])
+    said = f"serving {names} on http://{place.host}:{place.port}; jobs and videos are kept in {place.data}"
+    print_lines([said, *(f"note: {model.name}: {one}" for model in service.models.values() for one in model.cautions)])
     with _traced(service, place.otel), _signals_left_alone():
         server.run()
     if not server.started:

@@ -54,6 +54,10 @@ def excesses(manifest: Manifest) -> Iterator[str]:
     for group, name in (("text", "max_tokens"), ("sampler", "max_steps")):
         if getattr(getattr(manifest, group), name) < 1:
             yield f"{group}.{name} is {getattr(getattr(manifest, group), name)}, expected at least 1"
+    most = MOST["defaults", "guidance"]
+    for expert in manifest.later_experts:
+        if expert.guidance > most:
+            yield f"{expert.prologue.name}: the default guidance is {expert.guidance}, expected at most {most}"
     if manifest.text.pad_id < 0:
         yield f"text.pad_id is {manifest.text.pad_id}, expected at least 0"
     yield from _in_files(manifest)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple, TypeGuard
 
 from ..engines.manifest import PolicyProfile
 from ..engines.wording import command, plural
@@ -19,26 +20,53 @@ def notes_on(trace: Trace, given: Collection[str], *, draws_noise: bool = False)
     """One sentence for each setting of a finished request that changed nothing.
 
     `given` names the settings that the caller chose, whatever their values: `seed`, `threads`, `negative_prompt`,
-    `cache_profile`, `compare`. `draws_noise` says that the sampler adds noise from the seed in later steps.
+    `guidance_2`, `split_guidance`, `cache_profile`, `compare`. `draws_noise` says that the sampler adds noise from the
+    seed in later steps.
     """
-    notes = []
-    policy, steps = policy_of_settings(trace.policy), trace.steps_requested
-    if policy is not None and not isinstance(policy, NoReuse) and not policy.may_reuse(steps):
+    policy = policy_of_settings(trace.policy)
+    notes = [] if policy is None else list(_on_reuse(trace, policy))
+    if {*trace.guidances, *(one for own in trace.later_guidances for one in own)} == {1}:
+        if "negative_prompt" in given:
+            notes.append("negative_prompt: not read, as guidance 1 runs without it; choose a guidance above 1")
+        if "split_guidance" in given:
+            notes.append("split_guidance: not used, as guidance 1 has no second half; leave it out")
+    if "guidance_2" in given and {step.expert for step in trace.steps} == {0}:
         notes.append(
-            f"warmup: ends after step {policy.warmup_steps(steps)}, and the last of the {steps} is always computed, so "
-            "nothing could be reused; choose a shorter one, or more steps"
+            f"guidance_2: not used, as all of the {plural(len(trace.steps), 'step')} were the first transformer's; "
+            "choose more steps"
         )
-    if {*trace.guidances, *(one for own in trace.later_guidances for one in own)} == {1} and "negative_prompt" in given:
-        notes.append("negative_prompt: not read, as guidance 1 runs without it; choose a guidance above 1")
     if trace.latents_given and "seed" in given and not draws_noise:
         notes.append("seed: not used, as the noise was given as latents; leave one of them out")
     if "cache_profile" in given and not trace.uncached:
-        notes.append("cache_profile: not used, as the outputs of all blocks fit; it is for a smaller cache_memory")
+        why = f"policy {policy.name} caches no block" if _skips_steps(policy) else "the outputs of all blocks fit"
+        notes.append(f"cache_profile: not used, as {why}; it is for blocks' outputs and a smaller cache_memory")
     if "threads" in given and not trace.backend.get("device", "").startswith("cpu"):
         notes.append(f"threads: not used on {trace.backend.get('device')}, where the device computes")
     if "compare" in given and trace.policy["name"] == NoReuse.name:
         notes.append("compare: both runs are the same, as policy none reuses nothing")
     return notes
+
+
+def _on_reuse(trace: Trace, policy: Policy) -> Iterator[str]:
+    """Where the settings, and not what was measured, have kept everything from being reused."""
+    steps, turns = trace.steps_requested, list(Counter(step.expert for step in trace.steps).values())
+    if isinstance(policy, NoReuse):
+        return
+    if "warmup" not in trace.policy:
+        if not policy.may_reuse(steps):
+            yield f"policy: {policy.name} is one in which all {steps} steps run, so nothing could be reused"
+    elif len(turns) > 1:  # each transformer has a warm-up, and a last step, of its own
+        if not any(map(policy.may_reuse, turns)):
+            yield (
+                f"warmup: each transformer begins with one and computes its last step, and they have "
+                f"{' and '.join(map(str, turns))} steps, so nothing could be reused; choose a "
+                "shorter one, or more steps"
+            )
+    elif not policy.may_reuse(steps):
+        yield (
+            f"warmup: ends after step {policy.warmup_steps(steps)}, and the last of the {steps} is always computed, so "
+            "nothing could be reused; choose a shorter one, or more steps"
+        )
 
 
 class Advice(NamedTuple):
@@ -80,7 +108,7 @@ def next_setting(trace: Trace, profiles: Iterable[PolicyProfile], *, can_forecas
     )
 
 
-def _skips_steps(policy: Policy | None) -> bool:
+def _skips_steps(policy: Policy | None) -> TypeGuard[Policy]:
     return policy is not None and policy.outputs > 0
 
 

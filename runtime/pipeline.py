@@ -61,7 +61,8 @@ class VideoPipeline:
         if compiled is not None and compiled.split_guidance:
             self.limits = replace(self.limits, split_guidance=True)
         residency = Residency(bundle, backend, self.limits.low_memory)
-        self._table = load_table(bundle.file(self.manifest.sampler.table), self.manifest.sampler.max_steps)
+        sampler = self.manifest.sampler
+        self._table = load_table(bundle.file(sampler.table), sampler.max_steps, sampler.kept)
         self._pace = Pace()
         self._life = Lifecycle(residency.engines, backend)
         calls = Calls(self._life, on_progress=on_progress)
@@ -175,12 +176,13 @@ class VideoPipeline:
         plans = [self.memory(len(one.prompts), one.halves == 2, one.policy) for one in checked]
         return Estimate(in_turns(plans).per_request, self._pace.seconds(checked, len(self.manifest.blocks)))
 
-    def warm_up(self, *, cancel: CancelToken | None = None) -> None:
+    def warm_up(self, *, on_progress: OnProgress | None = None, cancel: CancelToken | None = None) -> None:
         """Make the bundle's sample video in as few steps as there can be: what only a first request does, is done.
 
         From then on `check` tells seconds. Raises what `generate` does.
         """
-        self.generate(VideoRequest(self.manifest.defaults.prompt, steps=self._table.min_steps), cancel=cancel)
+        request = VideoRequest(self.manifest.defaults.prompt, steps=self._table.min_steps)
+        self.generate(request, on_progress=on_progress, cancel=cancel)
 
     def memory(self, prompts: int = 1, guided: bool = True, policy: Policy | None = None) -> MemoryPlan:
         """What a request takes of the device's memory. Raises InvalidRequest where `cache_memory` is too small."""

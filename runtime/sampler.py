@@ -173,8 +173,11 @@ class SamplerTable:
         return Schedule(**rows, noise_scale=float(self._columns["noise_scales"][steps - 1]))
 
 
-def load_table(path: Path, max_steps: int) -> SamplerTable:
-    """Read `sampler.npz`; nothing in it is unpickled. Raises IntegrityError."""
+def load_table(path: Path, max_steps: int, kept: int | None = None) -> SamplerTable:
+    """Read `sampler.npz`; nothing in it is unpickled. `kept` is how many arrays it may ask for at once (None: any).
+
+    Raises IntegrityError.
+    """
     try:
         # a file object of our own: np.load leaves the one it opens itself to the garbage collector when it fails
         with path.open("rb") as file:
@@ -194,6 +197,8 @@ def load_table(path: Path, max_steps: int) -> SamplerTable:
             raise IntegrityError(
                 f"{path}: {name} is {column.dtype} {column.shape}, not fp64 for 1 to {max_steps} steps; export again"
             )
+    if kept is not None and (asked := sum(columns[name].shape[1] for name in MATRICES)) > kept:
+        raise IntegrityError(f"{path}: keeps {asked} arrays, not the {kept} that its manifest says; export again")
     return SamplerTable(columns, max_steps)
 
 

@@ -37,6 +37,7 @@ from .schemas import (
     Skipped,
     VideoList,
     VideoObject,
+    in_fields,
     video_object,
 )
 from .service import Conflict, VideoService
@@ -357,7 +358,7 @@ async def _ours(request: Request, error: Exception) -> Response:
     if status >= 500 and not isinstance(error, QueueFull):
         log.error("request failed", extra={"reason": str(error)})
         return problem(status, "server: cannot keep jobs now; its disk may be full")
-    message = str(error)
+    message = in_fields(str(error))
     param = message.partition(":")[0] if isinstance(error, InvalidRequest) else None
     return problem(status, message, param, **headers)
 

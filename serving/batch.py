@@ -28,7 +28,7 @@ from ..runtime.policies import policy_settings
 from ..runtime.request import check_request
 from ..runtime.video import check_output
 from ..runtime.whole import write_whole
-from .spec import Model, Spec, request_of
+from .spec import Model, Spec, check_same, notes_of, request_of
 from .worker import Failure
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -52,12 +52,13 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One video of a batch: the number of its line, from 1; what is asked; its name, and its key."""
+    """One video of a batch: the number of its line, from 1; what is asked; its name, its key, and its bundle's id."""
 
     line: int
     spec: Spec
     name: str | None
     key: str
+    bundle: str
 
     @property
     def stem(self) -> str:
@@ -66,12 +67,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a row; of one that failed also why."""
+    """What became of a row; of one that failed also why, of one that was made what should be known of it."""
 
     row: Row
     file: str
     status: Literal["made", "there", "failed"]
     failure: Failure | None = None
+    notes: tuple[str, ...] = ()
 
 
 def rows_of(lines: Iterable[tuple[int, str]], model: Model, cache_memory: int | None = None) -> list[Row]:
@@ -141,6 +143,7 @@ class BatchFolder:
         """
         if not self.missing([row]):
             return self.outcome(row, "there")
+        check_same(pipeline.bundle, row.bundle)
         try:
             request = request_of(row.spec, pipeline.manifest)
             (video,) = pipeline.generate(request, on_progress=on_progress, cancel=cancel)
@@ -148,7 +151,7 @@ class BatchFolder:
             return self.failed(row, Failure.of(error))
         video.save(self.file(row))
         self._failure(row).unlink(missing_ok=True)
-        return self.outcome(row, "made")
+        return msgspec.structs.replace(self.outcome(row, "made"), notes=notes_of(row.spec, video.trace))
 
     def failed(self, row: Row, failure: Failure) -> Outcome:
         """Write down that a row was not made, and why. Raises OutputError."""
@@ -197,4 +200,4 @@ def _row(number: int, line: Line, model: Model, cache_memory: int | None) -> Row
         cache_memory,
     )
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-    return Row(line=number, spec=spec, name=line.name, key=digest[:KEY_DIGITS])
+    return Row(line=number, spec=spec, name=line.name, key=digest[:KEY_DIGITS], bundle=model.bundle.id)

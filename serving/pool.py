@@ -34,10 +34,11 @@ log = logging.getLogger("foresight.serving")
 class VideoJob(Job[Result]):
     """A job of the server's: `percent` is how far it is, in the phase `phase`; `record` is what is kept of it."""
 
-    def __init__(self, record: Record, output: Path, request: VideoRequest) -> None:
+    def __init__(self, record: Record, output: Path, request: VideoRequest, bundle: str) -> None:
+        """`bundle` is the id of the one that the request was checked against."""
         super().__init__(record.spec.model, request, record.priority)
         self.record = record
-        self.task = Task(id=record.id, spec=record.spec, output=str(output))
+        self.task = Task(id=record.id, spec=record.spec, output=str(output), bundle=bundle)
         self.percent = 0
         self.phase = "queued"
 

@@ -15,6 +15,15 @@ MOST_PROMPT = 4000
 MOST_SEED = 2**63 - 1
 
 
+FIELDS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "guidance_2": "guidance_scale_2"}
+
+
+def in_fields(message: str) -> str:
+    """A message about an argument, named as clients know it."""
+    name, colon, rest = message.partition(":")
+    return f"{FIELDS.get(name, name)}{colon}{rest}"
+
+
 class CreateVideo(BaseModel):
     """The body of a request for a video. Size, length and rate are the bundle's: they may be left out, or said."""
 
@@ -114,6 +123,7 @@ class VideoObject(BaseModel):
     stage_durations: dict[str, float] | None = None
     peak_memory_mb: float | None = None
     share_skipped: float | None = None
+    notes: list[str] = []
 
 
 class VideoList(BaseModel):
@@ -216,7 +226,7 @@ def video_object(record: Record, model: Model, job: VideoJob | None) -> VideoObj
         prompt=spec.prompt,
         size=f"{shape.width}x{shape.height}",
         seconds=seconds_of(shape.frames, defaults.fps),
-        error=None if failure is None else Error(code=failure.code, message=failure.message),
+        error=None if failure is None else Error(code=failure.code, message=in_fields(failure.message)),
         phase=record.status if job is None or record.status != "in_progress" else job.phase,
         place_in_queue=None if job is None else job.place,
         num_frames=shape.frames,
@@ -230,6 +240,7 @@ def video_object(record: Record, model: Model, job: VideoJob | None) -> VideoObj
         stage_durations=stages,
         peak_memory_mb=None if result is None else result.peak_bytes / 2**20,
         share_skipped=None if result is None else result.share_skipped,
+        notes=[] if result is None else [in_fields(note) for note in result.notes],
     )
 
 

@@ -167,7 +167,8 @@ class VideoService:
 
     def _submit(self, record: Record, request: VideoRequest) -> None:
         request = replace(request, deadline=self.settings.deadline)
-        job = VideoJob(record, self.store.output(record.id), request)
+        bundle = self.models[record.spec.model].bundle.id
+        job = VideoJob(record, self.store.output(record.id), request, bundle)
         job.watch(lambda job: self._changed(cast(VideoJob, job)))
         self._live[record.id] = job
         try:

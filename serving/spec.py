@@ -11,15 +11,17 @@ import msgspec
 
 from ..engines.arrays import Arrays
 from ..engines.bundle import Bundle, open_bundle
-from ..engines.errors import InvalidRequest
+from ..engines.errors import IntegrityError, InvalidRequest
 from ..engines.manifest import Manifest
 from ..engines.verify import verify_file
 from ..runtime.limits import RequestLimits
+from ..runtime.notes import notes_on
 from ..runtime.policies import Policy
 from ..runtime.policies.notation import policy_from_text
 from ..runtime.profiles import check_profiles, profile_policy
 from ..runtime.request import VideoRequest, check_request
 from ..runtime.sampler import SamplerTable, load_table
+from ..runtime.trace import Trace
 from .settings import WorkerSettings
 
 
@@ -51,6 +53,11 @@ class Model:
         limits.check(request, self.bundle.manifest)
         check_request(request, self.bundle.manifest, self.table, Arrays())
         return request
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What the checkpoint was not trained for."""
+        return self.bundle.manifest.cautions
 
     def describe(self) -> dict[str, Any]:
         """What a client may want to know, as plain values."""
@@ -88,6 +95,22 @@ def request_of(spec: Spec, manifest: Manifest) -> VideoRequest:
     )
 
 
+def check_same(bundle: Bundle, opened: str) -> None:
+    """Whether a bundle is the one, by its id, that requests were checked against. Raises IntegrityError."""
+    if bundle.id != opened:
+        raise IntegrityError(
+            f"bundle {bundle.path}: is another one than when its requests were checked ({bundle.id[:12]}…, expected "
+            f"{opened[:12]}…); start again, and export to a new folder instead of one that is in use"
+        )
+
+
+def notes_of(spec: Spec, trace: Trace) -> tuple[str, ...]:
+    """What who asked should know of the video: settings that changed nothing, and a prompt that was cut."""
+    given = {name for name in Spec.__struct_fields__ if getattr(spec, name) is not None}
+    cut = ["prompt: is longer than the model reads; the rest was cut off"] if trace.truncated_prompts else []
+    return (*cut, *notes_on(trace, given))
+
+
 def named_bundles(texts: Iterable[str]) -> dict[str, Path]:
     """Bundles by the names they are served under: NAME=FOLDER, or that of the folder. Raises InvalidRequest."""
     named: dict[str, Path] = {}
@@ -111,5 +134,5 @@ def open_models(settings: WorkerSettings) -> dict[str, Model]:
         check_profiles(bundle)
         sampler = bundle.manifest.sampler
         verify_file(bundle.path, sampler.table, bundle.manifest.files[sampler.table], lambda count: None)
-        models[name] = Model(name, bundle, load_table(bundle.file(sampler.table), sampler.max_steps))
+        models[name] = Model(name, bundle, load_table(bundle.file(sampler.table), sampler.max_steps, sampler.kept))
     return models

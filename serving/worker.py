@@ -21,19 +21,22 @@ import msgspec
 from ..engines import errors
 from ..engines.backend import Backend, SharedBackends, create_backend
 from ..engines.bundle import open_bundle, verify_files
-from ..engines.errors import Cancelled, ForesightError, OutputError
+from ..engines.errors import Cancelled, EngineError, ForesightError, IntegrityError, OutputError
 from ..engines.progress import Progress
 from ..runtime.memory import MemoryLimits
 from ..runtime.pipeline import VideoPipeline
 from ..runtime.policies import Decision
 from ..runtime.trace import Trace
 from ..runtime.video import Video
+from .logs import log_as_json
 from .settings import WorkerSettings
-from .spec import Spec, request_of
+from .spec import Spec, check_same, notes_of, request_of
 
 CreateBackend: TypeAlias = Callable[..., Backend]
 
 TELL_SECONDS = 0.1  # between two reports of progress
+LOG_SECONDS = 15.0  # between two lines on how far loading is
+OPERATORS = (EngineError, IntegrityError, OutputError)  # whose business these are, beside the client's
 PATHS = re.compile(r"(?<![\w:/])/[^\s:;]*/")  # folders, which are nobody's business but the server's
 LETTERS = {Decision.COMPUTE: "C", Decision.REUSE: "R", Decision.DEAD: "D", Decision.FORECAST: "F"}
 SHARES = {"encoding text": (0, 0.02), "denoising": (0.02, 0.93), "decoding": (0.93, 0.99)}  # of a job, by phase
@@ -42,11 +45,12 @@ log = logging.getLogger("foresight.serving")
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """One job, and where its video goes."""
+    """One job, where its video goes, and the id of the bundle that it was checked against."""
 
     id: str
     spec: Spec
     output: str
+    bundle: str
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +103,7 @@ def main(connection: Connection, settings: WorkerSettings, create: CreateBackend
     """The whole life of the process; `create` makes its backends, see create_backend."""
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends with its parent, who is told of these
         signal.signal(number, signal.SIG_IGN)
+    log_as_json()
     outlet = _Outlet(connection)
     try:
         pipelines = dict(load_pipelines(settings, create))
@@ -131,17 +136,33 @@ def load_pipelines(
         create,
     )
     for name, path in settings.bundles.items():
+        told = _Loading(name)
         bundle = open_bundle(path, settings.signed_by)
-        verify_files(bundle)
+        verify_files(bundle, told)
         limits = MemoryLimits(
             settings.low_memory,
             settings.cache_memory,
             fixed_slots=settings.cuda_graphs,
             split_guidance=settings.split_guidance,
         )
-        pipeline = VideoPipeline(bundle, backends.of(bundle), limits)
-        pipeline.warm_up()
+        pipeline = VideoPipeline(bundle, backends.of(bundle), limits, on_progress=told)
+        pipeline.warm_up(on_progress=told)
         yield name, pipeline
+
+
+class _Loading:
+    """Logs how far a bundle is, every now and then: models of real size take minutes until they serve."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._next = time.monotonic() + LOG_SECONDS
+
+    def __call__(self, progress: Progress) -> None:
+        if (now := time.monotonic()) < self._next:
+            return
+        self._next = now + LOG_SECONDS
+        far = {"phase": progress.phase, "done": progress.done, "total": progress.total, "unit": progress.unit}
+        log.info("worker loading", extra={"model": self._model, **far, "detail": progress.detail})
 
 
 def _receive(connection: Connection) -> tuple[str, Any] | None:
@@ -188,17 +209,19 @@ class Running(threading.Thread):
             if not isinstance(error, ForesightError):
                 log.exception("a job failed in a way that is none of ours")
             outcome = Failure.of(error)
-            if isinstance(error, OutputError):
-                log.error("a video could not be written", extra={"reason": str(error)})  # noqa: TRY400 - it says all
+            if isinstance(error, OPERATORS):
+                log.error("a job failed", extra={"job": self.task.id, "reason": str(error)})  # noqa: TRY400 - it says all
         self._send("ended", self.task.id, outcome)
 
     def _make(self) -> Result:
         pipeline, spec = self._pipeline, self.task.spec
+        check_same(pipeline.bundle, self.task.bundle)
         request = request_of(spec, pipeline.manifest)
         (video,) = pipeline.generate(request, on_progress=self._tell, cancel=self._cancelled)
         started = time.perf_counter()
         path = video.save(Path(self.task.output))
-        return _result(video, path.stat().st_size, time.perf_counter() - started)
+        notes = notes_of(spec, video.trace)
+        return _result(video, path.stat().st_size, time.perf_counter() - started, notes)
 
     def _tell(self, progress: Progress) -> None:
         now = time.monotonic()
@@ -214,7 +237,7 @@ def share_done(progress: Progress) -> float:
     return first + (last - first) * progress.fraction
 
 
-def _result(video: Video, size: int, encode_seconds: float) -> Result:
+def _result(video: Video, size: int, encode_seconds: float, notes: tuple[str, ...]) -> Result:
     trace: Trace = video.trace
     frames, height, width, _ = video.frames.shape
     return Result(
@@ -235,4 +258,5 @@ def _result(video: Video, size: int, encode_seconds: float) -> Result:
         cache_bytes=trace.cache_bytes,
         peak_bytes=trace.planned_bytes,
         steps=tuple("".join(LETTERS[Decision(value)] for value in step.decisions) for step in trace.steps),
+        notes=notes,
     )

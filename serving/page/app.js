@@ -97,7 +97,8 @@ async function finish(job, shown) {
   const skipped = await (await ask(`/v1/videos/${job.id}/skipped`)).json();
   const percent = (100 * skipped.share_skipped).toFixed(1);
   const words = `${percent} % of the block calls were skipped; made in ${job.inference_time_s.toFixed(1)} s, seed ${job.seed}`;
-  shown.stop.before(video, element("p", words), ...drawMap(skipped), link, " ");
+  const notes = job.notes.map((note) => element("p", `Note: ${note}`));
+  shown.stop.before(video, element("p", words), ...notes, ...drawMap(skipped), link, " ");
 }
 
 async function watch(job) {

@@ -60,6 +60,7 @@ def test_a_command_by_its_former_name_is_told_its_name(foresight_cli: Cli, flags
     [
         (("--interval", 1), r"interval: got 1, expected more than --reuse-steps \(1\)"),
         (("--cache-memory", 0), "--cache-memory: got 0"),
+        (("--save-latents", "x.txt"), r"--save-latents: got 'x\.txt'"),
         (("--policy", "cache_memory"), "policy: got 'cache_memory'"),
         (("--prompts", "the_warmup/cache_memory.txt"), r"prompts the_warmup/cache_memory\.txt: "),
         (("--output", "v.npy", "--bundle", "low_memory"), "bundle low_memory: "),

@@ -34,7 +34,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from foresight.engines.bundle import open_bundle
-from foresight.engines.errors import CheckpointError, InvalidRequest
+from foresight.engines.errors import CheckpointError, IntegrityError, InvalidRequest
 from foresight.exporter.checkpoint import Checkpoint
 from foresight.exporter.sampler import (
     Steps,
@@ -269,6 +269,13 @@ def test_a_written_table_holds_every_number_of_steps(name: str, tmp_path: Path) 
         np.testing.assert_array_equal(read.input_scales, made.input_scales)
         np.testing.assert_array_equal(read.sample_coefficients[:, :width], made.sample_coefficients)
         assert not read.sample_coefficients[:, width:].any()
+
+
+def test_a_table_that_asks_for_more_arrays_than_its_manifest_says_is_refused(tmp_path: Path) -> None:
+    write_table(LINEAR["DDIM of Latte"](), tmp_path / "sampler.npz", max_steps=9)
+    assert load_table(tmp_path / "sampler.npz", 9, kept=2).max_steps == 9
+    with pytest.raises(IntegrityError, match="keeps 2 arrays, not the 1 that its manifest says"):
+        load_table(tmp_path / "sampler.npz", 9, kept=1)
 
 
 @pytest.mark.parametrize("steps", [0, 101, -1])

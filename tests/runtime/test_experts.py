@@ -296,6 +296,7 @@ WRONG: dict[str, tuple[Callable[[Json], object], str]] = {
     "no boundary": (lambda expert: expert.update(below=0), "take over below the timesteps 0.0"),
     "other blocks": (other_kind, "its blocks are not of the kinds of the first expert's"),
     "guidance": (lambda expert: expert.update(guidance=0.5), "default guidance is 0.5"),
+    "much guidance": (lambda expert: expert.update(guidance=1e12), "is 1000000000000.0, expected at most 10000"),
     "tensors": (other_tensors, "second.prologue: does not take and make what prologue does"),
     "a name twice": (lambda expert: expert["epilogue"].update(name="epilogue"), "two parts are called epilogue"),
 }

@@ -33,6 +33,14 @@ def trace(policy: Policy | None = None, **changes: Any) -> Trace:
     return Trace(**values | changes)
 
 
+def in_turns(first: int, second: int, policy: Policy | None = None) -> Trace:
+    """Of two transformers, which had so many steps."""
+    record = trace(policy, steps_requested=first + second)
+    for step in range(first + second):
+        record.record(1.0, 1.0, [Decision.COMPUTE], [None], expert=int(step >= first))
+    return record
+
+
 ALL = {"seed", "threads", "negative_prompt", "cache_profile", "compare"}
 
 
@@ -47,6 +55,11 @@ ALL = {"seed", "threads", "negative_prompt", "cache_profile", "compare"}
         (trace(), {"cache_profile"}, "cache_profile"),
         (trace(backend={"device": "cuda:0"}), {"threads"}, "threads"),
         (trace(NoReuse()), {"compare"}, "compare"),
+        (trace(guidances=(1.0,)), {"split_guidance"}, "split_guidance"),
+        (trace(FixedSchedule()), set(), "policy"),
+        (trace(FixedSchedule("1-50")), set(), "policy"),
+        (in_turns(8, 0), {"guidance_2"}, "guidance_2"),
+        (in_turns(4, 4, Foresight(warmup=4)), {"guidance_2"}, "warmup"),
     ],
 )
 def test_a_setting_without_effect_is_named(record: Trace, given: set[str], subject: str) -> None:
@@ -62,6 +75,10 @@ def test_a_setting_without_effect_is_named(record: Trace, given: set[str], subje
         (trace(Foresight(warmup=48)), set()),
         (trace(NoReuse(), steps_requested=1), set()),
         (trace(guidances=(1.0,), latents_given=True), set()),
+        (trace(guidances=(1.0,), later_guidances=((3.0,),)), {"negative_prompt", "split_guidance"}),
+        (trace(FixedSchedule("1-4 50")), set()),
+        (in_turns(4, 4), {"guidance_2", "split_guidance"}),
+        (in_turns(2, 6, Foresight(warmup=4)), {"guidance_2"}),
     ],
 )
 def test_a_setting_with_one_is_not(record: Trace, given: set[str]) -> None:

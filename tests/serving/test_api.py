@@ -66,6 +66,13 @@ def test_what_was_skipped_is_told(client: TestClient) -> None:
     assert skipped["share_skipped"] == job["share_skipped"] == pytest.approx(1 - letters.count("C") / len(letters))
 
 
+def test_settings_without_effect_and_a_prompt_that_was_cut_are_noted(client: TestClient) -> None:
+    asked: dict[str, Any] = {"guidance_scale": 1, "negative_prompt": "x", "policy": "foresight:warmup=90"}
+    notes = ended(client, create(client, prompt="a dog " * 600, **asked)["id"])["notes"]
+    assert [note.partition(":")[0] for note in notes] == ["prompt", "warmup", "negative_prompt"]
+    assert ended(client, create(client, num_inference_steps=8)["id"])["notes"] == []
+
+
 def test_content_is_refused_until_it_is_there(client: TestClient) -> None:
     job = create(client, **LONG)
     for what in ("content", "skipped"):
@@ -116,8 +123,9 @@ WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
     "more frames": ({"num_frames": 1000}, "num_frames"),
     "another rate": ({"fps": 1000}, "fps"),
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps"),
-    "too many steps": ({"num_inference_steps": 101}, "steps"),
+    "too many steps": ({"num_inference_steps": 101}, "num_inference_steps"),
     "much guidance": ({"guidance_scale": 21}, "guidance_scale"),
+    "guidance of a second transformer": ({"guidance_scale_2": 4}, "guidance_scale_2"),
     "a negative seed": ({"seed": -1}, "seed"),
     "no policy": ({"policy": "fastest"}, "policy"),
     "a wrong setting": ({"policy": "foresight:gamma=9"}, "gamma"),

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from foresight.engines.errors import Cancelled, InvalidRequest, OutputError
+from foresight.engines.errors import Cancelled, IntegrityError, InvalidRequest, OutputError
 from foresight.engines.manifest import PolicyProfile
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.serving.batch import BatchFolder, Line, Row, rows_of
@@ -121,6 +121,24 @@ def test_a_row_that_fails_is_written_down_and_no_other_is_touched(bundle: Path, 
     with folder.opened():
         assert folder.make(pipeline, bad).status == "made"
     assert {path.name for path in tmp_path.iterdir()} == {folder.file(bad).name, folder.file(good).name}
+
+
+def test_a_row_is_made_by_the_bundle_that_it_was_checked_against(
+    pipeline: VideoPipeline, model: Model, tmp_path: Path
+) -> None:
+    (row,) = rows(model, {})
+    other = msgspec.structs.replace(row, bundle="0" * 64)
+    with pytest.raises(IntegrityError, match="is another one than when its requests were checked"):
+        BatchFolder(tmp_path, "npy").make(pipeline, other)
+    assert snapshot(tmp_path) == {}
+
+
+def test_what_had_no_effect_on_a_row_is_noted(pipeline: VideoPipeline, model: Model, tmp_path: Path) -> None:
+    folder = BatchFolder(tmp_path, "npy")
+    quiet, noted = rows(model, {"steps": 6}, {"steps": 6, "guidance": 1, "negative_prompt": "x"})
+    assert folder.make(pipeline, quiet).notes == ()
+    (note,) = folder.make(pipeline, noted).notes
+    assert note.startswith("negative_prompt: not read")
 
 
 def test_what_is_there_is_not_made_again(pipeline: VideoPipeline, model: Model, tmp_path: Path) -> None:

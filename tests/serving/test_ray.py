@@ -191,7 +191,7 @@ def test_when_it_is_ended_jobs_that_run_are_finished_and_others_stay(client: htt
 
 def job_of(seconds: float | None = None) -> VideoJob:
     record = Record(id="video_1", owner="me", spec=Spec(model="demo", prompt="a dog"), created_at=time.time())
-    return VideoJob(record, Path("unused"), VideoRequest("a dog", deadline=seconds))
+    return VideoJob(record, Path("unused"), VideoRequest("a dog", deadline=seconds), "0" * 64)
 
 
 class Dying:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from foresight.serving.spec import Spec
 from foresight.serving.store import Record, Store, new_id
 from tests.serving import slow
 from tests.serving.conftest import processes_of, settings_of, wait_for
+from tests.support import copy_bundle
 
 ME = "me"
 
@@ -185,6 +187,34 @@ def test_a_bundle_that_cannot_be_served_is_said_at_once_or_as_not_ready(bundle: 
     wait_for(lambda: service.pool.failure)
     assert "block.000.data" in service.pool.failure and not service.ready
     service.close(0)
+
+
+def test_another_bundle_in_the_place_of_one_that_is_served_is_not_served(
+    bundle: Path, single_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_bundle(bundle, tmp_path / "bundle")
+    service = VideoService(settings_of(folder, tmp_path / "data"))
+    wait_for(lambda: service.ready)
+    assert done(service, service.create(ME, spec())).status == "completed"
+    folder.rename(tmp_path / "before")
+    copy_bundle(single_bundle, folder)
+    messages = []
+    for kill in (False, True):
+        if kill:
+            (pid,) = processes_of(service).pids
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: not service.ready)
+            wait_for(lambda: service.ready)
+        failed = done(service, service.create(ME, spec()))
+        assert failed.failure is not None and failed.failure.code == "integrity_error"
+        messages.append(failed.failure.message)
+    service.close(0)
+    assert "was changed or removed after it was verified" in messages[0]
+    assert "is another one than when its requests were checked" in messages[1]
+    logged = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "a job failed" in line]
+    assert [line["level"] for line in logged] == ["error"] * 2  # the operator is told too
+    assert messages[0].partition("; ")[2] in logged[0]["reason"]
 
 
 def test_jobs_of_models_that_are_served_no_longer_have_failed(bundle: Path, tmp_path: Path) -> None:
