@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..caches import CACHE_MODES
@@ -199,5 +199,6 @@ class Policy:
         raise NotImplementedError
 
     def describe(self, steps: int) -> str:
-        """The policy in words, for a request of that many steps."""
-        raise NotImplementedError
+        """The policy in words, for a request of that many steps: its name and settings, where it has no better ones."""
+        settings: dict[str, Any] = asdict(self) if is_dataclass(self) else {}
+        return ", ".join([self.name, *(f"{name} {value}" for name, value in settings.items())])

@@ -138,6 +138,11 @@ def test_a_report_and_a_trace_show_any_policy(pipeline: VideoPipeline, tmp_path:
     assert video.trace.to_dict()["policy"]["name"] == policy.name
 
 
+def test_a_policy_without_words_of_its_own_is_told_by_its_settings() -> None:
+    assert EveryOther().describe(9) == "every other step"
+    assert TwoResiduals((1, 2)).describe(9) == "two residuals, blocks (1, 2), cache residual"
+
+
 def test_a_forecast_of_more_outputs_than_are_kept_is_refused(pipeline: VideoPipeline) -> None:
     class Greedy(Policy):
         name: ClassVar[str] = "greedy"
