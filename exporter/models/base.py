@@ -158,7 +158,10 @@ class PartPlan:
             yield self._tensor_name(checkpoint, name), tuple(parameter.shape)
 
     def parameter(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """The value of one of the module's parameters, in the dtype the module has it in. Raises CheckpointError."""
+        """The value of one of the module's parameters, in the dtype the module has it in.
+
+        Raises CheckpointError, where it has not the shape or is not finite in that dtype too.
+        """
         wanted = self.module.get_parameter(name)
         stored = self._tensor_name(checkpoint, name)
         tensor = checkpoint.tensor(self.component, stored)
@@ -167,7 +170,16 @@ class PartPlan:
                 f"checkpoint {checkpoint.name}: {self.component} {stored} has shape {tuple(tensor.shape)}, expected "
                 f"{tuple(wanted.shape)} by its config.json; download it again"
             )
-        return tensor.to(wanted.dtype)
+        value = tensor.to(wanted.dtype)
+        if not _is_finite(value):
+            name = f"checkpoint {checkpoint.name}: {self.component} {stored}"
+            if _is_finite(tensor.float()):
+                raise CheckpointError(
+                    f"{name} has values that are too large for {wanted.dtype}, up to {tensor.float().abs().max():.3g}, "
+                    "expected ones that fit; export with dtype bf16 or fp32"
+                )
+            raise CheckpointError(f"{name} has values that are not finite, expected finite ones; download it again")
+        return value
 
     def _tensor_name(self, checkpoint: Checkpoint, parameter: str) -> str:
         prefix = max((prefix for prefix in self.prefixes if parameter.startswith(prefix)), key=len)
@@ -308,3 +320,8 @@ def mean_squared_change(new: Tensor, cached: Tensor) -> Tensor:
     while square.ndim > 1:
         square = square.mean(-1)
     return square
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are, without an array of their number: the least and the largest are NaN if any value is."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(value)) for value in tensor.aminmax())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -187,6 +189,29 @@ def test_weights_that_were_cast_are_read_as_they_are(copied: Path, dtype: torch.
         for (name, _), (stored, _) in zip(plan.module.named_parameters(), plan.reads(checkpoint), strict=True):
             value = expected[plan.component].get(stored)
             assert value is not None and torch.equal(plan.parameter(checkpoint, name), value.float())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("component", FILES)
+def test_weights_that_are_not_finite_are_named(copied: Path, tmp_path: Path, component: str, value: float) -> None:
+    names: list[str] = []
+
+    def spoil(weights: Tensors) -> None:
+        names.extend(name for name, weight in weights.items() if weight.dim() > 1)
+        weights[names[0]].flatten()[-1] = value
+
+    change(copied, component, spoil)
+    with pytest.raises(CheckpointError, match=f"{component} {re.escape(names[0])} has values that are not finite"):
+        Export("latte", ExportRequest(), str(copied), tmp_path / "bundle").run()
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_weights_that_16_bits_cannot_hold_are_named_with_the_remedy(copied: Path, tmp_path: Path) -> None:
+    change(copied, "transformer", lambda weights: weights["proj_out.weight"].mul_(1e9))
+    with pytest.raises(
+        CheckpointError, match=r"proj_out\.weight .* too large for torch\.float16, .*; export with dtype"
+    ):
+        Export("latte", ExportRequest(dtype="fp16"), str(copied), tmp_path / "bundle").run()
 
 
 def test_weights_that_a_configuration_names_itself_are_refused(copied: Path) -> None:

@@ -156,7 +156,8 @@ def _boundary(checkpoint: Checkpoint) -> float | None:
 
 
 def _without_remarks(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+    """What makes the modules: versions and paths say nothing, and quantisation is refused by its own name."""
+    return {name: value for name, value in config.items() if name[0] != "_" and name != "quantization_config"}
 
 
 def _transformer(transformer: WanTransformer3DModel, shape: Shape, tensors: _Tensors) -> ExpertPlan:
