@@ -24,7 +24,7 @@ from foresight.engines.manifest import PolicyProfile
 from foresight.engines.profiles import write_profiles
 from foresight.evaluation.evaluate import Pair, pairs_of
 from foresight.evaluation.goals import Goal, Speedup
-from foresight.evaluation.parts import parts_of
+from foresight.evaluation.held_out import parts_of
 from foresight.evaluation.tune import GOALS, InMemory, Tuning
 from foresight.evaluation.tuned import profiles_of, tuning_document
 from foresight.exporter.registry import REGISTRY

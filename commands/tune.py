@@ -97,7 +97,7 @@ def tune(
     from ..engines.profiles import write_profiles
     from ..evaluation.evaluate import pairs_of, settings_of
     from ..evaluation.folder import opened
-    from ..evaluation.parts import parts_of
+    from ..evaluation.held_out import parts_of
     from ..evaluation.search import check_optuna, check_tunable
     from ..evaluation.tune import InMemory, Tuning
     from ..evaluation.tuned import profiles_of, tuning_document

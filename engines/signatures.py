@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 SIGNATURE = "manifest.sig"
 INDEX_SIGNATURE = "engines.sig"
 SIGNATURES = {name + end for name in (SIGNATURE, INDEX_SIGNATURE) for end in ("", TEMPORARY)}
-SIGNATURE_BYTES = 64
 KEY_BYTES = 64 << 10
 MOST_BYTES = 1 << 20  # that are read of what should be a signature
 

@@ -25,8 +25,8 @@ from ..runtime.request import VideoRequest
 from .calibration import calibration_of
 from .evaluate import REFERENCE, Evaluation, Pair, Row, VideoKey, Videos, candidates_of
 from .goals import Goal, Quality
+from .held_out import Parts
 from .metrics import PSNR, load_metrics
-from .parts import Parts
 from .search import Calibrated, Search, Settings, Space, check_tunable
 from .summary import Summary, summarise
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zoo.base import Config, Example, Family, Original, Published, Step
 from zoo.components import (
@@ -12,6 +13,7 @@ from zoo.components import (
     TINY_T5,
     diffusers_arguments,
     diffusers_module,
+    diffusers_transformer,
     pipeline_index,
     with_blocks,
     write_index,
@@ -133,20 +135,11 @@ def write_random(
     return folder
 
 
-def original(component: str, config: Config) -> Any:
-    """The transformer or the VAE, without weights."""
-    return diffusers_module(INDEX, component, config)
-
-
 def load_original(checkpoint: Path, manifest: Manifest, step: Step) -> Original:
     """The transformer, with weights."""
-    from diffusers import CogVideoXTransformer3DModel
-
-    from foresight.exporter.models.base import TORCH_DTYPES
     from foresight.exporter.models.cogvideox.modules import rotary_tables
 
-    dtype = TORCH_DTYPES[manifest.dtype]
-    module = CogVideoXTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer", torch_dtype=dtype)
+    module = diffusers_transformer(INDEX, checkpoint, manifest)
     rotary = None
     if module.config.use_rotary_positional_embeddings:
         tables = rotary_tables(module, manifest.shape.latents)
@@ -183,6 +176,6 @@ FAMILY = Family(
     # two streams, rotary positions, a sampler that adds noise, and 17 frames that are decoded in two chunks
     example=Example("cogvideox-5b", {"rotary": True, "layers": 3, "frames": 17, "scheduler": "CogVideoXDPMScheduler"}),
     write_random=write_random,
-    original=original,
+    original=partial(diffusers_module, INDEX),
     load_original=load_original,
 )

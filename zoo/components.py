@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zoo.base import Config, Step
+from zoo.base import Config, Original, Step
+
+if TYPE_CHECKING:
+    from foresight.engines.manifest import Manifest
 
 T5_XXL: Config = {
     "d_model": 4096,
@@ -73,6 +76,21 @@ def diffusers_module(index: Config, component: str, config: Config) -> Any:
     import diffusers
 
     return getattr(diffusers, index[component][1]).from_config(config)
+
+
+def diffusers_transformer(index: Config, checkpoint: Path, manifest: Manifest) -> Any:
+    """The transformer of a checkpoint, by the class that the index names, in the bundle's dtype."""
+    import diffusers
+
+    from foresight.exporter.models.base import TORCH_DTYPES
+
+    made = getattr(diffusers, index["transformer"][1])
+    return made.from_pretrained(checkpoint, subfolder="transformer", torch_dtype=TORCH_DTYPES[manifest.dtype])
+
+
+def diffusers_original(index: Config, checkpoint: Path, manifest: Manifest, step: Step) -> Original:
+    """A transformer that takes nothing but a step, with its weights."""
+    return Original(step, diffusers_transformer(index, checkpoint, manifest), diffusers_arguments(step))
 
 
 def diffusers_arguments(step: Step) -> dict[str, Any]:

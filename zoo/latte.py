@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from zoo.base import Config, Example, Family, Original, Published, Step
+from zoo.base import Config, Example, Family, Published
 from zoo.components import (
     FUSED_HEAD_DIM,
     IMAGE_BLOCKS,
     T5_XXL,
     TINY_T5,
-    diffusers_arguments,
     diffusers_module,
+    diffusers_original,
     pipeline_index,
     with_blocks,
     write_index,
     write_text,
 )
-
-if TYPE_CHECKING:
-    from foresight.engines.manifest import Manifest
 
 INDEX = pipeline_index("LattePipeline", "LatteTransformer3DModel", "AutoencoderKL")
 LATTE_1: Config = {
@@ -99,22 +96,6 @@ def write_random(
     return folder
 
 
-def original(component: str, config: Config) -> Any:
-    """The transformer or the VAE, without weights."""
-    return diffusers_module(INDEX, component, config)
-
-
-def load_original(checkpoint: Path, manifest: Manifest, step: Step) -> Original:
-    """The transformer, with weights."""
-    from diffusers import LatteTransformer3DModel
-
-    from foresight.exporter.models.base import TORCH_DTYPES
-
-    dtype = TORCH_DTYPES[manifest.dtype]
-    module = LatteTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer", torch_dtype=dtype)
-    return Original(step, module, diffusers_arguments(step))
-
-
 FAMILY = Family(
     title="Latte",
     published={
@@ -133,6 +114,6 @@ FAMILY = Family(
     # the model predicts the sample, so nothing explodes; three frames of 16 x 16
     example=Example("latte", {"heads": 5, "gates": 8, "scheduler": {"prediction_type": "sample"}}),
     write_random=write_random,
-    original=original,
-    load_original=load_original,
+    original=partial(diffusers_module, INDEX),
+    load_original=partial(diffusers_original, INDEX),
 )

@@ -1,24 +1,21 @@
-"""Wan, by diffusers: 2.1 in two sizes, and the 5B of 2.2 with its own VAE."""
+"""Wan, by diffusers: 2.1 in two sizes, the A14B of 2.2, and its 5B with a VAE of its own."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from zoo.base import Config, Example, Family, Original, Published, Step
+from zoo.base import Config, Example, Family, Published
 from zoo.components import (
     FUSED_HEAD_DIM,
     T5_XXL,
     TINY_T5,
-    diffusers_arguments,
     diffusers_module,
+    diffusers_original,
     pipeline_index,
     write_index,
     write_text,
 )
-
-if TYPE_CHECKING:
-    from foresight.engines.manifest import Manifest
 
 ENCODER = "UMT5EncoderModel"
 INDEX = pipeline_index("WanPipeline", "WanTransformer3DModel", "AutoencoderKLWan", ENCODER) | {
@@ -153,22 +150,6 @@ def write_random(
     return folder
 
 
-def original(component: str, config: Config) -> Any:
-    """The transformer or the VAE, without weights."""
-    return diffusers_module(INDEX, component, config)
-
-
-def load_original(checkpoint: Path, manifest: Manifest, step: Step) -> Original:
-    """The transformer, with weights."""
-    from diffusers import WanTransformer3DModel
-
-    from foresight.exporter.models.base import TORCH_DTYPES
-
-    dtype = TORCH_DTYPES[manifest.dtype]
-    module = WanTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer", torch_dtype=dtype)
-    return Original(step, module, diffusers_arguments(step))
-
-
 def _published(index: Config, transformer: Config, vae: Config, flow_shift: float) -> dict[str, Config]:
     """The configurations of a checkpoint, by their names in it."""
     return {
@@ -219,6 +200,6 @@ FAMILY = Family(
     # one stream, rotary positions, a sampler with a memory of three steps, and five frames decoded one after the other
     example=Example("wan-1.3b", {"layers": 3}, SMALL),
     write_random=write_random,
-    original=original,
-    load_original=load_original,
+    original=partial(diffusers_module, INDEX),
+    load_original=partial(diffusers_original, INDEX),
 )

@@ -21,7 +21,6 @@ from foresight.engines.profiles import write_profiles
 from foresight.engines.signatures import (
     INDEX_SIGNATURE,
     SIGNATURE,
-    SIGNATURE_BYTES,
     generate_key,
     read_private_key,
     read_public_keys,
@@ -88,7 +87,7 @@ def test_a_bundle_is_taken_with_the_key_that_signed_it_among_others_and_without_
 
 def test_a_signature_is_the_plain_one_of_the_bytes_on_disk(signed: Path, public: Path) -> None:
     signature = (signed / SIGNATURE).read_bytes()
-    assert len(signature) == SIGNATURE_BYTES
+    assert len(signature) == 64
     loaded = serialization.load_pem_public_key(public.read_bytes())
     assert isinstance(loaded, ed25519.Ed25519PublicKey)
     loaded.verify(signature, (signed / MANIFEST).read_bytes())
@@ -106,7 +105,7 @@ def remove(folder: Path) -> None:
 
 
 def garbage(folder: Path) -> None:
-    (folder / SIGNATURE).write_bytes(bytes(SIGNATURE_BYTES))
+    (folder / SIGNATURE).write_bytes(bytes(64))
 
 
 def empty(folder: Path) -> None:

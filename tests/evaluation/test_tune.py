@@ -14,7 +14,7 @@ from foresight.engines.errors import InvalidRequest
 from foresight.evaluation.evaluate import REFERENCE, Pair, pairs_of
 from foresight.evaluation.folder import opened
 from foresight.evaluation.goals import Goal, Quality, Speedup
-from foresight.evaluation.parts import Parts, parts_of
+from foresight.evaluation.held_out import Parts, parts_of
 from foresight.evaluation.summary import Summary
 from foresight.evaluation.tune import GOALS, Candidate, InMemory, Tuned, Tuning, strictening
 from foresight.evaluation.tuned import profiles_of, tuning_document
