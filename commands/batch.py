@@ -15,7 +15,7 @@ from ..engines.progress import Progress
 from .completion import bundle_folders
 from .console import Row, current_session, print_lines, print_result, progress
 from .loading import Engines, engine_options
-from .options import PATH, common, group
+from .options import OUTPUT_FOLDER, PATH, common, group
 
 if TYPE_CHECKING:
     from ..serving.batch import BatchFolder, Outcome
@@ -48,7 +48,9 @@ class Cluster:
 @click.command()
 @click.argument("prompts", type=PATH, metavar="PROMPTS.jsonl")
 @click.option("--bundle", type=PATH, shell_complete=bundle_folders, help="[default: the newest under bundles/]")
-@click.option("--output", type=PATH, required=True, help="A folder for the videos; with --ray, one that all share.")
+@click.option(
+    "--output", type=OUTPUT_FOLDER, required=True, help="A folder for the videos; with --ray, one that all share."
+)
 @click.option(
     "--format", "kind", type=click.Choice(["mp4", "gif", "npy"]), default="mp4", show_default=True, help="Of the files."
 )

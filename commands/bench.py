@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 from ..engines.registry import DEFAULT
 from .completion import names
 from .console import print_result, progress
-from .options import PATH, bundle_argument, common, group
+from .options import OUTPUT_FOLDER, PATH, bundle_argument, common, group
 
 RESULTS, PLOT = "bench.json", "bench.svg"
 
@@ -56,7 +56,7 @@ class Asked:
     help="Only this peer or policy, such as pab; may be repeated.",
 )
 @click.option("--all", "optional", is_flag=True, help="Those too that take long: torch-compile.")
-@click.option("--output", type=PATH, help=f"A folder for {RESULTS} and {PLOT}.")
+@click.option("--output", type=OUTPUT_FOLDER, help=f"A folder for {RESULTS} and {PLOT}.")
 @common
 def bench(
     bundle: Path | None,

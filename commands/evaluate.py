@@ -15,7 +15,7 @@ from .asked import Asked, asked_options
 from .completion import names
 from .console import current_session, print_result, progress
 from .loading import Engines, engine_options
-from .options import PATH, bundle_argument, common
+from .options import OUTPUT_FOLDER, bundle_argument, common
 
 if TYPE_CHECKING:
     from ..evaluation.metrics import Metric
@@ -43,7 +43,7 @@ DOCUMENT, PAGE = "evaluation.json", "evaluation.html"
     help="psnr, ssim, lpips, clip and fvd, with commas between them.",
 )
 @click.option(
-    "--output", type=PATH, help="A folder for all that is made.  [default: evaluations/ and the bundle's name]"
+    "--output", type=OUTPUT_FOLDER, help="A folder for all that is made.  [default: evaluations/ and the bundle's name]"
 )
 @engine_options
 @common

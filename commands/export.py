@@ -18,7 +18,7 @@ from ..exporter.registry import find_model
 from .build import check_target, compile_engines
 from .completion import names
 from .console import print_result, progress
-from .options import PATH, alternatives, common, group
+from .options import OUTPUT_FOLDER, alternatives, common, group
 from .rows import (
     caution,
     compiled_row,
@@ -99,7 +99,7 @@ def _preset(name: str) -> str:
         multiple=True,
         help="Merge a LoRA (.safetensors); may be given several times.",
     ),
-    click.option("--output", type=PATH, help="The bundle to write.  [default: bundles/MODEL]"),
+    click.option("--output", type=OUTPUT_FOLDER, help="The bundle to write.  [default: bundles/MODEL]"),
 )
 @group(
     "sizes",

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 import click
 from click.core import ParameterSource
 
+from ..engines.errors import InvalidRequest
 from ..runtime.policies import POLICIES, policy_from_settings
 from .completion import bundle_folders, names
 from .console import log
@@ -19,7 +20,19 @@ from .console import log
 Command: TypeAlias = Callable[..., Any]
 Option: TypeAlias = Callable[[Command], Command]
 
+
+class _Output(click.Path):
+    """A file or folder to write, which `-` is none of: nothing that is made goes to stdout."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click. Raises InvalidRequest."""
+        if value == "-":
+            raise InvalidRequest(f"{param.name if param else 'output'}: got '-', expected a folder; give it a name")
+        return super().convert(value, param, ctx)
+
+
 PATH = click.Path(path_type=Path)
+OUTPUT_FOLDER = _Output(path_type=Path)
 SHOWN = ("gamma", "warmup", "reuse_steps", "interval", "cache")  # the order of settings in help; others follow
 
 

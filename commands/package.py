@@ -8,12 +8,14 @@ import click
 
 from .console import print_result, progress
 from .loading import Engines, engine_options
-from .options import PATH, common
+from .options import OUTPUT_FOLDER, PATH, common
 
 
 @click.command()
 @click.argument("bundles", nargs=-1, metavar="[BUNDLE | NAME=BUNDLE]...")
-@click.option("--triton", type=PATH, required=True, metavar="DIR", help="The model repository to write; a new folder.")
+@click.option(
+    "--triton", type=OUTPUT_FOLDER, required=True, metavar="DIR", help="The model repository to write; a new folder."
+)
 @click.option("--signed-by", type=PATH, multiple=True, help="Public key, PEM, here and on the host; may be repeated.")
 @click.option("--waiting", type=click.IntRange(1), default=16, show_default=True, help="Most requests that wait.")
 @click.option("--max-steps", type=click.IntRange(1), default=100, show_default=True, help="Of a request.")

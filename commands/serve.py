@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING
 import click
 
 from ..engines.errors import InvalidRequest, OutputError
+from ..engines.files import sole_writer
 from ..serving.auth import KEYS, read_keys
 from .console import print_lines
 from .loading import Engines, engine_options
-from .options import PATH, common, group
+from .options import OUTPUT_FOLDER, PATH, common, group
 
 if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
     from ..serving.service import VideoService
     from ..serving.settings import ServerSettings
 
@@ -57,7 +61,9 @@ class Bounds:
     Place,
     click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 for everybody: then give keys."),
     click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True),
-    click.option("--data", type=PATH, default=Path("served"), show_default=True, help="Folder of jobs and videos."),
+    click.option(
+        "--data", type=OUTPUT_FOLDER, default=Path("served"), show_default=True, help="Folder of jobs and videos."
+    ),
     click.option("--api-keys", type=PATH, help=f"A file with one a line.  [default: {KEYS}, else none are needed]"),
     click.option("--signed-by", type=PATH, multiple=True, help="Public key, PEM; loads only what one of these signed."),
     click.option("--otel", is_flag=True, help="Send traces by OpenTelemetry; OTEL_… variables say where."),
@@ -88,11 +94,16 @@ def serve(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: Engin
 
     settings = _settings(bundles, place, bounds, engines)
     log_as_json()
-    service = VideoService(settings)
-    if not settings.keys and place.host not in LOCAL:
-        print_lines([f"note: anybody who reaches {place.host} may use this server; give --api-keys"])
-    config = uvicorn.Config(
-        create_app(service),
+    with _alone_in(place.data):
+        service = VideoService(settings)
+        _run(uvicorn.Server(_config(create_app(service), place, bounds)), service, place)
+
+
+def _config(app: FastAPI, place: Place, bounds: Bounds) -> uvicorn.Config:
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
         host=place.host,
         port=place.port,
         log_config=None,
@@ -100,15 +111,34 @@ def serve(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: Engin
         server_header=False,
         timeout_graceful_shutdown=max(1, math.ceil(bounds.drain)),
     )
-    server = uvicorn.Server(config)
+
+
+def _run(server: uvicorn.Server, service: VideoService, place: Place) -> None:
+    """Serve until a signal comes. Raises OutputError where it cannot listen."""
+    if not service.settings.keys and place.host not in LOCAL:
+        print_lines([f"note: anybody who reaches {place.host} may use this server; give --api-keys"])
     names = ", ".join(service.models)
     said = f"serving {names} on http://{place.host}:{place.port}; jobs and videos are kept in {place.data}"
     print_lines([said, *(f"note: {model.name}: {one}" for model in service.models.values() for one in model.cautions)])
-    with _traced(service, place.otel), _signals_left_alone():
+    with _traced(service, place.otel), _signals_left_alone(), suppress(SystemExit):  # which uvicorn ends with
         server.run()
     if not server.started:
         service.close(0)
         raise OutputError(f"serve: cannot listen on {place.host}:{place.port}; choose another port")
+
+
+@contextmanager
+def _alone_in(data: Path) -> Iterator[None]:
+    """Have the folder of jobs: two servers would each take the other's for jobs that were cut off.
+
+    Raises OutputError.
+    """
+    with ExitStack() as alone:
+        try:
+            alone.enter_context(sole_writer(data))
+        except OSError as error:
+            raise OutputError(f"data {data}: {error.strerror or error}; choose a folder that is writable") from error
+        yield
 
 
 def _settings(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: Engines) -> ServerSettings:

@@ -17,7 +17,7 @@ from .asked import Asked, asked_options
 from .completion import names
 from .console import Row, current_session, print_result, progress
 from .loading import Engines, engine_options
-from .options import PATH, bundle_argument, common, group
+from .options import OUTPUT_FOLDER, bundle_argument, common, group
 from .rows import decibels
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ class Wanted:
 @asked_options
 @click.option("--trials", type=int, default=10, show_default=True, help="Settings of each policy to try for each goal.")
 @click.option(
-    "--output", type=PATH, help="A folder to go on from later.  [default: tunings/, the bundle's name and the steps]"
+    "--output",
+    type=OUTPUT_FOLDER,
+    help="A folder to go on from later.  [default: tunings/, the bundle's name and the steps]",
 )
 @engine_options
 @common

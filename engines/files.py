@@ -93,7 +93,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(
-                f"{folder}: another process is writing to it; wait for that, or choose another output"
+                f"{folder}: another process is writing to it; wait for that, or choose another folder"
             ) from error
         yield
     finally:

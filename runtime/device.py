@@ -15,6 +15,7 @@ from ..engines.progress import OnProgress
 from ..engines.signatures import KeyFile, read_public_keys
 from .callbacks import check_callbacks
 from .jobs import Job, JobQueue, Observer, OnEvent
+from .lifecycle import check_process
 from .limits import RequestLimits
 from .memory import MemoryLimits
 from .models import Models
@@ -60,6 +61,7 @@ class Runtime:
         self._queue = JobQueue[list[Video]](waiting)
         self._workers = Workers(self._queue, self._make, running)
         self._closed = False
+        self._pid = os.getpid()
 
     def load(
         self,
@@ -83,6 +85,7 @@ class Runtime:
         check_count("cache_memory", cache_memory)
         opened = open_bundle(bundle, self._keys)
         served_as = Path(bundle).resolve().name if name is None else name
+        self._check_open()
         with self._loading:
             self._check_open()
             check_profiles(opened)
@@ -146,8 +149,11 @@ class Runtime:
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> bool:
         """Refuse new requests, end those that wait, finish those that run or cancel them, and free all pipelines.
 
-        Waits for at most `timeout` seconds (None: for ever); returns whether all is free.
+        Waits for at most `timeout` seconds (None: for ever); returns whether all is free. In a forked child it does
+        nothing.
         """
+        if os.getpid() != self._pid:
+            return True
         self._closed = True
         for job in self._queue.close():
             job.end(Cancelled(f"request: cancelled while it waited, {CLOSED}", "closed"))
@@ -176,5 +182,6 @@ class Runtime:
             )
 
     def _check_open(self) -> None:
+        check_process(self._pid, "runtime: made")  # its threads are not in a child
         if self._closed:
             raise InvalidRequest("runtime: got a request after close(), expected none; make another")

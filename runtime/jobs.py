@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -12,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from ..engines.errors import Cancelled, InvalidRequest, QueueFull
+from .lifecycle import check_process
 from .request import VideoRequest
 from .stream import Event
 
@@ -53,13 +55,16 @@ class Job(Generic[T]):
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
         self._observers: list[Observer] = []
+        self._pid = os.getpid()
         self._queue: JobQueue[T] | None = None  # in which it waits
 
     def result(self, timeout: float | None = None) -> T:
         """What comes of it, once it is there: of a Runtime the videos, one a prompt.
 
-        Raises what the request raised, and TimeoutError.
+        Raises what the request raised, TimeoutError, and InvalidRequest in a forked child, where nothing will come.
         """
+        if not self.done:
+            check_process(self._pid, "job: created")
         return self._future.result(timeout)
 
     def error(self) -> BaseException | None:
@@ -145,6 +150,8 @@ class Job(Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         import asyncio
 
+        if not self.done:
+            check_process(self._pid, "job: created")
         return asyncio.shield(asyncio.wrap_future(self._future)).__await__()
 
     def _is_late(self) -> bool:

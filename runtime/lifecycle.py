@@ -38,6 +38,15 @@ REASONS = {CLOSED: "closed", EXITING: "exit"}
 T = TypeVar("T")
 
 
+def check_process(pid: int, what: str) -> None:
+    """Refuse what a process has inherited from the one that it was forked from. Raises InvalidRequest."""
+    if os.getpid() != pid:
+        raise InvalidRequest(
+            f"{what} by process {pid}, called in {os.getpid()}, which was forked from it; load it after the fork, or "
+            "start processes with multiprocessing's spawn"
+        )
+
+
 class Lifecycle:
     """Of one pipeline. `engines` are those that stay loaded; they are cleared when the pipeline is closed.
 
@@ -57,11 +66,7 @@ class Lifecycle:
 
     def check(self) -> None:
         """Whether a request may come in. Raises InvalidRequest, and Cancelled while the interpreter exits."""
-        if self.inherited:
-            raise InvalidRequest(
-                f"pipeline: loaded by process {self._pid}, called in {os.getpid()}, which was forked from it; load it "
-                "after the fork, or start processes with multiprocessing's spawn"
-            )
+        check_process(self._pid, "pipeline: loaded")
         if self.why == EXITING:
             raise Cancelled(f"request: cancelled before it began{EXITING}", REASONS[EXITING])
         if self.closed:

@@ -322,6 +322,26 @@ def test_a_forked_child_is_refused_what_it_inherited_and_ends(single_bundle: Pat
 
 @on_the_cpu
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_is_refused_the_runtime_and_waits_for_no_job(single_bundle: Path) -> None:
+    code = """
+        import os, sys, foresight
+        runtime, request = foresight.Runtime(threads=1), foresight.VideoRequest("a dog", steps=50)
+        runtime.load(sys.argv[1], "tiny")
+        job = runtime.submit("tiny", request)
+        if not (child := os.fork()):
+            for inherited in (lambda: runtime.submit("tiny", request), job.result, lambda: runtime.load(sys.argv[1])):
+                try:
+                    inherited()
+                except foresight.InvalidRequest as error:
+                    print(str(error).partition("; ")[2], flush=True)
+            sys.exit(7 if runtime.close() else 8)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(job.result()), runtime.close())
+    """
+    assert outcome(code, single_bundle) == (0, f"{REMEDY}\n" * 3 + "7 1 True\n", "")
+
+
+@on_the_cpu
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_a_callback_may_fork(single_bundle: Path, low_memory: bool) -> None:
     code = """
