@@ -22,6 +22,7 @@ from ..runtime.whole import write_whole
 if TYPE_CHECKING:
     from ..runtime.notes import Advice
 
+ZIP = b"PK"
 # Of each target, what it is asked for with, and how its name ends.
 SUFFIXES = {
     "frames": ("save_frames", ".npy"),
@@ -167,9 +168,12 @@ def read_latents(path: Path) -> HostArray:
     """Read initial noise from a .npy file. Raises InvalidRequest."""
     try:
         with path.open("rb") as file:
-            array = np.load(file, allow_pickle=False)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            is_zip = file.read(len(ZIP)) == ZIP
+            file.seek(0)
+            # mapped, so that no header can ask for memory; of a zip nothing is read
+            array = np.load(file if is_zip else path, mmap_mode="r", allow_pickle=False)
+    except (OSError, EOFError, ValueError, OverflowError, zipfile.BadZipFile) as error:
         raise InvalidRequest(f"latents {path}: cannot be read ({error}); expected an .npy file of fp32") from error
     if not isinstance(array, np.ndarray):
         raise InvalidRequest(f"latents {path}: holds several arrays, expected one (.npy)")
-    return array
+    return np.array(array)  # which nobody can truncate any more

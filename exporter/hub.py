@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import shutil
+import ssl
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -239,7 +240,7 @@ def explained(repository: str, revision: str | None) -> Iterator[None]:
 def _explain(error: Exception, repository: str, revision: str | None) -> tuple[str, str]:
     """What was wrong, and what to do."""
     causes = list(_causes(error))
-    for find in (_of_access, _of_status, _of_disk, _of_network):
+    for find in (_of_access, _of_status, _of_certificates, _of_disk, _of_network):
         for cause in causes:
             found = find(cause, repository, revision)
             if found is not None:
@@ -285,8 +286,7 @@ def _of_status(error: BaseException, repository: str, revision: str | None) -> t
             return wrong, "run `hf auth login` with a token that may, or correct or unset HF_TOKEN"
         return "it is not for everyone", "run `hf auth login` or set HF_TOKEN"
     if status == 407:
-        variable = (_proxy() or ("HTTPS_PROXY",))[0]
-        return "the proxy wants a name and password", f"put them into {variable} (http://name:password@host:port)"
+        return _of_password()
     if status == 429:
         return "the hub was asked too often", "wait some minutes; with a token (`hf auth login`) more is allowed"
     if status >= 500:
@@ -294,10 +294,29 @@ def _of_status(error: BaseException, repository: str, revision: str | None) -> t
     return f"{_endpoint()} answers {status}", "check the name, and HF_ENDPOINT if it is a mirror"
 
 
-def _of_network(error: BaseException, repository: str, revision: str | None) -> tuple[str, str] | None:
-    kind, told = type(error).__name__, str(error)
+def _of_password() -> tuple[str, str]:
+    variable = (_proxy() or ("HTTPS_PROXY",))[0]
+    return "the proxy wants another name and password, or some", f"correct {variable} (http://name:password@host:port)"
+
+
+def _of_certificates(error: BaseException, repository: str, revision: str | None) -> tuple[str, str] | None:
+    """Before disks: the errors of TLS are OSErrors whose numbers mean something else."""
+    given, told = os.environ.get("SSL_CERT_FILE"), str(error)
+    if given and isinstance(error, FileNotFoundError) and not Path(given).exists():
+        return f"SSL_CERT_FILE names {given}, which is not there", "correct or unset SSL_CERT_FILE"
+    if "NO_CERTIFICATE" in told:
+        return f"SSL_CERT_FILE names {given}, which holds no certificates", "correct or unset SSL_CERT_FILE"
     if "CERTIFICATE" in told.upper():
         return "the certificate of the server is not trusted", "set SSL_CERT_FILE to your proxy's certificates"
+    if isinstance(error, ssl.SSLError):
+        return f"{_endpoint()} does not answer as https:// wants it", "check HF_ENDPOINT and the proxy"
+    return None
+
+
+def _of_network(error: BaseException, repository: str, revision: str | None) -> tuple[str, str] | None:
+    kind = type(error).__name__
+    if kind == "ProxyError" and str(error).startswith("407"):  # to https://, where there is no response
+        return _of_password()
     if kind in ("UnsupportedProtocol", "InvalidURL", "LocalProtocolError"):
         return f"{_endpoint()} is no address", "correct or unset HF_ENDPOINT, expected https://host"
     if kind in NO_CONNECTION.split():

@@ -34,8 +34,19 @@ def check_callbacks(on_step: Any, cancel: Any, on_progress: Any = None, on_frame
     functions = {"on_step": on_step, "on_progress": on_progress, "on_frames": on_frames}
     functions["cancel.is_set"] = getattr(cancel, "is_set", None)
     for name, function in functions.items():
-        if _runs_later(function):
-            raise InvalidRequest(f"{name}: got an async function or a generator, expected a plain function; {_REMEDY}")
+        _check_plain(name, function)
+
+
+def check_function(name: str, function: Any, of: str) -> None:
+    """A plain function of what `of` says. Raises InvalidRequest."""
+    if not callable(function):
+        raise InvalidRequest(f"{name}: got {quoted(function)}, expected a function of {of}")
+    _check_plain(name, function)
+
+
+def _check_plain(name: str, function: Any) -> None:
+    if _runs_later(function):
+        raise InvalidRequest(f"{name}: got an async function or a generator, expected a plain function; {_REMEDY}")
 
 
 def check_result(name: str, result: Any) -> None:

@@ -13,7 +13,7 @@ from ..engines.bundle import open_bundle, verify_files
 from ..engines.errors import Cancelled, InvalidRequest
 from ..engines.progress import OnProgress
 from ..engines.signatures import KeyFile, read_public_keys
-from .callbacks import check_callbacks
+from .callbacks import check_callbacks, check_function
 from .jobs import Job, JobQueue, Observer, OnEvent
 from .lifecycle import check_process
 from .limits import RequestLimits
@@ -143,7 +143,8 @@ class Runtime:
         return not self._closed and self._workers.alive
 
     def observe(self, observer: Observer) -> None:
-        """Call it with every job from now on, at every change of its status; see Job."""
+        """Call it with every job from now on, at every change of its status; see Job. Raises InvalidRequest."""
+        check_function("observer", observer, "a job")
         self._observers.append(observer)
 
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> bool:
@@ -171,17 +172,22 @@ class Runtime:
         self.close(cancel=kind is not None)
 
     def _make(self, job: Job[list[Video]]) -> list[Video]:
-        put: Callable[..., object] | None = job.on_event
         with self.models.lease(job.model) as pipeline:
-            return pipeline.generate(
-                replace(job.request, deadline=None),  # the job has it
-                on_step=None if put is None else lambda done, total, trace: put(Step(done, total, trace)),
-                on_progress=put,
-                on_frames=None if put is None else lambda place, first, frames: put(Frames(place, first, frames)),
-                cancel=job,
-            )
+            return _generate(pipeline, job)
 
     def _check_open(self) -> None:
         check_process(self._pid, "runtime: made")  # its threads are not in a child
         if self._closed:
             raise InvalidRequest("runtime: got a request after close(), expected none; make another")
+
+
+def _generate(pipeline: VideoPipeline, job: Job[list[Video]]) -> list[Video]:
+    """Make a job's videos, and tell its caller what happens meanwhile."""
+    put: Callable[..., object] | None = job.on_event
+    return pipeline.generate(
+        replace(job.request, deadline=None),  # the job has it
+        on_step=None if put is None else lambda done, total, trace: put(Step(done, total, trace)),
+        on_progress=put,
+        on_frames=None if put is None else lambda place, first, frames: put(Frames(place, first, frames)),
+        cancel=job,
+    )

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from ..engines.errors import Cancelled, InvalidRequest, QueueFull
+from .callbacks import check_function, check_result
 from .lifecycle import check_process
 from .request import VideoRequest
 from .stream import Event
@@ -41,6 +42,8 @@ class Job(Generic[T]):
         on_event: OnEvent | None = None,
         estimate: float | None = None,
     ) -> None:
+        if on_event is not None:
+            check_function("on_event", on_event, "an event")
         self.model = model
         self.request = request
         self.priority = priority
@@ -140,12 +143,14 @@ class Job(Generic[T]):
         self._tell()
 
     def watch(self, observer: Observer) -> None:
-        """Call it with the job at every change of its status; what it raises is logged."""
+        """Call it with the job at every change of its status; what it raises is logged. Raises InvalidRequest."""
+        check_function("observer", observer, "a job")
         self._observers.append(observer)
 
     def add_done_callback(self, function: Callable[[Job[T]], object]) -> None:
-        """Call it when the job has ended, or now; in whichever thread ends it."""
-        self._future.add_done_callback(lambda _: function(self))
+        """Call it when the job has ended, or now; in whichever thread ends it. Raises InvalidRequest."""
+        check_function("function", function, "a job")
+        self._future.add_done_callback(lambda _: check_result("function", function(self)))
 
     def __await__(self) -> Generator[Any, None, T]:
         import asyncio
@@ -163,7 +168,7 @@ class Job(Generic[T]):
     def _tell(self) -> None:
         for observer in self._observers:
             try:
-                observer(self)
+                check_result("observer", observer(self))
             except Exception:
                 log.exception("an observer of requests failed")
 

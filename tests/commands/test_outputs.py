@@ -178,3 +178,11 @@ def test_no_result_is_written_into_a_bundle(bundle: Path, tmp_path: Path) -> Non
 def test_stdout_is_no_place_for_a_video() -> None:
     with pytest.raises(InvalidRequest, match="output: got '-'"):
         Targets(output=Path("-")).check()
+
+
+def test_a_header_of_latents_can_ask_for_no_memory(tmp_path: Path) -> None:
+    with (tmp_path / "latents.npy").open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (1, 4_000_000_000, 4000)}
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        read_latents(tmp_path / "latents.npy")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import ssl
 import subprocess
 import sys
 from typing import Any
 
+import httpx
 import pytest
 
 from foresight.engines.errors import CheckpointError, InvalidRequest
 from foresight.exporter.checkpoint import find_checkpoint
-from foresight.exporter.hub import Place, place_from_url
+from foresight.exporter.hub import Place, explained, place_from_url
 from tests.hub import Hub, serve
 from tests.support import tiny_latte
 
@@ -189,6 +193,37 @@ def test_what_is_not_to_be_had_is_told_with_its_own_remedy(results: dict[str, An
     message = results[trial]
     assert isinstance(message, str) and message.startswith("CheckpointError: checkpoint some/"), message
     assert told in message and "\n" not in message
+
+
+def tls(reason: str) -> ssl.SSLError:
+    """As the library has them: their number is that of a missing permission."""
+    return ssl.SSLError(1, f"[SSL: {reason}] of a test (_ssl.c:1006)")
+
+
+@pytest.mark.parametrize(
+    ("cause", "outer", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), None, "is full); free some space, or set HF_HOME"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), RuntimeError("x"), "is full); free some space"),
+        (tls("CERTIFICATE_VERIFY_FAILED"), httpx.ConnectError("x"), "is not trusted); set SSL_CERT_FILE"),
+        (tls("NO_CERTIFICATE_OR_CRL_FOUND"), None, "holds no certificates); correct or unset SSL_CERT_FILE"),
+        (tls("WRONG_VERSION_NUMBER"), httpx.ConnectError("x"), "as https:// wants it); check HF_ENDPOINT"),
+        (FileNotFoundError(2, "No such file"), None, "names /none.pem, which is not there); correct or unset SSL_"),
+        (httpx.ProxyError("407 Proxy Authentication Required"), None, "wants another name and password, or some"),
+        (httpx.ProxyError("403 Forbidden"), None, "cannot be reached"),
+    ],
+    ids=str,
+)
+def test_disks_certificates_and_proxies_are_not_taken_for_each_other(
+    monkeypatch: pytest.MonkeyPatch, cause: Exception, outer: Exception | None, told: str
+) -> None:
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SSL_CERT_FILE", "/none.pem")
+    error = cause if outer is None else outer
+    error.__cause__ = None if outer is None else cause
+    with pytest.raises(CheckpointError, match=re.escape(told)), explained("some/latte", None):
+        raise error
 
 
 # Names and addresses

@@ -251,3 +251,30 @@ def test_two_run_at_a_time_where_that_is_allowed(bundle: Path, pipeline: VideoPi
     assert [video.frames.tobytes() for video in videos] == [
         pipeline("a dog", steps=2, seed=seed).frames.tobytes() for seed in range(2)
     ]
+
+
+async def later(_: object) -> None:
+    """What nobody awaits."""
+
+
+@pytest.mark.parametrize("function", [later, "no function"])
+def test_what_a_runtime_could_only_call_in_vain_is_refused(runtime: Runtime, function: Any) -> None:
+    request = VideoRequest("a dog", steps=2)
+    job = runtime.submit("tiny", request)
+    for give in (
+        runtime.observe,
+        job.watch,
+        job.add_done_callback,
+        lambda function: runtime.submit("tiny", request, on_event=function),
+    ):
+        with pytest.raises(InvalidRequest, match="expected a"):
+            give(function)
+    assert len(job.result(TIMEOUT_S)) == 1
+
+
+def test_an_observer_that_gives_what_nobody_awaits_is_logged(
+    runtime: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime.observe(lambda job: later(job))  # noqa: PLW0108 - an async function itself is refused
+    assert len(runtime.submit("tiny", VideoRequest("a dog", steps=2)).result(TIMEOUT_S)) == 1
+    assert "an observer of requests failed" in caplog.text and "which nobody awaits" in caplog.text
