@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.engine_build import CASES, RTX, Block, Case, real_blocks
+from benchmarks.engine_build import BUILT, CASES, RTX, Block, Case, real_blocks
 from foresight.engines.build import build_apart
 from foresight.engines.compiled import INDEX_SCHEMA, Compiled, CompiledPart, Index
 from foresight.engines.manifest import FileRecord
@@ -31,7 +31,7 @@ def build(block: Block) -> Plan:
 
 @pytest.mark.parametrize("opset", [20, 23])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
+@pytest.mark.parametrize("case", BUILT, ids=lambda case: case.title)
 def test_attention_is_fused(tmp_path: Path, case: Case, dtype: str, opset: int) -> None:
     """Where scores would be the largest tensors by far, the scratch shows it: there is no room for them.
 
