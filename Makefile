@@ -24,7 +24,7 @@ GPU_EXTRAS := cuda,tensorrt
 GPU_READY := $(VENV)/ready-$(GPU_EXTRAS)
 GPU_INDEX := https://pypi.nvidia.com
 DEMO := out/demo
-MODELS := latte cogvideox-2b open-sora
+MODELS := latte cogvideox-2b open-sora wan-1.3b
 MINUTES := 10
 ADDRESS :=
 

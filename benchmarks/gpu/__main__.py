@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu to try the script")
     parser.add_argument("--model", choices=PUBLISHED, default=next(iter(PUBLISHED)))
     parser.add_argument("--small", action="store_true", help="a tiny model of that kind, to try the script")
-    parser.add_argument("--dtype", choices=DTYPES, help="[default: fp16, on a CPU fp32]")
+    parser.add_argument("--dtype", choices=DTYPES, help="[default: what the model is run in, on a CPU fp32]")
     parser.add_argument("--opset", type=int, default=23, help="from 23 on, attention is one operator")
     parser.add_argument("--rounds", type=int, default=9, help="steps of every candidate")
     parser.add_argument("--request-rounds", type=int, default=3, help="requests with every policy")
@@ -63,7 +63,7 @@ def setup_of(options: argparse.Namespace) -> Setup:
     """Where things lie: a folder for each model, dtype and opset, or for a bundle that is given."""
     if options.bundle is None:
         model, opset, size = options.model, options.opset, video_size(options.model, options.small)
-        dtype = options.dtype or ("fp32" if options.device == "cpu" else "fp16")
+        dtype = options.dtype or ("fp32" if options.device == "cpu" else PUBLISHED[options.model].dtype)
         folder = options.work / (f"{model}-small" if options.small else model)
         made = folder / f"{dtype}-opset-{opset}"
         checkpoint, bundle = options.checkpoint or folder / "checkpoint", made / "bundle"
