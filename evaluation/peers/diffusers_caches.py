@@ -116,7 +116,7 @@ def sea_cache(loaded: Loaded, settings: Settings) -> Iterator[None]:
     """Needs to be told the latents, step and noise level of every call, which no pipeline here does."""
     import diffusers
 
-    transformer, scheduler = loaded.pipeline.transformer, loaded.pipeline.pipeline.scheduler
+    transformer, calls = loaded.pipeline.transformer, Calls(loaded.pipeline.pipeline.scheduler)
     channels_first = loaded.others[0].latents.shape[0] == transformer.config.in_channels
 
     def latents(module: Any, arguments: Any, named: dict[str, Any]) -> list[Any]:
@@ -124,17 +124,38 @@ def sea_cache(loaded: Loaded, settings: Settings) -> Iterator[None]:
         return list((rows if channels_first else rows.transpose(1, 2)).unbind(0))
 
     def context(named: dict[str, Any]) -> Any:
-        timestep = named["timestep"].flatten()[0]
-        step = int((scheduler.timesteps == timestep).nonzero()[0])
-        signal = float(scheduler.alphas_cumprod[int(timestep)]) ** 0.5
-        noise = (1 - signal**2) ** 0.5
+        name, step = calls.next(named["timestep"].flatten()[0])
         return transformer.cache_context(
-            "cond_uncond", step_index=step, num_inference_steps=loaded.steps, sigma=noise / (signal + noise)
+            name, step_index=step, num_inference_steps=loaded.steps, sigma=calls.noise(step)
         )
 
     config = diffusers.SeaCacheConfig(**settings, retention_steps=warm_up(loaded), raw_vision_callback=latents)
     with around_calls(transformer, context), enabled(loaded, config):
         yield
+
+
+class Calls:
+    """Which call of the transformer comes next: pipelines make one a step for both halves of guidance, or one each."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._last: tuple[int, int] = -1, 0  # step, and how many calls it had
+
+    def next(self, timestep: Any) -> tuple[str, int]:
+        """The name of what the call's state belongs to, and its step."""
+        step = int((self._scheduler.timesteps == timestep).nonzero()[0])
+        before, count = self._last
+        self._last = step, count + 1 if step == before else 1
+        return f"call {self._last[1]}", step
+
+    def noise(self, step: int) -> float:
+        """The share of noise in a step's latents, from 0 to 1."""
+        scheduler = self._scheduler
+        if getattr(scheduler.config, "use_flow_sigmas", False):
+            return float(scheduler.sigmas[step])
+        signal = float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])]) ** 0.5
+        noise = (1 - signal**2) ** 0.5
+        return float(noise / (signal + noise))
 
 
 @contextmanager

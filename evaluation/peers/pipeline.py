@@ -15,7 +15,8 @@ from ...engines.manifest import Manifest
 from ..bench import Aborted, Made, Task
 from ..own import Stopwatch
 
-FEED_FORWARD = ".ff"  # the end of the name of a module that runs once whenever a block does, on all that the block has
+# the ends of the names of modules that run once whenever a block does, on all that the block has
+FEED_FORWARD = (".ff", ".ffn")
 INDEX = "model_index.json"  # of a folder that diffusers can load, whose pipeline it names
 MOST_KEPT = 2  # requests' text embeddings
 
