@@ -355,7 +355,7 @@ RESULTS = "benchmarks/results"
 _FORECAST = tuple(f"{RESULTS}/forecast_quality_{model}.json" for model in TITLES)
 _TUNED = tuple(f"{RESULTS}/tuned_{model}.json" for model in TITLES)
 _RULES = tuple(f"{RESULTS}/rules_{model}.json" for model in TITLES)
-BENCHED = ("cogvideox", "latte")
+BENCHED = ("cogvideox", "latte", "wan")
 _BENCH = {model: f"{RESULTS}/bench_{model}.json" for model in BENCHED}
 _REUSE = {model: f"{RESULTS}/reuse_quality_{model}.json" for model in TITLES}
 # page -> section -> how to draw it, and from what

@@ -160,6 +160,7 @@ REGISTRY = {
         family="wan",
         checkpoint=str(REPOSITORY / "demo" / "wan"),
         defaults=DEMO,
+        tuned=TUNED / "tuned_wan.json",
     ),
 }
 
