@@ -61,6 +61,10 @@ def edit_index(compiled: Compiled, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+# attention of one head over a frame at a time, for which the library has no kernel, at 384 channels neither
+TAKEN_APART = {"wan-demo": {"vae_decoder", "vae_decoder_next"}}
+
+
 @pytest.mark.rtx
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("model", [name for name, row in REGISTRY.items() if row.comes_with_a_clone])
@@ -70,7 +74,7 @@ def test_every_graph_of_the_demos_builds_with_attention_fused(model: str, dtype:
     assert set(compiled.index.parts) == {part.name for part in bundle.manifest.parts}
     for name, part in compiled.index.parts.items():
         assert len(compiled.read_plan(name)) == part.record.bytes > 1000
-    assert compiled.taken_apart == []
+    assert set(compiled.taken_apart) == TAKEN_APART.get(model, set())
     blocks = {block.name for block in bundle.manifest.blocks}
     assert blocks <= {name for name, part in compiled.index.parts.items() if part.fused_attention}
     verify_files(bundle)  # engines leave the bundle what it was
