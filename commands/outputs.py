@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import tempfile
 import zipfile
 from dataclasses import dataclass, fields, replace
@@ -138,11 +139,12 @@ def read_lines(path: Path, what: str) -> list[tuple[int, str]]:
     """The lines of a UTF-8 file of prompts that are not blank, with their numbers from 1. Raises InvalidRequest.
 
     Lines end at line feeds, with or without a carriage return: whatever else Unicode calls a line break is part of a
-    prompt. A byte order mark, which some systems put first, is not. `what` is on each, for messages.
+    prompt. A byte order mark, which some systems put first, is not; files that were put together have some before later
+    lines. `what` is on each, for messages.
     """
     try:
         raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
+        text = re.sub("^\ufeff+", "", raw.decode("utf-8"), flags=re.MULTILINE)
     except UnicodeDecodeError as error:
         found = "UTF-16 text" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else one_line(error)
         raise InvalidRequest(f"prompts {path}: got {found}, expected UTF-8; save it as UTF-8") from error

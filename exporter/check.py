@@ -41,6 +41,7 @@ def check_part(plan: PartPlan, graph: Path, tolerance: float) -> float:
         outputs = {spec.name: np.empty(spec.resolve(sizes), numpy_dtype(spec.dtype)) for spec in part.outputs}
         engine.run({name: _without_bf16(tensor).contiguous().numpy() for name, tensor in inputs.items()} | outputs)
         for spec, reference in zip(part.outputs, expected, strict=True):
+            _check_finite(part, spec, reference)
             difference = float(np.abs(outputs[spec.name].astype(np.float32) - reference).max())
             allowed = 1.0 if spec.dtype == "uint8" else tolerance * max(1.0, float(np.abs(reference).max()))
             if not difference <= allowed:
@@ -50,6 +51,15 @@ def check_part(plan: PartPlan, graph: Path, tolerance: float) -> float:
                 )
             worst = max(worst, difference)
     return worst
+
+
+def _check_finite(part: Part, spec: TensorSpec, reference: HostArray) -> None:
+    """Refuse a model that overflows by itself, which no graph could be compared with. Raises ExportError."""
+    if not np.isfinite(reference).all():
+        raise ExportError(
+            f"{part.name}: {spec.name} is not finite in the model's own code either, expected numbers for random "
+            "inputs; export with dtype bf16 or fp32, or give another checkpoint"
+        )
 
 
 def _expected(plan: PartPlan, sizes: Mapping[str, int], seed: int) -> tuple[dict[str, Tensor], list[HostArray]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from ..engines.manifest import (
 from ..engines.progress import OnPart, OnProgress, silent
 from .check import TOLERANCES, check_part
 from .checkpoint import Checkpoint, find_checkpoint
-from .coverage import check_coverage
+from .coverage import check_coverage, has_any_weights
 from .graph import Graph, graph_from_module, write_graph
 from .lora import Lora, LoraFile
 from .models import split_checkpoint
@@ -53,7 +54,7 @@ from .models.base import PartPlan, Split, StagePlan, assign_parameters
 from .partial import KEY, PartialBundle
 from .plan import ExportPlan, plan_export
 from .registry import find_model
-from .sampler import sampler_from_table, write_table
+from .sampler import check_scheduler, sampler_from_table, write_table
 
 OPSET = 23
 SAMPLER = "sampler.npz"
@@ -106,7 +107,15 @@ class Export:
     def plan(self) -> ExportPlan:
         """What `run` would do; writes nothing. Raises CheckpointError, OutputError where that could not be done."""
         _check_free(self.output)
-        return plan_export(self.model, self.request, self.opset, self.checkpoint, self.split, self.output)
+        check_scheduler(self.split.scheduler(), self.row.defaults.steps)
+        plan = plan_export(self.model, self.request, self.opset, self.checkpoint, self.split, self.output)
+        if self.checkpoint.is_local and has_any_weights(self.checkpoint):
+            _ = self._tokenizer
+        return plan
+
+    @cached_property
+    def _tokenizer(self) -> str:
+        return self.split.tokenizer()
 
     def fetch(self) -> None:
         """Check the checkpoint by its headers, then download all that is read of it; a folder is there already.
@@ -188,7 +197,7 @@ class Export:
         """Tokenizer and sampler: done first, as they take a second and may be refused."""
         names = (self.split.text.tokenizer, SAMPLER)
         if not bundle.has(*names):
-            write_atomically(bundle.folder / self.split.text.tokenizer, self.split.tokenizer().encode())
+            write_atomically(bundle.folder / self.split.text.tokenizer, self._tokenizer.encode())
             write_table(self.split.scheduler(), bundle.folder / SAMPLER)
             bundle.record(names)
 

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..engines.errors import CheckpointError, InvalidRequest, one_line
+from ..engines.errors import CheckpointError, InvalidRequest, one_line, quoted
 from ..engines.files import file_record
 from ..engines.manifest import LoraRecord
 from .weights import LocalFiles, Stored, quantised, read_json, some
@@ -132,6 +132,7 @@ class LoraFile:
             if target in found:
                 raise CheckpointError(f"{self.label} updates {target[1]} twice, expected once; {REMEDY}")
             found[target] = self._update(module, halves, wanted[target[0]][target[1]])
+            self._alpha(found[target])
         if unknown:
             raise CheckpointError(
                 f"{self.label} {len(unknown)} of its {len(self._halves)} modules are none of this checkpoint's "
@@ -147,7 +148,7 @@ class LoraFile:
         try:
             with safe_open(self._path, framework="pt") as file:
                 down, up = (file.get_tensor(half).float().flatten(1) for half in (update.down, update.up))
-                alpha = float(file.get_tensor(update.alpha)) if update.alpha else self._alpha(update)
+                alpha = float(file.get_tensor(update.alpha).reshape(())) if update.alpha else self._alpha(update)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.label} cannot be read ({one_line(error)}); {REMEDY}") from error
         change: Tensor = (self.scale * alpha / self._divisor(update)) * (up @ down)
@@ -172,6 +173,9 @@ class LoraFile:
                 f"{self.label} {module} has A of shape {down.shape} and B of {up.shape}, which do not make {shape}, "
                 "the weight's; it was made for another model, give one for this"
             )
+        if halves.alpha is not None and math.prod(self._stored[halves.alpha].shape) != 1:
+            shape = self._stored[halves.alpha].shape
+            raise CheckpointError(f"{self.label} {halves.alpha} has shape {shape}, expected one number; {REMEDY}")
         return _Update(halves.names[True], halves.names[False], halves.alpha, rank, module)
 
     def _read_halves(self) -> dict[str, _Halves]:
@@ -221,13 +225,18 @@ class LoraFile:
         return self._settings.get(f"{prefix}{name}")
 
     def _alpha(self, update: _Update) -> float:
-        """Of a module; without any, its rank, so that nothing is scaled."""
-        patterns = self._setting(update, "alpha_pattern") or {}
-        for pattern, alpha in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", update.module):
-                return float(alpha)
-        alpha = self._setting(update, "lora_alpha")
-        return float(update.rank if alpha is None else alpha)
+        """Of a module; without any, its rank, so that nothing is scaled. Raises CheckpointError."""
+        patterns, alpha = self._setting(update, "alpha_pattern") or {}, self._setting(update, "lora_alpha")
+        try:
+            for pattern, own in patterns.items():
+                if re.match(rf"(.*\.)?({pattern})$", update.module):
+                    return float(own)
+            return float(update.rank if alpha is None else alpha)
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise CheckpointError(
+                f"{self.label} has lora_alpha {quoted(alpha)} and alpha_pattern {quoted(patterns)}, expected a number "
+                f"and a table of patterns and numbers ({one_line(error)}); download it again"
+            ) from error
 
     def _divisor(self, update: _Update) -> float:
         scaled = update.alpha is None and self._setting(update, "use_rslora")

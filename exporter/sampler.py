@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,15 @@ def scheduler_from_checkpoint(checkpoint: Checkpoint, **settings: Any) -> Any:
         )
     with _told(name, "cannot be made of scheduler_config.json"):
         return scheduler.from_config(config, **settings)
+
+
+def check_scheduler(scheduler: Any, steps: int) -> None:
+    """Refuse a scheduler of which no table can be made, by one for that number of steps, if it takes that many.
+
+    Raises CheckpointError.
+    """
+    with suppress(_Refused):
+        steps_from_scheduler(scheduler, steps)
 
 
 def write_table(scheduler: Any, path: Path, max_steps: int = MAX_STEPS) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -12,6 +13,8 @@ from ..engines.errors import EngineError
 from ..engines.manifest import Part
 
 FLOATS = ("fp32", "fp16", "bf16")
+# A norm sums squares in fp32. Of larger values they overflow, and what is divided by that is zeros, and so finite.
+LARGEST = 1e16
 
 Check = Callable[[Part, Arrays, Mapping[str, Array]], None]
 
@@ -42,11 +45,20 @@ def check_finite(part: Part, arrays: Arrays, tensors: Mapping[str, Array]) -> No
         if spec.dtype not in FLOATS or spec.name.startswith("new_"):
             continue
         values = tensors[spec.name].astype(np.float32) if spec.dtype == "bf16" else tensors[spec.name]
-        if not bool(arrays.xp.isfinite(values).all()):
+        wrong = wrong_values(values)
+        if wrong is not None:
             raise EngineError(
-                f"{part.name}: got values that are not finite in {spec.name}, expected finite ones; lower the "
+                f"{part.name}: got {wrong} in {spec.name}, expected finite ones up to {LARGEST:g}; lower the "
                 "guidance, or export with dtype bf16 or fp32"
             )
+
+
+def wrong_values(values: Array) -> str | None:
+    """What is wrong with values that no model can compute with, in a few words; None where nothing is."""
+    most = max(float(values.max()), -float(values.min()))  # NaN where there is one
+    if not math.isfinite(most):
+        return "values that are not finite"
+    return f"values as large as {most:.2g}" if most > LARGEST else None
 
 
 def pass_all(part: Part, arrays: Arrays, tensors: Mapping[str, Array]) -> None:

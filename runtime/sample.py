@@ -15,6 +15,7 @@ from .denoise import DenoiseState, Outputs, Pass, Transformer, denoise
 from .latents import initial_latents
 from .lifecycle import Calls
 from .loaded import Batch, Loaded
+from .parts import wrong_values
 from .sampler import Noise
 from .trace import Trace
 
@@ -51,7 +52,7 @@ class Sampling:
         """Final latents (prompts, *latent shape) fp32. Raises EngineError where they are not finite."""
         final = self._sampler.latents
         if self._loaded.only_finite:
-            _check_finite(self._loaded, final, self._batch.trace)
+            _check_finite(final, self._batch.trace)
         return final
 
     def _state(self, expert: int, condition: dict[str, Array]) -> DenoiseState:
@@ -109,13 +110,14 @@ def _rows_of(loaded: Loaded, condition: dict[str, Array], own: slice, rows: int)
     return {name: array[own].copy() if name in by_row else array for name, array in condition.items()}
 
 
-def _check_finite(loaded: Loaded, latents: Array, trace: Trace) -> None:
-    """Refuse latents that no video can be made of. Raises EngineError."""
-    if bool(loaded.backend.arrays.xp.isfinite(latents).all()):
+def _check_finite(latents: Array, trace: Trace) -> None:
+    """Refuse latents that no video can be made of, or that came of changes that are not finite. Raises EngineError."""
+    wrong = wrong_values(latents)
+    if wrong is None and trace.has_finite_changes:
         return
     first = trace.first_not_finite()
     seen = "" if first is None else f", first seen in {first}"
     raise EngineError(
-        f"latents: got values that are not finite after {len(trace.steps)} steps{seen}; lower the guidance, "
-        "or export with dtype bf16 or fp32"
+        f"latents: got {wrong or 'changes of blocks that are not finite'} after {len(trace.steps)} steps{seen}; lower "
+        "the guidance, or export with dtype bf16 or fp32"
     )

@@ -110,6 +110,12 @@ class Trace:
         """Add how far from its forecast a recorded step was, of the batch's worst prompt."""
         self.steps[step] = replace(self.steps[step], error=error)
 
+    @property
+    def has_finite_changes(self) -> bool:
+        """Whether all measured changes of blocks are finite numbers."""
+        changes = (distance for record in self.steps for distance in record.distances if distance is not None)
+        return all(map(math.isfinite, changes))
+
     def first_not_finite(self) -> str | None:
         """Where a measured change first was no finite number: the step, and the block if its change was measured."""
         for step, record in enumerate(self.steps, 1):

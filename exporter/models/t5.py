@@ -6,12 +6,13 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5EncoderModel, UMT5EncoderModel
+from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5EncoderModel
 from transformers.activations import NewGELUActivation
 
 from ...engines.errors import CheckpointError
 from ...engines.manifest import Dtype, TensorSpec
 from ..checkpoint import Checkpoint
+from ..weights import some
 from .base import Input, PartPlan, draw_mask, float_spec
 from .parts import sole_part, without_values
 
@@ -92,9 +93,22 @@ def tokenizer_json(checkpoint: Checkpoint) -> str:
     """The checkpoint's tokenizer in the one format that `tokenizers` reads. Raises CheckpointError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.component_folder("tokenizer"), local_files_only=True)
-        return tokenizer.backend_tokenizer.to_str()  # type: ignore[no-any-return]
+        text, ids = tokenizer.backend_tokenizer.to_str(), tokenizer.get_vocab()
     except Exception as error:  # the libraries raise bare Exception, among much else
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"checkpoint {checkpoint.name}: its tokenizer cannot be read ({reason}); download it again"
         ) from error
+    _check_ids(checkpoint, ids)
+    return str(text)
+
+
+def _check_ids(checkpoint: Checkpoint, ids: dict[str, int]) -> None:
+    """Refuse tokens that the encoder has no embedding of, for which some libraries would read beyond its table."""
+    size = int(checkpoint.config("text_encoder").get("vocab_size", T5Config().vocab_size))
+    beyond = sorted((token for token, index in ids.items() if index >= size), key=lambda token: ids[token])
+    if beyond:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name}: tokenizer makes {len(beyond)} tokens beyond the {size} of text_encoder "
+            f"({some(beyond)}); its components do not belong together, download them again"
+        )

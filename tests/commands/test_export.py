@@ -53,6 +53,22 @@ def test_export_refuses_a_backend_that_compiles_nothing_before_it_begins(foresig
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "match"),
+    [
+        ("scheduler/scheduler_config.json", '{"clip_sample": true}', "scheduler DDIMScheduler: "),
+        ("tokenizer/tokenizer.json", "{}", "its tokenizer cannot be read"),
+    ],
+)
+def test_a_dry_run_refuses_a_scheduler_or_tokenizer_that_an_export_would(
+    foresight_cli: Cli, checkpoint: Path, tmp_path: Path, file: str, content: str, match: str
+) -> None:
+    copied = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    (copied / file).write_text(content)
+    refused = foresight_cli("export", "--model", "latte", "--checkpoint", copied, "--output", "x", "--dry-run")
+    assert refused.code == 1 and match in refused.err
+
+
 def test_a_dry_run_tells_the_plan_and_writes_nothing(foresight_cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     plan = document(foresight_cli("export", "--model", "latte", "--checkpoint", checkpoint, "--dry-run", "--json"))
     assert (plan["blocks"], plan["kinds"], plan["dtype"], plan["opset"]) == (4, 3, "fp32", 23)

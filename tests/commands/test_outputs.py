@@ -141,6 +141,7 @@ def test_objects_are_no_latents(tmp_path: Path) -> None:
     [
         (b"\xef\xbb\xbfa red circle\r\na blue square\r\n", ["a red circle", "a blue square"]),
         ("one\u2028still one\ntwo\x0bstill\x0ctwo\nthree\x85still\x1cthree".encode(), 3),
+        ("\ufeffone\n\ufeff\ufefftwo\r\n\ufeff\nth\ufeffree".encode(), ["one", "two", "th\ufeffree"]),
         (b"one\rstill one\n\n \t\n  two  ", ["one\rstill one", "two"]),
         ("\u2028inside\u2029\n".encode(), ["\u2028inside\u2029"]),
     ],

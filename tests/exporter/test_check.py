@@ -57,6 +57,16 @@ def test_swapped_weights_would_be_far_off(
         check_part(loaded(block, other), bundle / part.graph, TOLERANCES["fp32"])
 
 
+def test_a_model_that_overflows_by_itself_is_told_from_a_wrong_graph(
+    bundle: Path, loaded: Callable[[int, int], PartPlan]
+) -> None:
+    plan, part = loaded(0, 0), open_bundle(bundle).manifest.blocks[0]
+    values = {name: value * 1e30 for name, value in plan.module.named_parameters()}
+    assign_parameters(plan.module, values.__getitem__)
+    with pytest.raises(ExportError, match=r"block\.000: .* is not finite in the model's own code either"):
+        check_part(plan, bundle / part.graph, TOLERANCES["fp32"])
+
+
 def test_weights_in_bf16_are_computed_with_in_single_precision() -> None:
     narrow = TextEncoder(T5EncoderModel(T5Config(**TINY_T5)).eval().bfloat16())
     wide = copy.deepcopy(narrow).float()

@@ -300,6 +300,10 @@ BAD: dict[str, tuple[Callable[[Tensor, Tensor], Tensors], str]] = {
         lambda a, b: {f"vae.encoder.conv_in.lora_{h}.weight": t for h, t in (("A", a), ("B", b))},
         r"1 of its 1 modules are none of this checkpoint's",
     ),
+    "several alphas": (
+        lambda a, b: SPELLINGS["diffusers"](a, b) | {f"transformer.{QUERY}.alpha": torch.ones(2)},
+        r"to_q\.alpha has shape \(2,\), expected one number",
+    ),
     "a whole model": (lambda a, b: {f"transformer.{QUERY}.weight": b}, r"expected lora_A and lora_B"),
 }
 
@@ -316,6 +320,17 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"use_dora": True}, r"has use_dora, expected a plain LoRA"),
     "turned around": ({"fan_in_fan_out": True}, r"has fan_in_fan_out"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, r"was begun with pissa_niter_4"),
+}
+
+
+SETTINGS |= {
+    name: (settings, r"adapter_model\.safetensors: has lora_alpha .*expected a number and a table of patterns")
+    for name, settings in {
+        "alpha that is no number": {"lora_alpha": "high"},
+        "patterns in a list": {"alpha_pattern": ["to_q"]},
+        "a pattern that is none": {"alpha_pattern": {"(": 4}},
+        "a pattern of no number": {"alpha_pattern": {"to_q": None}},
+    }.items()
 }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
+from foresight.engines.errors import CheckpointError
 from foresight.exporter.checkpoint import Checkpoint
 from foresight.exporter.models import split_checkpoint
 from foresight.exporter.models.base import ExportRequest
@@ -44,6 +46,14 @@ def sentencepiece_only(checkpoint: Path, tmp_path: Path) -> Path:
     settings = '{"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "pad_token": "<pad>", "eos_token": "</s>"}'
     (copied / "tokenizer" / "tokenizer_config.json").write_text(settings)
     return copied
+
+
+def test_tokens_that_the_encoder_has_no_embedding_of_are_refused(sentencepiece_only: Path) -> None:
+    path = sentencepiece_only / "text_encoder/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 30}))
+    split = split_checkpoint("latte", Checkpoint("published", sentencepiece_only), ExportRequest())
+    with pytest.raises(CheckpointError, match=r"tokenizer makes 2 tokens beyond the 30 of text_encoder"):
+        split.tokenizer()
 
 
 def test_its_tokens_are_those_of_sentencepiece(sentencepiece_only: Path, tmp_path: Path) -> None:

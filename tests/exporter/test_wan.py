@@ -219,6 +219,11 @@ EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no boundary": ("model_index.json", {"boundary_ratio": None}, r"boundary_ratio is None beside a transformer_2"),
     "beyond all": ("model_index.json", {"boundary_ratio": 1.5}, r"boundary_ratio is 1\.5 beside a transformer_2"),
     "no second": ("model_index.json", {"transformer_2": [None, None]}, r"is 0\.5 without a transformer_2"),
+    "another kind": (
+        "model_index.json",
+        {"transformer_2": ["diffusers", "WanVACETransformer3DModel"]},
+        r"is a WanVACE",
+    ),
     "another one": ("transformer_2/config.json", {"ffn_dim": 52}, r"transformer and transformer_2 differ in ffn_dim"),
 }
 
@@ -250,6 +255,21 @@ def test_a_second_transformer_that_lacks_a_weight_is_refused(tmp_path: Path) -> 
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"checkpoint wan: transformer_2: .*blocks\.0\.attn1\.to_q\.weight"):
         check_coverage(split(folder), Checkpoint("wan", folder))
+
+
+@pytest.mark.parametrize("component", ["transformer", "transformer_2"])
+def test_one_quantised_expert_is_refused_as_that(component: str, tmp_path: Path) -> None:
+    folder = wan.write_random(tmp_path / "wan", layers=1, boundary=0.5)
+    configure(folder, f"{component}/config.json", quantization_config={"quant_method": "torchao"})
+    with pytest.raises(CheckpointError, match=rf"checkpoint wan: {component} is quantised"):
+        check_coverage(split(folder), Checkpoint("wan", folder))
+
+
+@pytest.mark.parametrize(("setting", "value"), [("latents_mean", [0.0] * 16), ("latents_std", None)])
+def test_a_vae_whose_statistics_are_of_other_latents_is_refused(setting: str, value: Any, tmp_path: Path) -> None:
+    folder = wan.write_random(tmp_path / "wan", layers=1)
+    with pytest.raises(CheckpointError, match=rf"vae {setting} has (16|0) numbers, expected 4"):
+        split(configure(folder, "vae/config.json", **{setting: value}))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,18 @@ from tests.support import load_pipeline, watched_pipeline
 
 def test_values_that_only_the_decoder_cannot_hold_are_an_error_not_a_black_video(open_sora_bundle: Path) -> None:
     pipeline = load_pipeline(open_sora_bundle)
-    with pytest.raises(EngineError, match=r"vae.*: got values that are not finite in .*; lower the guidance"):
+    with pytest.raises(EngineError, match=r"(vae.*|latents): got values .*; lower the guidance"):
         pipeline("a red circle", steps=1, guidance=1e38, policy=NoReuse())
+
+
+@pytest.mark.parametrize("guidance", [1e30, 1e38])
+@pytest.mark.parametrize("family", ["latte", "cogvideox", "open_sora", "wan"])
+def test_values_whose_squares_overflow_are_an_error_even_if_norms_make_them_finite_again(
+    example_bundles: Callable[[str], Path], family: str, guidance: float
+) -> None:
+    pipeline = load_pipeline(example_bundles(family))
+    with pytest.raises(EngineError, match="lower the guidance"):
+        pipeline("a red circle", steps=4, guidance=guidance, policy=NoReuse())
 
 
 BORDERS = {

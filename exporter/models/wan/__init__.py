@@ -69,6 +69,8 @@ def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
         "text_encoder": "UMT5EncoderModel",
         "vae": "AutoencoderKLWan",
     }
+    if checkpoint.has(SECOND):
+        components[SECOND] = components["transformer"]
     checkpoint.require_pipeline("WanPipeline", components)
     boundary = _boundary(checkpoint)
     request.refuse_presets("Wan")

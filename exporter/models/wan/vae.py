@@ -229,6 +229,13 @@ def count_latent_frames(frames: int, ratio: int) -> int:
 def check_vae(checkpoint: Checkpoint, vae: AutoencoderKLWan) -> None:
     """Refuse configurations that contradict themselves. Raises CheckpointError."""
     config, patch = vae.config, vae.config.patch_size or 1
+    for name in ("latents_mean", "latents_std"):
+        count = len(config[name] or ())
+        if count != config.z_dim:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.name}: vae {name} has {count} numbers, expected {config.z_dim}, one of each "
+                "channel of its latents; correct its config.json"
+            )
     for name, expected in (
         ("scale_factor_spatial", 2 ** (len(config.dim_mult) - 1) * patch),
         ("scale_factor_temporal", 2 ** sum(config.temperal_downsample)),
