@@ -228,10 +228,7 @@ class LoraFile:
         """Of a module; without any, its rank, so that nothing is scaled. Raises CheckpointError."""
         patterns, alpha = self._setting(update, "alpha_pattern") or {}, self._setting(update, "lora_alpha")
         try:
-            for pattern, own in patterns.items():
-                if re.match(rf"(.*\.)?({pattern})$", update.module):
-                    return float(own)
-            return float(update.rank if alpha is None else alpha)
+            return float(_matching(patterns, update.module, update.rank if alpha is None else alpha))
         except (AttributeError, TypeError, ValueError, re.error) as error:
             raise CheckpointError(
                 f"{self.label} has lora_alpha {quoted(alpha)} and alpha_pattern {quoted(patterns)}, expected a number "
@@ -250,6 +247,12 @@ def merged(tensor: Tensor, loras: Sequence[LoraFile], component: str, name: str)
         if change is not None:
             tensor = tensor.float() + change.reshape(tensor.shape)
     return tensor
+
+
+def _matching(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
+    """What a table of patterns has for a module."""
+    found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(found, otherwise)
 
 
 def _prefixes(module: str) -> Iterator[str]:

@@ -316,21 +316,15 @@ def test_what_would_not_be_merged_whole_is_refused(
     refuse(tiny, save(tmp_path / "bad.safetensors", make(*pair)), match)
 
 
+NUMBERS = "expected a number and a table of patterns and numbers"
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"use_dora": True}, r"has use_dora, expected a plain LoRA"),
     "turned around": ({"fan_in_fan_out": True}, r"has fan_in_fan_out"),
+    "alpha that is no number": ({"lora_alpha": "high"}, rf"has lora_alpha 'high' and .*{NUMBERS}"),
+    "patterns in a list": ({"alpha_pattern": ["to_q"]}, rf"alpha_pattern \['to_q'\], {NUMBERS}"),
+    "a pattern that is none": ({"alpha_pattern": {"(": 4}}, NUMBERS),
+    "a pattern of no number": ({"alpha_pattern": {"to_q": None}}, NUMBERS),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, r"was begun with pissa_niter_4"),
-}
-
-
-SETTINGS |= {
-    name: (settings, r"adapter_model\.safetensors: has lora_alpha .*expected a number and a table of patterns")
-    for name, settings in {
-        "alpha that is no number": {"lora_alpha": "high"},
-        "patterns in a list": {"alpha_pattern": ["to_q"]},
-        "a pattern that is none": {"alpha_pattern": {"(": 4}},
-        "a pattern of no number": {"alpha_pattern": {"to_q": None}},
-    }.items()
 }
 
 
