@@ -206,10 +206,11 @@ class HeldOut(_Record, frozen=True, kw_only=True):
 Setting = str | bool | int | float | tuple[int, ...] | None
 
 
-class PolicyProfile(_Record, frozen=True, kw_only=True):
+class PolicyProfile(_Record, frozen=True, kw_only=True, omit_defaults=True):
     """A policy under a name, for one number of steps; `settings` are the fields of the policy.
 
-    `goal` says in words what it was chosen for, `guidance` what it was measured with.
+    `goal` says in words what it was chosen for, `guidance` what it was measured with, `later_guidances` with which of
+    the transformers that take over.
     """
 
     name: str
@@ -219,6 +220,7 @@ class PolicyProfile(_Record, frozen=True, kw_only=True):
     goal: str
     guidance: float
     held_out: HeldOut
+    later_guidances: tuple[float, ...] = ()
 
 
 class FileRecord(_Record, frozen=True, kw_only=True):

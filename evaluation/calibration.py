@@ -35,37 +35,48 @@ def calibration_of(
         on_progress(Progress("recording", done, len(pairs), "videos"))
         recorded = replace(request, prompt=pair.prompt, seed=pair.seed, policy=recorder)
         pipeline.generate(recorded, cancel=cancel)
-        products.append(recorder.decider.products())
-    return Calibration(recorder.decider.context.schedule, np.stack(products))
+        outputs, turns = recorder.taken()
+        products.append(outputs @ outputs.T / outputs.shape[1])
+    _, *later = turns
+    return Calibration(turns[0].schedule, np.stack(products), tuple(context.before for context in later))
 
 
 class Recorder(NoReuse):
-    """Reuses nothing, and keeps the outputs of the last request that it began."""
+    """Reuses nothing, and keeps the outputs of one request until they are taken."""
 
     name: ClassVar[str] = "recorder"
 
     def __init__(self, to_host: Callable[[Array], HostArray]) -> None:
         object.__setattr__(self, "_to_host", to_host)  # settings of policies are frozen
+        object.__setattr__(self, "_turns", [])
+        object.__setattr__(self, "_outputs", [])
 
     def begin(self, context: Context) -> Decider:
         """See Policy.begin."""
-        object.__setattr__(self, "decider", _Recording(context, vars(self)["_to_host"]))
-        return self.decider
+        return _Recording(context, self)
 
-    decider: _Recording
+    def keep(self, context: Context, step: int, output: Array) -> None:
+        """The output of a step of a turn; only turns with steps have any."""
+        if step == 0:
+            self._turns.append(context)
+        self._outputs.append(np.array(self._to_host(output)).reshape(-1))
+
+    def taken(self) -> tuple[HostArray, list[Context]]:
+        """The outputs of all steps, (steps, numbers) fp64, and of each turn that had some its context."""
+        taken = np.stack(self._outputs).astype(np.float64), list(self._turns)
+        self._outputs.clear()
+        self._turns.clear()
+        return taken
+
+    _to_host: Callable[[Array], HostArray]
+    _turns: list[Context]
+    _outputs: list[HostArray]
 
 
 class _Recording(Decider):
-    def __init__(self, context: Context, to_host: Callable[[Array], HostArray]) -> None:
+    def __init__(self, context: Context, recorder: Recorder) -> None:
         super().__init__(context)
-        self._to_host = to_host
-        self._outputs: list[HostArray] = []
+        self._recorder = recorder
 
     def see(self, step: int, output: Array) -> None:
-        self._outputs.append(np.array(self._to_host(output)).reshape(-1))
-
-    def products(self) -> HostArray:
-        """Inner products of all outputs, divided by their size, (steps, steps) fp64."""
-        outputs = np.stack(self._outputs).astype(np.float64)
-        self._outputs.clear()
-        return np.asarray(outputs @ outputs.T / outputs.shape[1])
+        self._recorder.keep(self.context, step, output)

@@ -143,16 +143,30 @@ def settings_of(pipeline: VideoPipeline, request: VideoRequest) -> dict[str, Any
     """What the rows of one evaluation have in common, as plain JSON values: of others, neither times compare."""
     defaults, limits = pipeline.manifest.defaults, pipeline.limits
     negative = request.negative_prompt
+    steps = defaults.steps if request.steps is None else request.steps
     return {
         "version": __version__,
         "bundle": pipeline.bundle.id,
-        "steps": defaults.steps if request.steps is None else request.steps,
+        "steps": steps,
         "guidance": defaults.guidance if request.guidance is None else request.guidance,
+        **_of_later_experts(pipeline, request, steps),
         "negative_prompt": defaults.negative_prompt if negative is None else negative,
         "backend": pipeline.backend.describe(),
         "cache_memory": limits.cache_memory,
         "cache_profile": None if limits.cache_profile is None else limits.cache_profile.digest,
         "cuda_graphs": limits.fixed_slots,
+    }
+
+
+def _of_later_experts(pipeline: VideoPipeline, request: VideoRequest, steps: int) -> dict[str, Any]:
+    """What else there is to say of models whose transformers take turns; nothing of others."""
+    later = pipeline.manifest.later_experts
+    if not later:
+        return {}
+    given = request.guidance if request.guidance_2 is None else request.guidance_2
+    return {
+        "later_guidances": [expert.guidance if given is None else given for expert in later],
+        "turns": [len(turn) for turn in pipeline.turns(steps)],
     }
 
 

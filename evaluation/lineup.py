@@ -135,6 +135,8 @@ def _peers(
     if request.checkpoint is None:
         source = pipeline.manifest.source.checkpoint
         return [], without_pipeline(peers, f"checkpoint: only its name is known, {source}; name where it lies")
+    if pipeline.manifest.later_experts:
+        return [], without_pipeline(peers, "the model's transformers take turns, and peers are switched on in one")
     try:
         loaded = DiffusersPipeline(request.checkpoint, pipeline.manifest, threads, request.revision)
     except EngineError as error:

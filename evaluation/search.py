@@ -92,11 +92,15 @@ class Settings:
 
 
 class Calibrated:
-    """What a policy makes of recorded requests, by how many steps run at first without a break, and how many later."""
+    """What a policy makes of recorded requests, by how many steps run at first without a break, and how many later.
+
+    Those with which later turns begin run in any case, and count for neither.
+    """
 
     def __init__(self, policy: Policy, recorded: Calibration) -> None:
         self._calibrate = functools.cache(functools.partial(policy.calibrate, recorded))
         self._numbers: dict[Policy, dict[str, float]] = {}
+        self._begun = [step for turn in recorded.turns[1:] for step in turn[: policy.warmup_steps(len(turn))]]
         steps = recorded.schedule.steps
         ranges = {"warmup": WARMUP, "later": LATER}
         self.ranges = {name: wanted.for_steps(steps) for name, wanted in ranges.items()}
@@ -106,7 +110,8 @@ class Calibrated:
     def policy(self, numbers: Mapping[str, float]) -> Policy | None:
         """See Space."""
         warmup, later = int(numbers["warmup"]), int(numbers["later"])
-        made = self._calibrate(warmup).get(warmup + later)
+        begun = sum(step >= warmup for step in self._begun)
+        made = self._calibrate(warmup).get(warmup + begun + later)
         if made is not None:
             self._numbers.setdefault(made, dict(numbers))
         return made

@@ -173,7 +173,9 @@ class Tuning:
     def _space(self, policy: Policy, on_progress: OnProgress, cancel: CancelToken | None) -> Space:
         steps = self.request.steps or self.pipeline.manifest.defaults.steps
         if not policy.calibrates:
-            return Settings(policy, steps)
+            turns = self.pipeline.turns(steps)
+            # each transformer has a warm-up, of as many steps: shares of the longest turn leave something to skip
+            return Settings(policy, steps * max(map(len, turns)) // turns[-1].stop)
         return Calibrated(policy, calibration_of(self.pipeline, self.request, self.parts.tuning, on_progress, cancel))
 
     def _choose(self, name: str, searches: Sequence[Search], measure: Callable[..., Summary]) -> Tuned:

@@ -32,6 +32,7 @@ def profiles_of(job: Tuning, tuned: Sequence[Tuned]) -> list[PolicyProfile]:
                 settings=settings,
                 goal=one.goal.words,
                 guidance=common["guidance"],
+                later_guidances=tuple(common.get("later_guidances", ())),
                 held_out=measured(one.held_out),
             )
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple, TypeGuard
 
@@ -10,7 +9,7 @@ from ..engines.manifest import PolicyProfile
 from ..engines.wording import command, plural
 from .policies import Cycle, Forecast, NoReuse, Policy, policy_of_settings
 from .profiles import policy_of
-from .trace import Trace
+from .trace import Trace, turns_of
 
 FEWEST_STEPS = 6  # with fewer hardly one can be forecast
 WORTH_TRYING = 0.02  # of the block calls: what a profile has to skip beyond a request that did without
@@ -49,7 +48,7 @@ def notes_on(trace: Trace, given: Collection[str], *, draws_noise: bool = False)
 
 def _on_reuse(trace: Trace, policy: Policy) -> Iterator[str]:
     """Where the settings, and not what was measured, have kept everything from being reused."""
-    steps, turns = trace.steps_requested, list(Counter(step.expert for step in trace.steps).values())
+    steps, turns = trace.steps_requested, [len(turn) for turn in turns_of(trace)]
     if isinstance(policy, NoReuse):
         return
     if "warmup" not in trace.policy:

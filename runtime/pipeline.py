@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +28,7 @@ from .prompts import encode_prompts
 from .request import CheckedRequest, VideoRequest, check_count, check_policy, check_request
 from .residency import Residency
 from .sampler import load_table
+from .schedules import can_forecast, draws_noise, turns
 from .stream import agenerate, astream, stream
 from .text import Tokenizer
 from .trace import Trace
@@ -169,6 +169,7 @@ class VideoPipeline:
         ]
 
     stream, astream, agenerate, encode = stream, astream, agenerate, encode_prompts
+    turns, draws_noise, can_forecast = turns, draws_noise, can_forecast
 
     def check(self, request: VideoRequest) -> Estimate:
         """What a request takes of memory and time; nothing runs. Raises InvalidRequest where `generate` would."""
@@ -193,14 +194,6 @@ class VideoPipeline:
     def profile(self, name: str, steps: int | None = None) -> Policy:
         """The policy that the bundle has under a name for so many steps (None: its default). Raises InvalidRequest."""
         return profile_policy(self.manifest, name, steps)
-
-    def draws_noise(self, steps: int) -> bool:
-        """Whether the sampler adds noise, drawn from a request's seeds, after the first. Raises InvalidRequest."""
-        return bool(self._table.schedule(steps).noise_coefficients.any())
-
-    def can_forecast(self, steps: int) -> bool:
-        """Whether the sampler tells how much signal its samples hold, which forecasts need. Raises InvalidRequest."""
-        return all(map(math.isfinite, self._table.schedule(steps).signal_scales))
 
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> bool:
         """Refuse new requests, wait for those that run, and free the engines; from any thread, as often as one likes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from .decisions import Decision, Measure
@@ -182,6 +183,13 @@ class Trace:
             )
         }
         return _finite({**asdict(self), **totals})  # type: ignore[no-any-return]
+
+
+def turns_of(trace: Trace) -> list[range]:
+    """The steps of each transformer that had some: of one, all that were asked for."""
+    experts = [step.expert for step in trace.steps]
+    switches = [step for step in range(1, len(experts)) if experts[step - 1] != experts[step]]
+    return [range(first, after) for first, after in pairwise([0, *switches, trace.steps_requested])]
 
 
 def _finite(value: Any) -> Any:

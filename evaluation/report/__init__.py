@@ -17,14 +17,14 @@ from ...engines.errors import InvalidRequest, quoted
 from ...engines.wording import plural
 from ...runtime.notes import Advice
 from ...runtime.policies import NoReuse, policy_of_settings
-from ...runtime.trace import Trace
+from ...runtime.trace import Trace, turns_of
 from ...runtime.video import Video
 from ...runtime.whole import write_whole
 from ..quality import psnr, ssim
 from .charts import bars, block_map, changes, hover, step_ticks
 from .film import film
 from .templates import check_libraries, render
-from .wording import decibels, duration, memory, similarity
+from .wording import decibels, duration, in_turns, memory, policy_words, similarity
 
 # What a trace and that of its reference must have in common.
 COMPARABLE = (
@@ -120,7 +120,7 @@ def _facts(video: Video) -> list[tuple[str, str]]:
     ]
     if trace.later_guidances:
         turns = [[step.expert for step in trace.steps].count(n) for n in range(1 + len(trace.later_guidances))]
-        facts.insert(1, ("Transformers", f"in turns of {' and '.join(map(str, turns))} steps"))
+        facts.insert(1, ("Transformers", in_turns(turns)))
     if trace.cache_bytes:
         facts.append(("Memory", f"{memory(trace.cache_bytes)} for the stream and the cached outputs"))
     return facts
@@ -140,7 +140,7 @@ def _notes(video: Video) -> list[str]:
 def _policy_words(trace: Trace) -> str:
     policy = policy_of_settings(trace.policy)
     if policy is not None:
-        return policy.describe(trace.steps_requested)
+        return policy_words(policy, [len(turn) for turn in turns_of(trace)])
     settings = (f"{key} {value}" for key, value in trace.policy.items() if key != "name")
     return ", ".join([str(trace.policy["name"]), *settings])
 

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 from ...runtime.caches import CACHE_MODES, find_mode
 from ...runtime.decisions import Decision
 from ...runtime.notes import cycle_of
-from ...runtime.policies import policy_of_settings
-from ...runtime.trace import StepTrace, Trace
+from ...runtime.policies import Cycle, policy_of_settings
+from ...runtime.trace import StepTrace, Trace, turns_of
 from .wording import duration
 
 OUTLIER = 4  # times the median: steps slower than that are cut off, and named
@@ -34,8 +34,8 @@ def step_ticks(steps: int) -> list[Tick]:
 
 def block_map(trace: Trace) -> dict[str, Any]:
     """Blocks by steps: what was computed, reused and dead."""
-    cycle, policy, steps = cycle_of(trace), policy_of_settings(trace.policy), len(trace.steps)
-    allowed = [step for step in range(steps) if cycle and cycle.allows(step, trace.steps_requested)]
+    cycle = cycle_of(trace)
+    allowed = [] if cycle is None else _allowed(cycle, trace)
     legend = {"computed": "run", "reused": "reused", "dead": "dead", "forecast": "forecast", "allowed": "reuse allowed"}
     used = {value for step in trace.steps for value in step.decisions} | ({"allowed"} if allowed else set())
     skipped = [sum(step.decisions[block] != Decision.COMPUTE.value for step in trace.steps) for block in _blocks(trace)]
@@ -45,10 +45,27 @@ def block_map(trace: Trace) -> dict[str, Any]:
         "reused": _cells(trace, Decision.REUSE, 0.0),
         "dead": _cells(trace, Decision.DEAD, 0.34),  # a thinner mark, to be told apart without colour
         "forecast": _cells(trace, Decision.FORECAST, 0.2),
-        "warmup": min(steps, policy.warmup_steps(trace.steps_requested)) if policy else 0,
+        "warmups": _warmups(trace),
         "allowed": "".join(f"M{step + 0.1:g} 0h.8v1h-.8z" for step in allowed),
         "legend": [(mark, words) for mark, words in legend.items() if mark in used],
     }
+
+
+def _allowed(cycle: Cycle, trace: Trace) -> list[int]:
+    """The steps that may reuse; each transformer counts its own."""
+    every = [step for turn in turns_of(trace) for step in turn if cycle.allows(step - turn.start, len(turn))]
+    return [step for step in every if step < len(trace.steps)]
+
+
+def _warmups(trace: Trace) -> list[tuple[int, int]]:
+    """With which step each one begins, and before which it ends."""
+    policy, steps = policy_of_settings(trace.policy), len(trace.steps)
+    if policy is None:
+        return []
+    found = [
+        (turn.start, min(steps, turn.stop, turn.start + policy.warmup_steps(len(turn)))) for turn in turns_of(trace)
+    ]
+    return [(first, end) for first, end in found if first < end]
 
 
 def _cells(trace: Trace, decision: Decision, inset: float) -> str:

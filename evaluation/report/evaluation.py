@@ -17,7 +17,7 @@ from ..results import Results
 from ..summary import Summary, by_quality
 from .film import film
 from .templates import check_libraries, render
-from .wording import decibels
+from .wording import decibels, in_turns, policy_words
 
 WIDTH, HEIGHT = 720, 360  # of the curve, in units of its own
 LEFT, RIGHT, TOP, BOTTOM = 60, 20, 16, 44  # around its area
@@ -64,9 +64,12 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     settings, backend = results.settings, dict(results.settings["backend"])
     engine = f"{backend.pop('backend', '')} {backend.pop('version', '')}".strip()
     made = f"{plural(len(results.prompts), 'prompt')} with {plural(results.seeds, 'seed')} each"
+    guidance = ", then ".join(f"{one:g}" for one in (settings["guidance"], *settings.get("later_guidances", ())))
+    turns = settings.get("turns")
     return [
         ("Videos", f"{made}, every one with each setting and without reuse, from the same noise"),
-        ("Sampling", f"{plural(settings['steps'], 'step')}, guidance {settings['guidance']:g}"),
+        ("Sampling", f"{plural(settings['steps'], 'step')}, guidance {guidance}"),
+        *([("Transformers", in_turns(turns))] if turns else []),
         ("Backend", ", ".join([engine, *(f"{name} {value}" for name, value in backend.items())])),
         ("Bundle", str(settings["bundle"])[:12]),
     ]
@@ -74,7 +77,8 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 
 def _policy_words(results: Results, summary: Summary) -> str:
     policy = policy_of_settings(results.policies[summary.candidate])
-    return summary.candidate if policy is None else policy.describe(results.settings["steps"])
+    settings = results.settings
+    return summary.candidate if policy is None else policy_words(policy, settings.get("turns", [settings["steps"]]))
 
 
 def _films(results: Results, summary: Summary, videos: Videos) -> list[tuple[str, dict[str, Any]]]:

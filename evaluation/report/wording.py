@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+from ...runtime.policies import Policy
 
 
 def duration(milliseconds: float) -> str:
@@ -31,3 +34,13 @@ def decibels(value: float) -> str:
 def similarity(value: float) -> str:
     """An SSIM; one that only rounds to 1 is not shown as 1."""
     return f"{value:.4f}" if value == 1 or value < 0.99995 else "> 0.9999"
+
+
+def in_turns(turns: Sequence[int]) -> str:
+    """How many steps each of several transformers has."""
+    return f"in turns of {' and '.join(map(str, turns))} steps"
+
+
+def policy_words(policy: Policy, turns: Sequence[int]) -> str:
+    """A policy, which counts the steps of each transformer by themselves."""
+    return "; then ".join(dict.fromkeys(policy.describe(steps) for steps in turns if steps))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..caches import CACHE_MODES
@@ -144,11 +145,17 @@ class Calibration:
     """What requests without reuse put out, one after the other.
 
     `products` are the inner products of the guided outputs of all steps, divided by how many numbers an output has:
-    (requests, steps, steps) fp64.
+    (requests, steps, steps) fp64. `switches` are the steps with which another transformer took over.
     """
 
     schedule: Schedule
     products: HostArray
+    switches: tuple[int, ...] = ()
+
+    @property
+    def turns(self) -> list[range]:
+        """The steps of each transformer that had some: it has a decider, and forecasts, of its own."""
+        return [range(first, after) for first, after in pairwise((0, *self.switches, self.schedule.steps))]
 
 
 class Policy:
@@ -194,11 +201,11 @@ class Policy:
     def calibrate(self, calibration: Calibration, warmup: int) -> Mapping[int, Policy]:
         """By how many steps run, settings that fit best what was recorded, and run the first `warmup` steps at least.
 
-        Raises InvalidRequest.
+        Those that begin a turn run too, as many as `warmup_steps` says. Raises InvalidRequest.
         """
         raise NotImplementedError
 
     def describe(self, steps: int) -> str:
-        """The policy in words, for a request of that many steps: its name and settings, where it has no better ones."""
+        """The policy in words, for a transformer of that many steps: its name and settings, if it has no better."""
         settings: dict[str, Any] = asdict(self) if is_dataclass(self) else {}
         return ", ".join([self.name, *(f"{name} {value}" for name, value in settings.items())])

@@ -20,8 +20,9 @@ class FixedSchedule(Policy):
     """The steps of `computed` run, and no engine in the others, whose output is forecast as `Forecast` does.
 
     `computed` counts from 1, such as `1-10 13 17 50`: the first three steps and the last one are among them. The
-    schedule is one for as many steps as its last number says, and for no others; without any, all steps run. Nothing
-    that a request measures changes it. Cached are three arrays of the latents' size, and no block.
+    schedule is one for as many steps as its last number says, and for no others; without any, all steps run. Where
+    transformers take turns, the first three steps of each run, whether they are named or not. Nothing that a request
+    measures changes it. Cached are three arrays of the latents' size, and no block.
     """
 
     name: ClassVar[str] = "schedule"
@@ -61,9 +62,10 @@ class FixedSchedule(Policy):
 
     def describe(self, steps: int) -> str:
         """See Policy.describe."""
-        run = len(_steps_of(self.computed) or ()) or steps
+        run = _steps_of(self.computed) or range(1, steps + 1)
         return (
-            f"{self.name}: {run} of {steps} steps run, the others are forecast; the last three model outputs are cached"
+            f"{self.name}: {len(run)} of {run[-1]} steps run, the others are forecast; the last three model outputs "
+            "are cached"
         )
 
     def calibrate(self, calibration: Calibration, warmup: int = KEPT) -> dict[int, Policy]:

@@ -16,6 +16,9 @@ import pytest
 
 from foresight.engines.bundle import open_bundle
 from foresight.engines.errors import Cancelled, IntegrityError, InvalidRequest
+from foresight.engines.progress import silent
+from foresight.evaluation.calibration import calibration_of
+from foresight.evaluation.evaluate import Pair
 from foresight.runtime.memory import plan_memory
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import FixedSchedule, Forecast, Foresight, NoReuse, Policy, Static
@@ -188,6 +191,26 @@ def test_no_forecast_crosses_the_switch(loop: VideoPipeline, policy: Policy) -> 
     forecast = [step.decisions[0] == "forecast" for step in video.trace.steps]
     assert not any(forecast[:3]) and not any(forecast[first : first + 3])
     assert any(forecast[3:first]) and any(forecast[first + 3 :])
+
+
+def named_steps(policy: Policy) -> list[int]:
+    """Those that a schedule says run, from 1."""
+    assert isinstance(policy, FixedSchedule)
+    ends = [piece.split("-") for piece in policy.computed.split()]
+    return [step for first, *last in ends for step in range(int(first), int((last or [first])[0]) + 1)]
+
+
+def test_calibrated_schedules_are_followed_step_by_step(loop: VideoPipeline) -> None:
+    asked = VideoRequest("", steps=STEPS, guidance=GUIDANCE)
+    recorded = calibration_of(loop, asked, [Pair(PROMPT, SEED), Pair("a dog", 1)], silent)
+    assert [len(turn) for turn in recorded.turns] == turns_of(video_of(loop, NoReuse()))
+    made = FixedSchedule().calibrate(recorded)
+    assert min(made) == 3 + 3 + 1 and max(made) == STEPS
+    for count, policy in made.items():
+        trace = video_of(loop, policy).trace
+        ran = [number for number, step in enumerate(trace.steps, 1) if step.decisions[0] != "forecast"]
+        assert ran == named_steps(policy)
+        assert trace.share_skipped == pytest.approx(1 - count / STEPS)
 
 
 def test_the_share_skipped_counts_the_one_that_has_its_turn(loop: VideoPipeline) -> None:

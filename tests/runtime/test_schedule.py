@@ -14,7 +14,7 @@ from foresight.engines.arrays import HostArray
 from foresight.evaluation.calibration import calibration_of
 from foresight.evaluation.evaluate import Pair
 from foresight.runtime.pipeline import VideoPipeline
-from foresight.runtime.policies import Context, Decision, FixedSchedule, Forecast
+from foresight.runtime.policies import Context, Decision, FixedSchedule, Forecast, Policy
 from foresight.runtime.policies.base import Calibration
 from foresight.runtime.policies.extrapolation import extrapolation
 from foresight.runtime.policies.shortest import shortest_paths
@@ -31,10 +31,11 @@ def schedule_of(steps: int, scale: float = 0.5) -> Schedule:
     return Schedule(times, nothing, nothing, column, -0.1 * column, np.full(steps, scale), 1.0)
 
 
-def drive(policy: FixedSchedule, steps: int) -> str:
-    """The steps of a request, C computed and f forecast."""
-    decider, letters = policy.begin(Context(schedule_of(steps), ("block",) * 3)), ""
-    for step in range(steps):
+def drive(policy: FixedSchedule, asked: int | Context) -> str:
+    """The steps of a request, or of one turn, C computed and f forecast."""
+    context = asked if isinstance(asked, Context) else Context(schedule_of(asked), ("block",) * 3)
+    decider, letters = policy.begin(context), ""
+    for step in range(context.steps):
         if decider.forecast(step) is None:
             letters += "C"
             assert decider.expected(step) is None
@@ -104,13 +105,17 @@ def outputs_of(seed: int, steps: int, requests: int = 2, size: int = 5) -> HostA
     return np.asarray(walk.cumsum(axis=1))
 
 
-def plain_cost(outputs: HostArray, schedule: Schedule, path: tuple[int, ...]) -> float:
+def plain_cost(outputs: HostArray, schedule: Schedule, path: tuple[int, ...], turns: list[range]) -> float:
     """What a schedule costs, from the outputs themselves; infinite where steps that run lie too far apart."""
-    if any(after - before > 8 for before, after in pairwise(path)):
+    starts = {turn.start for turn in turns}
+    if any(after - before > 8 for before, after in pairwise(path)) or not starts < set(path):
         return np.inf
     sensitivities, times, total = schedule.sensitivities(), schedule.timesteps, 0.0
     for step in set(range(schedule.steps)) - set(path):
-        newest = [place for place in path if place < step][-3:][::-1]
+        (turn,) = (turn for turn in turns if step in turn)
+        newest = [place for place in path if place in turn and place < step][-3:][::-1]
+        if len(newest) < 3:
+            return np.inf
         weights = extrapolation([times[place] for place in newest], times[step])
         assert weights is not None
         foretold = sum(weight * outputs[:, place] for weight, place in zip(weights, newest, strict=True))
@@ -118,19 +123,33 @@ def plain_cost(outputs: HostArray, schedule: Schedule, path: tuple[int, ...]) ->
     return float(total)
 
 
-@given(st.integers(0, 1000), st.integers(6, 10), st.integers(3, 5))
-def test_no_other_schedule_with_as_many_steps_costs_less(seed: int, steps: int, warmup: int) -> None:
-    outputs, schedule = outputs_of(seed, steps), schedule_of(steps)
+def recorded(outputs: HostArray, switches: tuple[int, ...] = ()) -> Calibration:
+    """As if these were the outputs of requests; a forecast from another transformer's would seem to cost nothing."""
     products = np.einsum("ptn,psn->pts", outputs, outputs) / outputs.shape[-1]
-    found = {len(path): path for path in shortest_paths(Calibration(schedule, products), warmup)}
+    made = Calibration(schedule_of(outputs.shape[1]), products, switches)
+    apart = np.full_like(products, 1e6)
+    for turn in made.turns:
+        own = slice(turn.start, turn.stop)
+        apart[:, own, own] = products[:, own, own]
+    return Calibration(made.schedule, apart, switches)
+
+
+@given(st.integers(0, 1000), st.integers(6, 10), st.integers(3, 5), st.sets(st.integers(1, 9), max_size=2))
+def test_no_other_schedule_with_as_many_steps_costs_less(
+    seed: int, steps: int, warmup: int, switches: set[int]
+) -> None:
+    outputs, schedule = outputs_of(seed, steps), schedule_of(steps)
+    calibration = recorded(outputs, tuple(sorted(step for step in switches if step < steps)))
+    found = {len(path): path for path in shortest_paths(calibration, warmup)}
     for count in range(warmup + 1, steps + 1):
         every = [
             (*range(warmup), *between, steps - 1)
             for between in combinations(range(warmup, steps - 1), count - warmup - 1)
         ]
-        least = min(plain_cost(outputs, schedule, path) for path in every)
+        least = min(plain_cost(outputs, schedule, path, calibration.turns) for path in every)
         if np.isfinite(least):
-            assert plain_cost(outputs, schedule, tuple(found[count])) == pytest.approx(least, abs=1e-6)
+            cost = plain_cost(outputs, schedule, tuple(found[count]), calibration.turns)
+            assert cost == pytest.approx(least, abs=1e-6)
         else:
             assert count not in found
 
@@ -147,9 +166,7 @@ def test_a_sampler_that_tells_no_signal_scales_is_refused() -> None:
 
 
 def test_a_schedule_is_made_for_every_number_of_steps_that_run() -> None:
-    outputs = outputs_of(1, 12)
-    products = np.einsum("ptn,psn->pts", outputs, outputs) / outputs.shape[-1]
-    made = FixedSchedule().calibrate(Calibration(schedule_of(12), products))
+    made = FixedSchedule().calibrate(recorded(outputs_of(1, 12)))
     assert made.keys() == set(range(5, 13))  # two gaps of eight at most
     for count, policy in made.items():
         assert isinstance(policy, FixedSchedule)
@@ -157,8 +174,33 @@ def test_a_schedule_is_made_for_every_number_of_steps_that_run() -> None:
 
 
 def test_the_first_steps_run_in_every_schedule_with_a_warm_up() -> None:
-    outputs = outputs_of(1, 12)
-    products = np.einsum("ptn,psn->pts", outputs, outputs) / outputs.shape[-1]
-    made = FixedSchedule().calibrate(Calibration(schedule_of(12), products), warmup=6)
+    made = FixedSchedule().calibrate(recorded(outputs_of(1, 12)), warmup=6)
     assert made.keys() == set(range(7, 13))
     assert all(drive(policy, 12).startswith("C" * 6) for policy in made.values() if isinstance(policy, FixedSchedule))
+
+
+def drive_turns(policy: Policy, calibration: Calibration) -> str:
+    """The steps of a request whose transformers take turns, C computed and f forecast."""
+    assert isinstance(policy, FixedSchedule)
+    contexts = [Context(calibration.schedule, ("block",), 1, turn.start, len(turn)) for turn in calibration.turns]
+    return "".join(drive(policy, context) for context in contexts)
+
+
+@pytest.mark.parametrize(("switches", "least"), [((6,), 3 + 4), ((4, 8), 3 + 3 + 4), ((9,), 3 + 3), ((11,), 4 + 1)])
+def test_turns_begin_with_steps_that_run_and_end_where_the_next_one_begins(
+    switches: tuple[int, ...], least: int
+) -> None:
+    calibration = recorded(outputs_of(1, 12), switches)
+    made = FixedSchedule().calibrate(calibration)
+    assert made.keys() == set(range(least, 13))
+    for count, policy in made.items():
+        ran = drive_turns(policy, calibration)
+        assert (len(ran), ran.count("C"), ran[-1]) == (12, count, "C")
+        assert all(set(ran[turn.start : turn.stop][:3]) == {"C"} for turn in calibration.turns)
+
+
+def test_a_warm_up_may_last_into_the_second_turn() -> None:
+    calibration = recorded(outputs_of(1, 12), (4,))
+    made = FixedSchedule().calibrate(calibration, warmup=8)
+    assert made.keys() == set(range(9, 13))
+    assert all(drive_turns(policy, calibration).startswith("C" * 8) for policy in made.values())
