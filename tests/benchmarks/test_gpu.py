@@ -192,7 +192,7 @@ def test_the_command_ends_in_one_json_line(tmp_path: Path, model: str) -> None:
         "--request-rounds",
         "1",
         "--steps",
-        "4",
+        "8",  # of which two transformers have some each
         "--work",
         str(tmp_path),
         "--only",
