@@ -97,7 +97,7 @@ def _preset(name: str) -> str:
         "loras",
         metavar="FILE[:SCALE]",
         multiple=True,
-        help="Merge a LoRA (.safetensors); may be given several times.",
+        help="Merge a LoRA (.safetensors), FILE@transformer_2 into that component; may be given several times.",
     ),
     click.option("--output", type=OUTPUT_FOLDER, help="The bundle to write.  [default: bundles/MODEL]"),
 )

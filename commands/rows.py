@@ -55,7 +55,11 @@ def describe_source(source: Any) -> str:
 
 def describe_loras(loras: Iterable[LoraRecord]) -> list[str]:
     """A line for each LoRA that a bundle's weights were merged with."""
-    return [f"lora: {lora.file}, scale {lora.scale:g}, SHA-256 {lora.sha256[:12]}" for lora in loras]
+    return [
+        f"lora: {lora.file}, scale {lora.scale:g}{f', for {lora.component}' if lora.component else ''}, "
+        f"SHA-256 {lora.sha256[:12]}"
+        for lora in loras
+    ]
 
 
 def describe_dtypes(made: Any) -> str:

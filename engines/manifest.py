@@ -104,11 +104,15 @@ class Source(_Record, frozen=True, kw_only=True):
 
 
 class LoraRecord(_Record, frozen=True, kw_only=True):
-    """A LoRA that was merged into the weights, by the name and hash of its file; `scale` multiplied it."""
+    """A LoRA that was merged into the weights, by the name and hash of its file; `scale` multiplied it.
+
+    `component` is what it was said to be for, where its own names did not say.
+    """
 
     file: str
     sha256: str
     scale: float
+    component: str | None = None
 
 
 class Shape(_Record, frozen=True, kw_only=True):

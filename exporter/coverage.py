@@ -43,7 +43,7 @@ def check_coverage(split: Split, checkpoint: Checkpoint) -> None:
         label = checkpoint.label(component)
         check_names(label, wanted[component], checkpoint.stored(component), split.unneeded.get(component, ()))
     for lora in checkpoint.loras:
-        lora.match(wanted)
+        lora.match(wanted, split.lora_names)
 
 
 def _check_files(checkpoint: Checkpoint) -> None:

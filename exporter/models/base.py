@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...engines.errors import CheckpointError, InvalidRequest
 from ...engines.manifest import FRAME_MEANS, Dtype, ModelDtype, Part, Shape, TensorSpec, Text
 from ..checkpoint import Checkpoint
+from ..lora_names import LoraNames
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -232,7 +233,7 @@ class Split:
     `cautions` are sentences on sizes that the checkpoint was not trained on, `flow_shift` is the scheduler's, if it has
     one. Of what components store beside what the parts read, `unneeded` has patterns of names that are of no use, and
     `also_stored` names and shapes that have to be there for `check`, which refuses values that are not the ones
-    expected, before the first is exported: CheckpointError.
+    expected, before the first is exported: CheckpointError. `lora_names` are what LoRAs call a transformer's weights.
     """
 
     shape: Shape
@@ -254,6 +255,7 @@ class Split:
     check: Callable[[], None] = lambda: None
     flow_shift: FlowShift | None = None
     later_experts: tuple[ExpertPlan, ...] = ()
+    lora_names: LoraNames = field(default_factory=LoraNames)
 
     @property
     def parts(self) -> Iterator[PartPlan]:

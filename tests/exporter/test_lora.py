@@ -167,6 +167,22 @@ def test_a_patch_embedding_is_updated_too(tiny: Tiny, tmp_path: Path) -> None:
     torch.testing.assert_close(tiny.weight("pos_embed.proj", "transformer", Lora(path)), expected)
 
 
+def test_whole_differences_are_added_by_the_scale(tiny: Tiny, pair: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    difference = pair[1] @ pair[0]
+    path = save(tmp_path / "a.safetensors", {f"diffusion_model.{QUERY}.diff": difference})
+    torch.testing.assert_close(
+        tiny.weight(QUERY, "transformer", Lora(path, 0.5)), tiny.weight(QUERY) + 0.5 * difference
+    )
+
+
+def test_a_file_that_names_no_component_is_for_the_one_that_is_given(tiny: Tiny, tmp_path: Path) -> None:
+    plain = tiny.weight(T5_QUERY, "text_encoder")
+    a, b = matrices(tuple(plain.shape))
+    path = save(tmp_path / "a.safetensors", {f"{T5_QUERY}.lora_{h}.weight": t for h, t in (("A", a), ("B", b))})
+    merged = tiny.weight(T5_QUERY, "text_encoder", Lora(path, component="text_encoder"))
+    torch.testing.assert_close(merged, plain + b @ a)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_of_every_family_can_be_updated(family: str, examples: Callable[[str], Path], tmp_path: Path) -> None:
     model = FAMILIES[family].example.model
@@ -280,7 +296,15 @@ BAD: dict[str, tuple[Callable[[Tensor, Tensor], Tensors], str]] = {
         lambda a, b: SPELLINGS["diffusers"](a, b) | {f"transformer.{QUERY}.lora_B.bias": b[:, 0]},
         r"got biases",
     ),
-    "whole differences": (lambda a, b: {f"diffusion_model.{QUERY}.diff": b}, r"got whole differences"),
+    "a difference of another shape": (
+        lambda a, b: {f"diffusion_model.{QUERY}.diff": b},
+        r"to_q\.diff has shape \(\d+, 3\), expected \(\d+, \d+\)",
+    ),
+    "a difference of what is not there": (
+        lambda a, b: {f"diffusion_model.{QUERY}.other.diff_b": b[:, 0]},
+        r"1 of its 1 modules are none of this checkpoint's \(diffusion_model\..*other\.diff_b\)",
+    ),
+    "a whole weight": (lambda a, b: {f"diffusion_model.{QUERY}.set_weight": b}, r"got .*set_weight, expected lora_A"),
     "integers": (
         lambda a, b: SPELLINGS["diffusers"]((100 * a).to(torch.int8), b),
         r"is quantised \(.* is I8\)",

@@ -32,6 +32,7 @@ from ..parts import (
     without_values,
 )
 from ..t5 import TOKENIZER, UNNEEDED, load_encoder, text_encoder_plan, tokenizer_json
+from .lora import LORA_NAMES
 from .modules import Block, Condition, Epilogue, Prologue, keep_in_fp32
 from .vae import check_vae, count_latent_frames, decoder_stage
 
@@ -110,6 +111,7 @@ def split(checkpoint: Checkpoint, request: ExportRequest) -> Split:
         cautions=_cautions(vae, shape),
         unneeded={"text_encoder": UNNEEDED, "vae": VAE_ENCODER},
         flow_shift=shift,
+        lora_names=LORA_NAMES,
     )
 
 
