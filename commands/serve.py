@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..engines.errors import InvalidRequest, OutputError
+from ..engines.errors import OutputError
 from ..engines.files import sole_writer
 from ..serving.auth import KEYS, read_keys
 from .console import print_lines
@@ -148,10 +148,6 @@ def _settings(bundles: tuple[str, ...], place: Place, bounds: Bounds, engines: E
     from ..serving.settings import ServerSettings
     from ..serving.spec import named_bundles
 
-    for name in ("deadline", "retention", "drain"):
-        value = getattr(bounds, name)
-        if value is not None and not 0 < value < math.inf:
-            raise InvalidRequest(f"{name}: got {value}, expected more than 0")
     return ServerSettings(
         worker=engines.worker(named_bundles(bundles or (str(newest_bundle()),)), place.signed_by),
         data=place.data,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..engines.errors import InvalidRequest
 from ..engines.signatures import PublicKey
 from ..runtime.limits import RequestLimits
 
@@ -36,6 +38,7 @@ class ServerSettings:
     """`data` is the folder of jobs and results. Seconds, bytes and counts are the most there may be.
 
     `keys` are the API keys; without any, everybody may do everything. `jobs_per_key` counts those that wait or run.
+    Raises InvalidRequest for times that are none.
     """
 
     worker: WorkerSettings
@@ -49,3 +52,9 @@ class ServerSettings:
     retention: float = DAY_SECONDS
     drain: float = 30.0
     keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("deadline", "retention", "drain"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InvalidRequest(f"{name}: got {value:g} seconds, expected more than 0")

@@ -40,6 +40,13 @@ def done(service: VideoService, record: Record) -> Record:
     return ended
 
 
+@pytest.mark.parametrize("name", ["deadline", "retention", "drain"])
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
+def test_times_that_are_none_are_refused(tmp_path: Path, name: str, seconds: float) -> None:
+    with pytest.raises(InvalidRequest, match=rf"^{name}: got {seconds:g} seconds, expected more than 0$"):
+        settings_of(tmp_path, tmp_path, **{name: seconds})
+
+
 def test_what_is_turned_away_was_never_there(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service = VideoService(settings_of(bundle, tmp_path, waiting=1), slow.main)
     running = service.create(ME, spec(steps=100, policy="none"))
