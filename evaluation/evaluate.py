@@ -225,8 +225,9 @@ class Evaluation:
         """Yields every row that is not `known`, and those that are but lack a metric.
 
         A pair that lacks a candidate is begun anew with its request without reuse: times of another day do not compare,
-        but see `keeps_references`. The first request is a warm-up, of one step. `on_progress` is told the videos that
-        are done. Raises what a request raises: Cancelled, EngineError, OutOfMemory, IntegrityError.
+        but see `keeps_references`. The first request is a warm-up, of as few steps as there can be.
+        `on_progress` is told the videos that are done. Raises what a request raises: Cancelled, EngineError,
+        OutOfMemory, IntegrityError.
         """
         known = list(known)
         rounds = self.missing(known)
@@ -240,7 +241,7 @@ class Evaluation:
         told = _Videos(sum((pair not in reference_ms) + len(rounds[pair]) for pair in rounds), on_progress)
         for turn, (pair, those) in enumerate(rounds.items()):
             if turn == 0:
-                warm_up = replace(self._request(self._all[0], pair), steps=1)
+                warm_up = replace(self._request(self._all[0], pair), steps=self.pipeline.fewest_steps())
                 self.pipeline.generate(warm_up, on_progress=told.of("warming up"), cancel=cancel)
             if pair not in reference_ms:
                 reference = self._make(self._all[0], pair, told, cancel)

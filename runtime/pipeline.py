@@ -28,7 +28,7 @@ from .prompts import encode_prompts
 from .request import CheckedRequest, VideoRequest, check_count, check_policy, check_request
 from .residency import Residency
 from .sampler import load_table
-from .schedules import can_forecast, draws_noise, turns
+from .schedules import can_forecast, draws_noise, fewest_steps, turns
 from .stream import agenerate, astream, stream
 from .text import Tokenizer
 from .trace import Trace
@@ -169,7 +169,7 @@ class VideoPipeline:
         ]
 
     stream, astream, agenerate, encode = stream, astream, agenerate, encode_prompts
-    turns, draws_noise, can_forecast = turns, draws_noise, can_forecast
+    turns, fewest_steps, draws_noise, can_forecast = turns, fewest_steps, draws_noise, can_forecast
 
     def check(self, request: VideoRequest) -> Estimate:
         """What a request takes of memory and time; nothing runs. Raises InvalidRequest where `generate` would."""
@@ -182,7 +182,7 @@ class VideoPipeline:
 
         From then on `check` tells seconds. Raises what `generate` does.
         """
-        request = VideoRequest(self.manifest.defaults.prompt, steps=self._table.min_steps)
+        request = VideoRequest(self.manifest.defaults.prompt, steps=self.fewest_steps())
         self.generate(request, on_progress=on_progress, cancel=cancel)
 
     def memory(self, prompts: int = 1, guided: bool = True, policy: Policy | None = None) -> MemoryPlan:

@@ -15,6 +15,18 @@ def turns(pipeline: VideoPipeline, steps: int) -> list[range]:
     return pipeline._table.schedule(steps).turns(below)
 
 
+def fewest_steps(pipeline: VideoPipeline) -> int:
+    """Of a request in which all transformers have some that do with the most."""
+    table = pipeline._table
+    wanted = [number for number, turn in enumerate(turns(pipeline, table.max_steps)) if turn]
+
+    def are_enough(steps: int) -> bool:
+        having = turns(pipeline, steps)
+        return all(having[number] for number in wanted)
+
+    return next(filter(are_enough, range(table.min_steps, table.max_steps + 1)))
+
+
 def draws_noise(pipeline: VideoPipeline, steps: int) -> bool:
     """Whether the sampler adds noise, drawn from a request's seeds, after the first. Raises InvalidRequest."""
     return bool(pipeline._table.schedule(steps).noise_coefficients.any())

@@ -276,6 +276,19 @@ def test_one_without_steps_is_not_loaded(make: Callable[[float], Path]) -> None:
     assert "second.prologue" in ran and "prologue" not in ran
 
 
+def look_into(ran: list[str]) -> Callable[[str, object], None]:
+    return lambda part, tensors: ran.append(part)
+
+
+def test_a_warm_up_runs_all_that_have_steps(make: Callable[[float], Path]) -> None:
+    for below, expected in ((BELOW, ["prologue", "second.prologue"]), (2000.0, ["second.prologue"])):
+        pipeline, backend = watched_pipeline(make(below))
+        ran: list[str] = []
+        backend.before = look_into(ran)
+        pipeline.warm_up()
+        assert [part for part in ran if part.endswith("prologue")] == expected
+
+
 def test_prompts_with_policies_of_their_own_take_turns_together(loop: VideoPipeline) -> None:
     policies = [NoReuse(), Static()]
     asked = VideoRequest([PROMPT, "blue dog"], steps=STEPS, guidance=GUIDANCE, seed=[SEED, 5], policy=policies)
