@@ -58,6 +58,7 @@ def _made(bundle: Path) -> dict[str, Any]:
     manifest = msgspec.json.decode((bundle / "manifest.json").read_bytes())
     generator = manifest.pop("generator")
     del generator["export_key"]
+    del manifest["profiles"]  # which are tuned anew without another bundle
     with foresight.load(bundle, threads=1) as pipeline:
         requests = {name: _request(pipeline, **request) for name, request in REQUESTS.items()}
         half = pipeline.memory().cache // 2
