@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from tests.support import Outcome, load_pipeline, tiny_latte
 from zoo import FAMILIES
 
 torch.set_num_threads(1)  # for models this small more threads only wait for each other
+# Where a suite is run in the background, Ctrl-C is ignored, and so it would be by all that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LIGHT: dict[str, Any] = {"text": {"num_layers": 1}, "vae": {"block_out_channels": (8,)}}  # quick to export
