@@ -107,7 +107,8 @@ class Export:
     def plan(self) -> ExportPlan:
         """What `run` would do; writes nothing. Raises CheckpointError, OutputError where that could not be done."""
         _check_free(self.output)
-        check_scheduler(self.split.scheduler(), self.row.defaults.steps)
+        if not self.checkpoint.is_local or has_any_weights(self.checkpoint):
+            check_scheduler(self.split.scheduler(), self.row.defaults.steps)
         plan = plan_export(self.model, self.request, self.opset, self.checkpoint, self.split, self.output)
         if self.checkpoint.is_local and has_any_weights(self.checkpoint):
             _ = self._tokenizer

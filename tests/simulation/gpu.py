@@ -105,7 +105,7 @@ class Stream:
 
     def download(self, host: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> None:
         """Bring `values`, as they are now, to the host, where nobody can tell when they arrive."""
-        host.view(np.uint8)[...] = GARBAGE
+        host.reshape(-1).view(np.uint8)[...] = GARBAGE
         with self._lock:
             self._downloads.append((self.ask(), host, values.copy()))
 
@@ -320,6 +320,14 @@ class ndarray(NDArrayOperatorsMixin):
         """Along an axis, or of all."""
         return _made(np.asarray(self.use().mean(axis=axis)))
 
+    def max(self) -> ndarray:
+        """The largest of all, NaN if any is: an array of one."""
+        return _made(np.asarray(self.use().max()))
+
+    def min(self) -> ndarray:
+        """The smallest of all, NaN if any is: an array of one."""
+        return _made(np.asarray(self.use().min()))
+
     def all(self) -> ndarray:
         """Whether all are true: an array of one."""
         return _made(np.asarray(self.use().all()))
@@ -355,6 +363,9 @@ class ndarray(NDArrayOperatorsMixin):
 
     def __bool__(self) -> bool:
         return bool(self.get())
+
+    def __float__(self) -> float:
+        return float(self.get())
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, 0
