@@ -55,6 +55,6 @@ def _run_stage(
         made = run_part(
             engines[part.name], part, arrays, inputs, manifest.largest(**chunk_sizes(part, stage.axis, length))
         )
-        check(part, arrays, made)
+        check(part, made)
         left = {spec.name.removeprefix("new_"): made[spec.name] for spec in left_by(part)}
         yield made[part.outputs[0].name]

@@ -22,7 +22,7 @@ def encode_tokens(manifest: Manifest, engine: Engine, arrays: Arrays, tokens: To
         {"input_ids": arrays.from_host(tokens.ids), "attention_mask": arrays.from_host(tokens.mask)},
         {"batch": len(tokens.ids)},
     )
-    check(manifest.text_encoder, arrays, encoded)
+    check(manifest.text_encoder, encoded)
     return encoded["text_states"]
 
 
@@ -57,5 +57,5 @@ def encode(
     made = []
     for part, engine in zip(conditions, engines, strict=True):
         made.append(run_part(engine, part, arrays, given, sizes))
-        check(part, arrays, made[-1])
+        check(part, made[-1])
     return made

@@ -16,7 +16,7 @@ FLOATS = ("fp32", "fp16", "bf16")
 # A norm sums squares in fp32. Of larger values they overflow, and what is divided by that is zeros, and so finite.
 LARGEST = 1e16
 
-Check = Callable[[Part, Arrays, Mapping[str, Array]], None]
+Check = Callable[[Part, Mapping[str, Array]], None]
 
 
 def run_part(
@@ -36,7 +36,7 @@ def run_engine(engine: Engine, tensors: dict[str, Array]) -> None:
         tensors.clear()
 
 
-def check_finite(part: Part, arrays: Arrays, tensors: Mapping[str, Array]) -> None:
+def check_finite(part: Part, tensors: Mapping[str, Array]) -> None:
     """Refuse what a part made where no video can be made of it. Raises EngineError.
 
     What is left for a next chunk is not looked at: it is large, and shows in what that becomes.
@@ -61,5 +61,5 @@ def wrong_values(values: Array) -> str | None:
     return f"values as large as {most:.2g}" if most > LARGEST else None
 
 
-def pass_all(part: Part, arrays: Arrays, tensors: Mapping[str, Array]) -> None:
+def pass_all(part: Part, tensors: Mapping[str, Array]) -> None:
     """A check that refuses nothing, for who looks for what is not finite."""

@@ -28,11 +28,10 @@ from foresight.exporter.export import Export, ExportRequest
 from foresight.runtime.pipeline import VideoPipeline
 from foresight.runtime.policies import FixedSchedule, Forecast, Policy, Static
 from foresight.runtime.policies.base import SearchRange
-from foresight.runtime.policies.extrapolation import extrapolation
 from foresight.runtime.request import VideoRequest
 from tests.evaluation.page import Page
 from tests.runtime.test_experts import named_steps
-from tests.runtime.test_schedule import outputs_of, recorded
+from tests.runtime.test_schedule import forecast_error, outputs_of, recorded
 from tests.support import copy_bundle, load_pipeline
 from zoo import wan
 
@@ -75,12 +74,7 @@ def test_what_is_recorded_tells_how_far_forecasts_of_each_would_have_been_off(pi
         for turn in calibration.turns:
             assert {trace.steps[step].error for step in turn[:3]} == {None}
             for step in turn[3:]:
-                places = [step, step - 1, step - 2, step - 3]
-                weights = extrapolation([times[place] for place in places[1:]], times[step])
-                assert weights is not None
-                signed = np.array([1.0, *(-weight for weight in weights)])
-                square = signed @ products[np.ix_(places, places)] @ signed
-                assert np.sqrt(square) == pytest.approx(trace.steps[step].error, rel=1e-2)
+                assert forecast_error(products, times, step) == pytest.approx(trace.steps[step].error, rel=1e-2)
 
 
 @pytest.fixture(scope="module")

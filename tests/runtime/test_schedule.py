@@ -92,12 +92,16 @@ def test_products_tell_how_far_forecasts_would_have_been_off(pipeline: VideoPipe
         policy = Forecast(warmup=steps)  # computes all steps, and measures what forecasts would have been off by
         trace = pipeline(pair.prompt, seed=pair.seed, steps=steps, policy=policy).trace
         for step in range(3, steps):
-            places = [step, step - 1, step - 2, step - 3]
-            weights = extrapolation([times[place] for place in places[1:]], times[step])
-            assert weights is not None
-            signed = np.array([1.0, *(-weight for weight in weights)])
-            square = signed @ products[np.ix_(places, places)] @ signed
-            assert np.sqrt(square) == pytest.approx(trace.steps[step].error, rel=1e-3)
+            assert forecast_error(products, times, step) == pytest.approx(trace.steps[step].error, rel=1e-3)
+
+
+def forecast_error(products: HostArray, times: list[float], step: int) -> float:
+    """What a forecast of the step from the three before it is off by, from inner products of all outputs."""
+    places = [step, step - 1, step - 2, step - 3]
+    weights = extrapolation([times[place] for place in places[1:]], times[step])
+    assert weights is not None
+    signed = np.array([1.0, *(-weight for weight in weights)])
+    return float(np.sqrt(signed @ products[np.ix_(places, places)] @ signed))
 
 
 def outputs_of(seed: int, steps: int, requests: int = 2, size: int = 5) -> HostArray:
